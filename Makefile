@@ -1,0 +1,45 @@
+# Everything runs in .venv, which is made when missing. PYTHON names the interpreter it is made from (3.11 or newer).
+# pip's own settings (PIP_EXTRA_INDEX_URL ...) apply; see README for a CPU-only torch.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo serve test check proto clean
+
+help:  ## List the targets.
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+venv: $(STAMP)  ## Make .venv with ernie, its tests and its tools.
+
+$(STAMP): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable '.[test,dev]'
+	touch $@
+
+demo: venv  ## Start a small cluster, ask it about a picture over gRPC and HTTP, stop it.
+	$(BIN)/ernie demo
+
+serve: venv  ## Start a cluster and keep it; ARGS="--model DIR ..." are passed on.
+	$(BIN)/ernie serve $(ARGS)
+
+test: venv  ## Run all tests; ARGS="-k ..." are passed on.
+	$(BIN)/python -m pytest $(ARGS)
+
+check: venv  ## Lint, types, import rules, protos, stubs, links, spelling.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/buf lint proto
+	$(BIN)/python .ci/stubs.py --check
+	$(BIN)/python .ci/links.py
+	$(BIN)/codespell
+
+proto: venv  ## Generate the stubs again.
+	$(BIN)/python .ci/stubs.py
+
+clean:  ## Remove .venv and caches.
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
