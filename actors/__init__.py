@@ -1,0 +1,1 @@
+"""How one worker does its job, given a config."""

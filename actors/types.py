@@ -1,0 +1,348 @@
+"""Nouns shared by every part. Standard library only.
+
+Sizes: an image or a video frame of ``height x width`` patches of 14 x 14 pixels gives ``height * width / 4`` tokens
+(2 x 2 spatial merge); two frames share their tokens (temporal merge). The *unit* of media is one image or one frame
+pair: nothing in the vision tower or the resampler crosses units, so keys, transfers and caches are per unit.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+SPATIAL_MERGE = 2
+TEMPORAL_MERGE = 2
+
+
+class EngineRole(enum.StrEnum):
+    """What an engine does at present. COLOCATED counts as both."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+    COLOCATED = "colocated"
+
+    @property
+    def prefills(self) -> bool:
+        return self is not EngineRole.DECODE
+
+    @property
+    def decodes(self) -> bool:
+        return self is not EngineRole.PREFILL
+
+
+class AttemptMode(enum.StrEnum):
+    """How an engine takes part in an attempt."""
+
+    COLOCATED = "colocated"
+    """Prefills and decodes."""
+    PREFILL = "prefill"
+    """Prefills, sends token 0 to the router and the KV to its peer."""
+    DECODE = "decode"
+    """Receives the KV from its peer and decodes."""
+
+
+class Stage(enum.StrEnum):
+    """Where a request is. One enum for logs, metrics, timings and dashboards."""
+
+    QUEUED = "queued"
+    PREPROCESS = "preprocess"
+    ENCODE = "encode"
+    PREFILL = "prefill"
+    TRANSFER = "transfer"
+    DECODE = "decode"
+    FINISHED = "finished"
+
+
+class FinishReason(enum.StrEnum):
+    """Why generation ended normally."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    CANCELLED = "cancelled"
+
+
+class MediaKind(enum.StrEnum):
+    """What a media part is."""
+
+    IMAGE = "image"
+    VIDEO = "video"
+
+
+class ThinkingMode(enum.StrEnum):
+    """AUTO leaves the choice to the checkpoint's template."""
+
+    AUTO = "auto"
+    ON = "on"
+    OFF = "off"
+
+
+class MessageRole(enum.StrEnum):
+    """Authors of a message."""
+
+    SYSTEM = "system"
+    USER = "user"
+    ASSISTANT = "assistant"
+    TOOL = "tool"
+
+
+class Grid(NamedTuple):
+    """Patches of one media item: ``frames`` is 1 for an image and even for a video."""
+
+    frames: int
+    height: int
+    width: int
+
+    @property
+    def patches(self) -> int:
+        return self.frames * self.height * self.width
+
+    @property
+    def units(self) -> int:
+        """Images or frame pairs."""
+        return max(1, self.frames // TEMPORAL_MERGE)
+
+    @property
+    def tokens_per_unit(self) -> int:
+        return self.height * self.width // SPATIAL_MERGE**2
+
+    @property
+    def tokens(self) -> int:
+        return self.units * self.tokens_per_unit
+
+    @property
+    def unit(self) -> Grid:
+        """Grid of one of its units."""
+        return Grid(min(self.frames, TEMPORAL_MERGE), self.height, self.width)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MediaSource:
+    """Encoded media: exactly one of ``content`` and ``uri`` is set (by the facade)."""
+
+    content: bytes | None = None
+    uri: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TextPart:
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImagePart:
+    """A picture; pixel bounds default to the checkpoint's."""
+
+    source: MediaSource
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VideoPart:
+    """A video; sampling defaults to the checkpoint's."""
+
+    source: MediaSource
+    frames_per_second: float | None = None
+    max_frames: int | None = None
+    start_s: float | None = None
+    end_s: float | None = None
+
+
+ContentPart = TextPart | ImagePart | VideoPart
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ToolCall:
+    """A call an assistant turn made. ``arguments`` is JSON text."""
+
+    id: str
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Message:
+    """One turn of a conversation, parts in the order they appear."""
+
+    role: MessageRole
+    parts: tuple[ContentPart, ...]
+    reasoning: str | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str | None = None
+    name: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PreprocessRequest:
+    """What the router asks of a preprocessor. ``lease`` owns the patches it keeps."""
+
+    lease: str
+    messages: tuple[Message, ...]
+    thinking: ThinkingMode = ThinkingMode.AUTO
+    tools: tuple[dict[str, Any], ...] = ()
+    max_prompt_tokens: int
+    keep_patches: bool = True
+    """False only counts tokens: nothing is kept for pulling."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PromptMedia:
+    """One media item inside a prompt. ``offset`` is the index of its first placeholder token."""
+
+    kind: MediaKind
+    offset: int
+    grid: Grid
+    content_keys: tuple[bytes, ...]
+    """One per unit, 32 bytes each."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PreprocessReply:
+    """Token ids and media of a prompt. Patches wait under the lease at ``media_address`` (host:port)."""
+
+    prompt_ids: tuple[int, ...]
+    media: tuple[PromptMedia, ...]
+    starts_thinking: bool
+    """The prompt ends inside an open think block."""
+    media_address: str
+    incarnation: str
+    busy_s: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MediaSpan:
+    """One media item as an engine sees it: embeddings are pulled by key from ``encoder_address`` (host:port)."""
+
+    kind: MediaKind
+    offset: int
+    grid: Grid
+    embedding_keys: tuple[bytes, ...]
+    encoder_address: str
+
+    @property
+    def end(self) -> int:
+        return self.offset + self.grid.tokens
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplingParams:
+    """How tokens are drawn and when an engine stops. Stop strings are the router's."""
+
+    temperature: float = 1.0
+    """0 is greedy."""
+    top_p: float = 1.0
+    """Nucleus mass in (0, 1]."""
+    top_k: int = 0
+    """0 keeps the whole vocabulary."""
+    max_tokens: int
+    stop_token_ids: tuple[int, ...] = ()
+    """Besides the checkpoint's own end tokens."""
+    ignore_eos: bool = False
+
+
+class SequenceKey(NamedTuple):
+    """Names one attempt at one choice of a request on every wire."""
+
+    request_id: str
+    attempt: int
+    choice: int
+
+    def __str__(self) -> str:
+        return f"{self.request_id}/{self.attempt}/{self.choice}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineRequest:
+    """Enough to start or continue a sequence anywhere with the same positions, hashes, randomness and bounds."""
+
+    prompt_ids: tuple[int, ...]
+    media: tuple[MediaSpan, ...] = ()
+    output_ids: tuple[int, ...] = ()
+    """Tokens of earlier attempts."""
+    sampling: SamplingParams
+    seed: int
+    """Unsigned 64 bits, chosen by the router when the client gave none."""
+    choices: int = 1
+    salt: bytes = b""
+    """Separates tenants in block hashes."""
+    arrival_s: float
+    """Router's wall clock, seconds since the epoch."""
+    deadline_s: float
+    priority: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenEvent:
+    """One generated token. ``index`` counts from 0 over all attempts; ``finish`` is set on the last."""
+
+    key: SequenceKey
+    index: int
+    token_id: int
+    finish: FinishReason | None = None
+    busy_s: float = 0.0
+    """Share of engine step time spent on the sequence since its last token."""
+
+
+class MilestoneKind(enum.StrEnum):
+    """A point an attempt passes inside an engine."""
+
+    PREFILL_STARTED = "prefill_started"
+    """Its first chunk enters a step."""
+    TRANSFERRED = "transferred"
+    """Its KV arrived whole; told by the transfer, not by the engine."""
+    RELEASED = "released"
+    """Nothing of it is held any more; stays inside its replica."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoadReport:
+    """What an engine says of itself every heartbeat. ``step`` only grows while the step thread is alive."""
+
+    step: int
+    running: int
+    waiting: int
+    free_blocks: int
+    total_blocks: int
+    block_size: int
+    queued_tokens: int
+    reserved: int = 0
+    """Sequences that hold blocks for a transfer."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineInfo:
+    """Identity of an engine, for the registry and for pairing."""
+
+    engine_id: str
+    incarnation: str
+    address: str
+    role: EngineRole
+    epoch: int
+    fingerprint: str
+    """Language-weights fingerprint, hexadecimal."""
+    dtype: str
+    block_size: int
+    switches: str
+    """Routing and position rules in one string; engines pair only when equal."""
+    max_model_len: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EncoderInfo:
+    """Identity of a vision encoder, for the registry."""
+
+    encoder_id: str
+    incarnation: str
+    address: str
+    fingerprint: str
+    """Vision-weights fingerprint, hexadecimal."""
+    dtype: str
+
+
+@dataclass(kw_only=True, slots=True)
+class Timings:
+    """Seconds per stage on the router's clock (``exposed`` sums to wall time) and work that ran beside (``busy``)."""
+
+    exposed: dict[Stage, float] = field(default_factory=dict)
+    busy: dict[Stage, float] = field(default_factory=dict)
