@@ -1,0 +1,164 @@
+"""Mixture of experts with two banks: every token is routed inside the bank of its modality.
+
+T tokens, D hidden, E experts of one bank, K experts per token, M width inside an expert, F = 2 M (gate over up),
+N = T * K rows, X = 2 E experts of both banks. Expert ids of the vision bank are offset by E.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from actors.ernie.config import TextConfig
+from actors.ernie.layers import GatedMlp, silu_and_multiply, wide_dtype
+from actors.parallel.dispatch import Dispatcher
+
+
+class ExpertsForm(enum.StrEnum):
+    """How expert products are computed: the plain form, or one grouped product per bank (float64 is plain only)."""
+
+    LOOP = "loop"
+    GROUPED = "grouped"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExpertBank:
+    """Router and experts of one modality in one layer. The router is float32 (float64 in a float64 model)."""
+
+    router_ED: Tensor
+    correction_E: Tensor
+    """Added to probabilities for selection only."""
+    gate_up_EFD: Tensor
+    down_EDM: Tensor
+
+    def parameters(self, prefix: str) -> dict[str, Tensor]:
+        return {
+            f"{prefix}.gate.weight": self.router_ED,
+            f"{prefix}.gate.moe_statics.e_score_correction_bias": self.correction_E.unsqueeze(0),
+            f"{prefix}.experts.gate_up_proj": self.gate_up_EFD,
+            f"{prefix}.experts.down_proj": self.down_EDM,
+        }
+
+
+def bank_shapes(config: TextConfig, inner: int, dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of each field of an ExpertBank whose experts are ``inner`` wide, in storage order."""
+    experts, width, wide = config.moe_num_experts, config.hidden_size, wide_dtype(dtype)
+    return {
+        "router_ED": ((experts, width), wide),
+        "correction_E": ((experts,), wide),
+        "gate_up_EFD": ((experts, 2 * inner, width), dtype),
+        "down_EDM": ((experts, width, inner), dtype),
+    }
+
+
+def route(
+    x_TD: Tensor, text: ExpertBank, vision: ExpertBank | None, vision_T: Tensor | None, *, k: int, norm_min: float
+) -> tuple[Tensor, Tensor]:
+    """Expert ids [T, K] (int64, both banks' space) and weights [T, K] (dtype of ``x_TD``).
+
+    softmax over the bank of the token's modality; top k of probability + correction; weights are the uncorrected
+    probabilities over max(their sum, ``norm_min``). Both routers see all tokens: they are small, and choosing
+    afterwards needs no synchronisation.
+    """
+    wide_TD = x_TD.to(text.router_ED.dtype)
+    probabilities_TE = F.linear(wide_TD, text.router_ED).softmax(-1)
+    scores_TE = probabilities_TE + text.correction_E
+    offset_T1: Tensor | None = None
+    if vision_T is not None:
+        if vision is None:
+            raise ValueError("vision tokens need the vision expert bank")
+        vision_T1 = vision_T.unsqueeze(1)
+        vision_TE = F.linear(wide_TD, vision.router_ED).softmax(-1)
+        probabilities_TE = torch.where(vision_T1, vision_TE, probabilities_TE)
+        scores_TE = torch.where(vision_T1, vision_TE + vision.correction_E, scores_TE)
+        offset_T1 = vision_T1 * text.router_ED.shape[0]
+    ids_TK = scores_TE.topk(k, dim=-1).indices
+    weights_TK = probabilities_TE.gather(1, ids_TK)
+    weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True).clamp(min=norm_min)
+    return (ids_TK if offset_T1 is None else ids_TK + offset_T1), weights_TK.to(x_TD.dtype)
+
+
+def run_experts(
+    rows_ND: Tensor, rows_per_expert_X: Tensor, banks: Sequence[ExpertBank], form: ExpertsForm = ExpertsForm.LOOP
+) -> Tensor:
+    """Applies each expert to its rows, which lie in the order of expert ids over ``banks``: [N, D].
+
+    ``rows_per_expert_X`` may count further experts after those of ``banks``; they must have no rows.
+    """
+    if form is ExpertsForm.GROUPED:
+        return _run_grouped(rows_ND, rows_per_expert_X, banks)
+    return _run_loop(rows_ND, rows_per_expert_X, banks)
+
+
+def _run_loop(rows_ND: Tensor, rows_per_expert_X: Tensor, banks: Sequence[ExpertBank]) -> Tensor:
+    counts = rows_per_expert_X.tolist()
+    out_ND = torch.empty_like(rows_ND)
+    start = first = 0
+    for bank in banks:
+        experts = bank.gate_up_EFD.shape[0]
+        for expert, count in enumerate(counts[first : first + experts]):
+            if count:
+                hidden_NM = silu_and_multiply(F.linear(rows_ND[start : start + count], bank.gate_up_EFD[expert]))
+                torch.mm(hidden_NM, bank.down_EDM[expert].t(), out=out_ND[start : start + count])
+                start += count
+        first += experts
+    if start != rows_ND.shape[0]:
+        raise ValueError(f"{rows_ND.shape[0] - start} rows belong to experts that are not held here")
+    return out_ND
+
+
+def _run_grouped(rows_ND: Tensor, rows_per_expert_X: Tensor, banks: Sequence[ExpertBank]) -> Tensor:
+    parts: list[Tensor] = []
+    start = first = 0
+    for index, bank in enumerate(banks):
+        experts = bank.gate_up_EFD.shape[0]
+        ends_E = rows_per_expert_X[first : first + experts].cumsum(0, dtype=torch.int32)
+        # Only a batch of both modalities has to learn where the second bank's rows begin.
+        end = rows_ND.shape[0] if index == len(banks) - 1 else start + int(ends_E[-1].item())
+        if end > start:
+            hidden_NF = F.grouped_mm(rows_ND[start:end], bank.gate_up_EFD.transpose(1, 2), offs=ends_E)
+            parts.append(F.grouped_mm(silu_and_multiply(hidden_NF), bank.down_EDM.transpose(1, 2), offs=ends_E))
+        start, first = end, first + experts
+    return parts[0] if len(parts) == 1 else torch.cat(parts) if parts else torch.empty_like(rows_ND)
+
+
+class SparseMlp:
+    """Routed experts of both banks plus the shared experts every token passes."""
+
+    def __init__(self, config: TextConfig, dtype: torch.dtype, device: torch.device) -> None:
+        inner = config.moe_intermediate_size[0]
+        self.k = config.moe_k
+        self.norm_min = config.moe_norm_min
+        shapes = bank_shapes(config, inner, dtype)
+        self.text = ExpertBank(
+            **{name: torch.empty(shape, dtype=kind, device=device) for name, (shape, kind) in shapes.items()}
+        )
+        self.shared: GatedMlp | None = None
+        if config.moe_num_shared_experts:
+            shared = config.shared_intermediate_size
+            self.shared = GatedMlp.empty(config.hidden_size, shared, bias=config.use_bias, dtype=dtype, device=device)
+
+    def __call__(
+        self,
+        x_TD: Tensor,
+        vision_T: Tensor | None,
+        vision: ExpertBank | None,
+        dispatcher: Dispatcher[Any],
+        form: ExpertsForm,
+    ) -> Tensor:
+        ids_TK, weights_TK = route(x_TD, self.text, vision, vision_T, k=self.k, norm_min=self.norm_min)
+        sent = dispatcher.dispatch(x_TD, ids_TK, weights_TK)
+        banks = (self.text,) if vision is None or vision_T is None else (self.text, vision)
+        rows_ND = run_experts(sent.rows_ND, sent.rows_per_expert_X, banks, form)
+        out_TD = dispatcher.combine(rows_ND, sent.metadata)
+        return out_TD if self.shared is None else out_TD + self.shared(x_TD)
+
+    def parameters(self, prefix: str) -> dict[str, Tensor]:
+        views = self.text.parameters(f"{prefix}.text_moe")
+        return views if self.shared is None else views | self.shared.parameters(f"{prefix}.shared_experts")

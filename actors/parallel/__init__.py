@@ -1,0 +1,1 @@
+"""Process groups, expert dispatch and KV transport: torch.distributed behind small interfaces."""

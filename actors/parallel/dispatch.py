@@ -1,0 +1,74 @@
+"""Brings tokens to their experts and the experts' results back: one exchange per MoE layer, for both banks.
+
+Expert ids are one space: 0 .. E-1 the text experts, E .. 2E-1 the vision experts. The experts work on rows grouped by
+expert id and never learn where the rows came from.
+
+T tokens, D hidden, K experts per token, X experts of both banks, N = T * K rows (LocalDispatcher).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+MetadataT = TypeVar("MetadataT")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Dispatched(Generic[MetadataT]):
+    """Rows for the experts held here, and what ``combine`` needs to bring their results home."""
+
+    rows_ND: Tensor
+    """One row per (token, chosen expert), ascending expert id."""
+    rows_per_expert_X: Tensor
+    """Rows of each expert, int32, on the device of the rows."""
+    metadata: MetadataT
+
+
+class Dispatcher(Protocol[MetadataT]):
+    """One ``dispatch`` and one ``combine`` per MoE layer and step, whatever the mix of text and vision tokens."""
+
+    def dispatch(self, x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> Dispatched[MetadataT]:
+        """``expert_ids_TK`` is int64 in the space of both banks; ``weights_TK`` has the dtype of ``x_TD``."""
+        ...
+
+    def combine(self, rows_ND: Tensor, metadata: MetadataT) -> Tensor:
+        """The experts' results, in the order they were dispatched, as the weighted sum of each token: [T, D]."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LocalMetadata:
+    """Where row k of token t went (``row_of_choice_N``, index t * K + k) and its weight."""
+
+    row_of_choice_N: Tensor
+    weights_TK: Tensor
+
+
+class LocalDispatcher:
+    """All experts are here: a stable sort by expert id, and its inverse. No host synchronisation, no atomics."""
+
+    def __init__(self, num_experts: int) -> None:
+        """``num_experts`` counts both banks."""
+        self.num_experts = num_experts
+
+    def dispatch(self, x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> Dispatched[LocalMetadata]:
+        ids_N = expert_ids_TK.flatten()
+        choice_of_row_N = ids_N.argsort(stable=True)
+        row_of_choice_N = torch.empty_like(choice_of_row_N)
+        row_of_choice_N[choice_of_row_N] = torch.arange(ids_N.numel(), device=ids_N.device)
+        rows_per_expert_X = torch.zeros(self.num_experts, dtype=torch.int32, device=ids_N.device)
+        rows_per_expert_X.scatter_add_(0, ids_N, torch.ones_like(ids_N, dtype=torch.int32))
+        return Dispatched(
+            rows_ND=x_TD.index_select(0, choice_of_row_N // expert_ids_TK.shape[1]),
+            rows_per_expert_X=rows_per_expert_X,
+            metadata=LocalMetadata(row_of_choice_N=row_of_choice_N, weights_TK=weights_TK),
+        )
+
+    def combine(self, rows_ND: Tensor, metadata: LocalMetadata) -> Tensor:
+        tokens, choices = metadata.weights_TK.shape
+        rows_TKD = rows_ND.index_select(0, metadata.row_of_choice_N).view(tokens, choices, rows_ND.shape[1])
+        return torch.bmm(metadata.weights_TK.unsqueeze(1), rows_TKD).squeeze(1)
