@@ -1,0 +1,155 @@
+"""The checkpoint's tokenizer, and how text from clients is kept from passing for control tokens.
+
+A prompt is rendered to one string and tokenised as one string, as in training. Inside that string a special token is
+whatever spells one, so text from clients needs care:
+
+* Strings of media tokens (placeholders, START, END) are refused: see ``media_strings`` and ``conversation``.
+* Any other special token a client spells out (``</s>`` is also HTML) is legitimate text. ``protect`` wraps it in two
+  private-use characters before rendering; ``encode`` removes them and tokenises what is between as ordinary text.
+
+A prompt without protected text takes one plain pass over the whole string, so ordinary text gives exactly the ids that
+transformers gives. With protected text the prompt is cut at its genuine special tokens, as the tokenizer itself does,
+and the runs in between are tokenised one by one with special tokens switched off.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from tokenizers import Tokenizer
+
+from actors.processing.config import ModelTokens
+
+PROTECT_START = "\U000f1e00"
+PROTECT_END = "\U000f1e01"
+_PROTECTED = re.compile(f"{PROTECT_START}(.*?){PROTECT_END}|[{PROTECT_START}{PROTECT_END}]", re.DOTALL)
+
+ORIGINAL_PLACEHOLDERS = ("<|image@placeholder|>", "<|video@placeholder|>")
+_MEDIA_STRINGS = (
+    *ORIGINAL_PLACEHOLDERS,
+    *(f"<|{kind}_{what}|>" for kind in ("IMAGE", "VIDEO", "AUDIO") for what in ("PLACEHOLDER", "START", "END")),
+)
+
+MARKERS = ("<think>", "</think>", "<response>", "</response>", "<tool_call>", "</tool_call>")
+"""Tokens of the output grammar: they stay in decoded text, where the parsers read them, special or not."""
+
+
+class TextTokenizer:
+    """``tokenizer.json`` of a model directory. Safe for use from many threads."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises ValueError naming the file."""
+        try:
+            self._tokenizer = Tokenizer.from_file(str(path))
+            self._plain = Tokenizer.from_file(str(path))
+        except Exception as error:
+            # The library raises bare Exception for every kind of bad file.
+            raise ValueError(f"{path}: {error}") from error
+        for tokenizer in (self._tokenizer, self._plain):
+            tokenizer.no_truncation()
+            tokenizer.no_padding()
+        self._plain.encode_special_tokens = True
+        added = self._tokenizer.get_added_tokens_decoder()
+        self._special = {token.content: token_id for token_id, token in added.items() if token.special}
+        self._hidden = frozenset(token_id for text, token_id in self._special.items() if text not in MARKERS)
+        longest_first = sorted(self._special, key=len, reverse=True)
+        self._special_pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+        self._newline = self._plain.encode("\n", add_special_tokens=False).ids
+        self.vocab_size = self._tokenizer.get_vocab_size(with_added_tokens=True)
+
+    @classmethod
+    def from_dir(cls, model_dir: Path) -> TextTokenizer:
+        """Raises ValueError when ``tokenizer.json`` is missing or broken."""
+        path = model_dir / "tokenizer.json"
+        if not path.is_file():
+            original = model_dir / "tokenizer.model"
+            kind = f"only {original.name}, the sentencepiece form, is there" if original.is_file() else "it is needed"
+            raise ValueError(
+                f"{path} is missing: {kind}; take tokenizer.json from the model's conversion for transformers "
+                "(baidu/ERNIE-4.5-VL-28B-A3B-PT, revision refs/pr/10)"
+            )
+        return cls(path)
+
+    def token_id(self, text: str) -> int | None:
+        """Id of one token by its exact string."""
+        return self._tokenizer.token_to_id(text)
+
+    def token_text(self, token_id: int) -> str | None:
+        """Exact string of one token."""
+        return self._tokenizer.id_to_token(token_id)
+
+    def protect(self, text: str) -> str:
+        """Marks special tokens spelled in text from a client, and drops marks that were already there."""
+        return self._special_pattern.sub(
+            lambda match: f"{PROTECT_START}{match.group()}{PROTECT_END}", without_marks(text)
+        )
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a rendered prompt. Template text spells special tokens, protected text never does."""
+        if PROTECT_START not in text and PROTECT_END not in text:
+            return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        ids: list[int] = []
+        run = ""
+        for piece, genuine in self._pieces(text):
+            if genuine is None:
+                run += piece
+                continue
+            ids += self._encode_run(run, first=not ids)
+            ids.append(genuine)
+            run = ""
+        return ids + self._encode_run(run, first=not ids)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of generated ids: special tokens left out, except the markers of the output grammar."""
+        visible = [token_id for token_id in ids if token_id not in self._hidden]
+        return self._tokenizer.decode(visible, skip_special_tokens=False)
+
+    def is_hidden(self, token_id: int) -> bool:
+        """Whether ``decode`` leaves the token out."""
+        return token_id in self._hidden
+
+    def _pieces(self, text: str) -> list[tuple[str, int | None]]:
+        """The prompt cut at genuine special tokens: (text, None) or (token string, its id)."""
+        pieces: list[tuple[str, int | None]] = []
+        position = 0
+        for match in _PROTECTED.finditer(text):
+            pieces += self._cut(text[position : match.start()])
+            # A template that cut a protected string apart leaves a lone mark: it goes, and still separates.
+            pieces.append((match.group(1) or "", None))
+            position = match.end()
+        return pieces + self._cut(text[position:])
+
+    def _cut(self, text: str) -> list[tuple[str, int | None]]:
+        pieces: list[tuple[str, int | None]] = []
+        position = 0
+        for match in self._special_pattern.finditer(text):
+            pieces.append((text[position : match.start()], None))
+            pieces.append((match.group(), self._special[match.group()]))
+            position = match.end()
+        pieces.append((text[position:], None))
+        return pieces
+
+    def _encode_run(self, text: str, *, first: bool) -> list[int]:
+        if not text:
+            return []
+        if first:
+            return list(self._plain.encode(text, add_special_tokens=False).ids)
+        # Behind a newline the run is not the start of a string, where some tokenizers add a space.
+        ids = self._plain.encode("\n" + text, add_special_tokens=False).ids
+        if ids[: len(self._newline)] == self._newline:
+            return list(ids[len(self._newline) :])
+        return list(self._plain.encode(text, add_special_tokens=False).ids)
+
+
+def without_marks(text: str) -> str:
+    """Text as ``protect`` spells it: the marks never come from a client."""
+    return text.replace(PROTECT_START, "").replace(PROTECT_END, "")
+
+
+def media_strings(tokenizer: TextTokenizer, tokens: ModelTokens) -> tuple[str, ...]:
+    """Strings no client text may contain: every known media token, and what this checkpoint calls them."""
+    ids = (tokens.image, tokens.video, tokens.image_start, tokens.image_end, tokens.video_start, tokens.video_end)
+    own = (tokenizer.token_text(token_id) for token_id in ids)
+    return tuple(dict.fromkeys((*_MEDIA_STRINGS, *(text for text in own if text))))

@@ -1,0 +1,321 @@
+"""Encoded videos to units: index the frames, pick them, decode only what is needed, draw times, resize, cut up."""
+
+from __future__ import annotations
+
+import io
+import math
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import av
+import av.container
+import av.error
+import av.video.frame
+from PIL import Image, ImageDraw, ImageFont
+
+from actors.errors import InvalidRequest, MediaTooLarge, MediaUnreadable, ServingError
+from actors.processing.config import ProcessingLimits, VideoConfig
+from actors.processing.images import PixelBounds, check_aspect, check_bytes, resize, smart_resize
+from actors.processing.patches import Pixels, Unit, make_unit
+from actors.processing.sampling import Sampling, select_frames, timestamp_text, window
+from actors.types import TEMPORAL_MERGE, MediaKind, VideoPart
+
+_SEEK_GAIN = 16
+"""Frames a seek must skip to be worth its flush."""
+_FONT_SHARE = 0.1
+
+# Containers that hold their own data: no playlists, scripts or image sequences that would open other files or hosts.
+_OPEN_OPTIONS = {
+    "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,flv,mpegts,mpeg,mpegvideo,ogg,gif,asf,ivf,apng",
+    "protocol_whitelist": "none",
+}
+
+Check = Callable[[], None]
+"""Called between steps of long work; raises to stop it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FrameTable:
+    """Frames of a stream in showing order. ``times`` are in stream time base; empty when packets do not tell."""
+
+    count: int
+    times: tuple[int, ...] = ()
+    keyframes: tuple[int, ...] = ()
+    """Times at which decoding may start."""
+
+
+class VideoDecoder:
+    """Turns one encoded video into units with a checkpoint's rules. Stateless between calls: safe in a thread pool."""
+
+    def __init__(self, model_dir: Path, config: VideoConfig, limits: ProcessingLimits) -> None:
+        self._config = config
+        self._limits = limits
+        self._font = model_dir / config.font
+
+    def units(self, content: bytes, part: VideoPart, field: str, check: Check) -> list[Unit]:
+        """Frame pairs of a video, in order.
+
+        Raises MediaUnreadable for what does not decode, MediaTooLarge over a limit, InvalidRequest for a bad option,
+        each naming ``field``. A checkpoint without its timestamp font refuses videos, not the start of the server.
+        """
+        check_bytes(len(content), self._limits.max_video_bytes, "video", field)
+        sampling = self._sampling(part, field)
+        if self._config.draw_timestamps and not self._font.is_file():
+            raise InvalidRequest(
+                f"this model takes no videos until its directory holds the timestamp font {self._config.font}",
+                reason="VIDEO_UNSUPPORTED",
+                field=field,
+            )
+        try:
+            with av.open(
+                io.BytesIO(content),
+                "r",
+                metadata_errors="replace",
+                container_options=_OPEN_OPTIONS,
+                options=_decoder_options(self._limits),
+            ) as container:
+                return _Reader(container, self._config, self._limits, self._font, field, check).units(sampling, part)
+        except ServingError:
+            raise
+        except (av.error.FFmpegError, OSError, ValueError, OverflowError) as error:
+            # A frame far over the limit that no header announced fails inside the decoder, and so ends here.
+            most = self._limits.max_video_pixels
+            raise MediaUnreadable(
+                f"not a readable video of at most {most} pixels a frame: {_short(error)}", field=field
+            ) from error
+
+    def _sampling(self, part: VideoPart, field: str) -> Sampling:
+        rate, most = part.frames_per_second, part.max_frames
+        if rate is None:
+            rate = self._config.frames_per_second
+        elif not (math.isfinite(rate) and 0 < rate <= self._limits.max_frames_per_second):
+            raise InvalidRequest(
+                f"frames_per_second must be above 0 and at most {self._limits.max_frames_per_second:g}, got {rate:g}",
+                field=f"{field}.frames_per_second",
+            )
+        if most is None:
+            most = self._config.max_frames
+        elif not 1 <= most <= self._config.max_frames:
+            raise InvalidRequest(
+                f"max_frames must be from 1 to {self._config.max_frames}, got {most}", field=f"{field}.max_frames"
+            )
+        for name, value in (("start_s", part.start_s), ("end_s", part.end_s)):
+            if value is not None and not (math.isfinite(value) and value >= 0):
+                raise InvalidRequest(f"{name} must be 0 or more, got {value:g}", field=f"{field}.{name}")
+        if part.start_s is not None and part.end_s is not None and part.start_s >= part.end_s:
+            raise InvalidRequest(f"end_s {part.end_s:g} is not after start_s {part.start_s:g}", field=f"{field}.end_s")
+        return Sampling(frames_per_second=rate, min_frames=min(self._config.min_frames, most), max_frames=most)
+
+
+def _decoder_options(limits: ProcessingLimits) -> dict[str, str]:
+    """Bounds what a decoder allocates for a frame larger than the headers say, with room for padded sides."""
+    return {"max_pixels": str(2 * limits.max_video_pixels + (1 << 16))}
+
+
+def draw_timestamp(image: Image.Image, seconds: float, font: Path) -> None:
+    """Black text with a white edge in the top left corner, a tenth of the shorter side high."""
+    height = max(1, int(min(image.size) * _FONT_SHARE))
+    ImageDraw.Draw(image).text(
+        (0, 0),
+        timestamp_text(seconds),
+        font=ImageFont.truetype(str(font), height),
+        fill=(0, 0, 0),
+        stroke_width=int(height * _FONT_SHARE),
+        stroke_fill=(255, 255, 255),
+    )
+
+
+class _WrongTable(Exception):
+    """The decoder gave other frames than the packets announced."""
+
+
+class _Reader:
+    """One open container, for one call."""
+
+    def __init__(
+        self,
+        container: av.container.InputContainer,
+        config: VideoConfig,
+        limits: ProcessingLimits,
+        font: Path,
+        field: str,
+        check: Check,
+    ) -> None:
+        self._container = container
+        self._config = config
+        self._limits = limits
+        self._font = font
+        self._field = field
+        self._check = check
+        if not container.streams.video:
+            raise MediaUnreadable("no video stream", field=field)
+        self._stream = container.streams.video[0]
+        # Typed as always there; it is None for a codec this build cannot decode.
+        context: object = self._stream.codec_context
+        if context is None:
+            raise MediaUnreadable("the video's codec is unknown", field=field)
+        self._stream.thread_type = "AUTO"
+        self._stream.codec_context.options = _decoder_options(limits)
+        self._fps = self._frame_rate()
+
+    def units(self, sampling: Sampling, part: VideoPart) -> list[Unit]:
+        if self._container.duration is not None:
+            self._check_length(0, self._container.duration / av.time_base)
+        self._check_size(self._stream.codec_context.width, self._stream.codec_context.height)
+        table = self._frame_table()
+        try:
+            return self._units(table, sampling, part)
+        except _WrongTable:
+            # The packets promised frames that the decoder does not give: count what it gives.
+            table = FrameTable(count=self._count_frames())
+        try:
+            return self._units(table, sampling, part)
+        except _WrongTable:
+            raise MediaUnreadable("video frames change from one reading to the next", field=self._field) from None
+
+    def _units(self, table: FrameTable, sampling: Sampling, part: VideoPart) -> list[Unit]:
+        """Each frame is finished before the next is decoded, so originals are never held together."""
+        indices = self._indices(table.count, sampling, part)
+        pictures = self._pictures(table, sorted(set(indices)))
+        units: list[Unit] = []
+        index, pixels = next(pictures)
+        pair: tuple[Pixels, ...] = ()
+        for wanted in indices:
+            if wanted != index:
+                index, pixels = next(pictures)
+            pair += (pixels,)
+            if len(pair) == TEMPORAL_MERGE:
+                units.append(make_unit(MediaKind.VIDEO, pair))
+                pair = ()
+        return units
+
+    def _indices(self, total: int, sampling: Sampling, part: VideoPart) -> tuple[int, ...]:
+        if total == 0:
+            raise MediaUnreadable("video has no frames", field=self._field)
+        first, last = window(total, self._fps, part.start_s, part.end_s)
+        if first >= last:
+            raise InvalidRequest(
+                f"no frame between start_s and end_s: the video is {total / self._fps:.2f} s long",
+                field=f"{self._field}.start_s",
+            )
+        return tuple(first + index for index in select_frames(last - first, self._fps, sampling))
+
+    def _pictures(self, table: FrameTable, wanted: list[int]) -> Iterator[tuple[int, Pixels]]:
+        bounds = PixelBounds(low=self._config.min_pixels, high=self._config.max_pixels)
+        size: tuple[int, int] | None = None
+        for index, frame in self._decode(table, wanted):
+            image = _upright(frame)
+            if self._config.draw_timestamps:
+                draw_timestamp(image, index / self._fps, self._font)
+            # A stream may change its frame size; the model's grid is that of the first frame.
+            size = size or smart_resize(image.height, image.width, bounds)
+            yield index, resize(image, *size)
+
+    def _frame_table(self) -> FrameTable:
+        times: list[int] = []
+        keyframes: list[int] = []
+        for packet in self._container.demux(self._stream):
+            self._check()
+            if packet.size == 0 or packet.is_discard:
+                continue
+            if packet.pts is None:
+                keyframes.clear()
+                break
+            times.append(packet.pts)
+            if packet.is_keyframe:
+                keyframes.append(packet.pts)
+            self._check_length(len(times), len(times) / self._fps)
+        # VP8 carries packets that show nothing, and packets without distinct times cannot be told apart: only decoding
+        # says how many frames there are.
+        if not keyframes or len(set(times)) != len(times) or self._stream.codec_context.name == "vp8":
+            return FrameTable(count=self._count_frames())
+        return FrameTable(count=len(times), times=tuple(sorted(times)), keyframes=tuple(sorted(keyframes)))
+
+    def _count_frames(self) -> int:
+        count = 0
+        for _ in self._frames_from_start():
+            count += 1
+            self._check_length(count, count / self._fps)
+        return count
+
+    def _frames_from_start(self) -> Iterator[av.video.frame.VideoFrame]:
+        self._container.seek(min(0, self._container.start_time or 0), backward=True)
+        return self._frames()
+
+    def _frames(self) -> Iterator[av.video.frame.VideoFrame]:
+        for frame in self._container.decode(self._stream):
+            self._check()
+            self._check_size(frame.width, frame.height)
+            yield frame
+
+    def _decode(self, table: FrameTable, wanted: list[int]) -> Iterator[tuple[int, av.video.frame.VideoFrame]]:
+        """Frames at ascending indices. Raises _WrongTable when the table does not describe the stream."""
+        if table.times:
+            yield from self._decode_by_time(table, wanted)
+            return
+        left = iter(wanted)
+        target = next(left, None)
+        for index, frame in enumerate(self._frames_from_start()):
+            if index == target:
+                yield index, frame
+                target = next(left, None)
+                if target is None:
+                    return
+        raise _WrongTable
+
+    def _decode_by_time(self, table: FrameTable, wanted: list[int]) -> Iterator[tuple[int, av.video.frame.VideoFrame]]:
+        frames = self._frames_from_start()
+        position = 0
+        for index in wanted:
+            target = table.times[index]
+            keyframe = table.keyframes[max(0, bisect_right(table.keyframes, target) - 1)]
+            if bisect_right(table.times, keyframe) - 1 - position >= _SEEK_GAIN:
+                self._container.seek(keyframe, stream=self._stream, backward=True)
+                frames = self._frames()
+            for frame in frames:
+                if frame.pts is None or frame.pts > target:
+                    raise _WrongTable
+                if frame.pts == target:
+                    break
+            else:
+                raise _WrongTable
+            position = index + 1
+            yield index, frame
+
+    def _frame_rate(self) -> float:
+        for rate in (self._stream.average_rate, self._stream.guessed_rate, self._stream.base_rate):
+            if rate is not None and rate > 0:
+                return float(rate)
+        raise MediaUnreadable("the video's frame rate is unknown", field=self._field)
+
+    def _check_size(self, width: int, height: int) -> None:
+        if width * height > self._limits.max_video_pixels:
+            raise MediaTooLarge(
+                f"video of {width} x {height} pixels is over the limit of {self._limits.max_video_pixels} pixels",
+                field=self._field,
+            )
+        check_aspect(height, width, self._field)
+
+    def _check_length(self, count: int, seconds: float) -> None:
+        if count > self._limits.max_video_frames:
+            raise MediaTooLarge(f"video is over the limit of {self._limits.max_video_frames} frames", field=self._field)
+        if seconds > self._limits.max_video_seconds:
+            raise MediaTooLarge(
+                f"video of {seconds:.2f} s is over the limit of {self._limits.max_video_seconds:g} s",
+                field=self._field,
+            )
+
+
+def _upright(frame: av.video.frame.VideoFrame) -> Image.Image:
+    """RGB, turned as the container's display matrix says (quarter turns)."""
+    image = Image.fromarray(frame.to_ndarray(format="rgb24"))
+    turns = round(frame.rotation / 90) % 4
+    return image.rotate(90 * turns, expand=True) if turns else image
+
+
+def _short(error: Exception) -> str:
+    if isinstance(error, av.error.FFmpegError) and error.strerror:
+        return str(error.strerror)
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
