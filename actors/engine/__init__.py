@@ -1,0 +1,1 @@
+"""One serving engine: KV cache, scheduler, sampler, runner."""
