@@ -1,0 +1,1 @@
+"""gRPC forms of what the parts say to each other."""

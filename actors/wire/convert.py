@@ -1,0 +1,197 @@
+"""Between ``actors.types`` and the internal protobuf messages. Pure; every pair round-trips."""
+
+from __future__ import annotations
+
+from actors.errors import ServingError, Status
+from actors.types import (
+    AttemptMode,
+    EngineRequest,
+    EngineRole,
+    FinishReason,
+    Grid,
+    LoadReport,
+    MediaKind,
+    MediaSpan,
+    MilestoneKind,
+    SamplingParams,
+    SequenceKey,
+    TokenEvent,
+)
+from actors.wire.status import KINDS
+from ernie_serving.internal.v1 import common_pb2, engine_link_pb2
+
+PROTOCOL_VERSION = 1
+"""First field of every hello between our own parts; a mismatch is refused."""
+
+ROLES = {
+    EngineRole.PREFILL: common_pb2.ENGINE_ROLE_PREFILL,
+    EngineRole.DECODE: common_pb2.ENGINE_ROLE_DECODE,
+    EngineRole.COLOCATED: common_pb2.ENGINE_ROLE_COLOCATED,
+}
+MODES = {
+    AttemptMode.COLOCATED: engine_link_pb2.ATTEMPT_MODE_COLOCATED,
+    AttemptMode.PREFILL: engine_link_pb2.ATTEMPT_MODE_PREFILL,
+    AttemptMode.DECODE: engine_link_pb2.ATTEMPT_MODE_DECODE,
+}
+MILESTONES = {
+    MilestoneKind.PREFILL_STARTED: engine_link_pb2.MILESTONE_KIND_PREFILL_STARTED,
+    MilestoneKind.TRANSFERRED: engine_link_pb2.MILESTONE_KIND_TRANSFERRED,
+}
+_FINISH = {
+    None: engine_link_pb2.FINISH_REASON_UNSPECIFIED,
+    FinishReason.STOP: engine_link_pb2.FINISH_REASON_STOP,
+    FinishReason.LENGTH: engine_link_pb2.FINISH_REASON_LENGTH,
+}
+MODE_OF = {value: mode for mode, value in MODES.items()}
+MILESTONE_OF = {value: kind for kind, value in MILESTONES.items()}
+_FINISH_OF = {value: reason for reason, value in _FINISH.items()}
+
+
+def key_to_proto(key: SequenceKey) -> common_pb2.SequenceKey:
+    return common_pb2.SequenceKey(request_id=key.request_id, attempt=key.attempt, choice=key.choice)
+
+
+def key_from_proto(message: common_pb2.SequenceKey) -> SequenceKey:
+    return SequenceKey(message.request_id, message.attempt, message.choice)
+
+
+def grid_to_proto(grid: Grid) -> common_pb2.Grid:
+    return common_pb2.Grid(frames=grid.frames, height=grid.height, width=grid.width)
+
+
+def grid_from_proto(message: common_pb2.Grid) -> Grid:
+    return Grid(message.frames, message.height, message.width)
+
+
+def span_to_proto(span: MediaSpan) -> engine_link_pb2.MediaSpan:
+    return engine_link_pb2.MediaSpan(
+        video=span.kind is MediaKind.VIDEO,
+        offset=span.offset,
+        grid=grid_to_proto(span.grid),
+        embedding_keys=span.embedding_keys,
+        encoder_address=span.encoder_address,
+    )
+
+
+def span_from_proto(message: engine_link_pb2.MediaSpan) -> MediaSpan:
+    return MediaSpan(
+        kind=MediaKind.VIDEO if message.video else MediaKind.IMAGE,
+        offset=message.offset,
+        grid=grid_from_proto(message.grid),
+        embedding_keys=tuple(message.embedding_keys),
+        encoder_address=message.encoder_address,
+    )
+
+
+def request_to_proto(request: EngineRequest) -> engine_link_pb2.EngineRequest:
+    sampling = request.sampling
+    return engine_link_pb2.EngineRequest(
+        prompt_ids=request.prompt_ids,
+        media=[span_to_proto(span) for span in request.media],
+        output_ids=request.output_ids,
+        sampling=engine_link_pb2.Sampling(
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            max_tokens=sampling.max_tokens,
+            stop_token_ids=sampling.stop_token_ids,
+            ignore_eos=sampling.ignore_eos,
+        ),
+        seed=request.seed,
+        choice_count=request.choices,
+        salt=request.salt,
+        arrival_time_seconds=request.arrival_s,
+        deadline_time_seconds=request.deadline_s,
+        priority=request.priority,
+    )
+
+
+def request_from_proto(message: engine_link_pb2.EngineRequest) -> EngineRequest:
+    sampling = message.sampling
+    return EngineRequest(
+        prompt_ids=tuple(message.prompt_ids),
+        media=tuple(span_from_proto(span) for span in message.media),
+        output_ids=tuple(message.output_ids),
+        sampling=SamplingParams(
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            max_tokens=sampling.max_tokens,
+            stop_token_ids=tuple(sampling.stop_token_ids),
+            ignore_eos=sampling.ignore_eos,
+        ),
+        seed=message.seed,
+        choices=message.choice_count,
+        salt=message.salt,
+        arrival_s=message.arrival_time_seconds,
+        deadline_s=message.deadline_time_seconds,
+        priority=message.priority,
+    )
+
+
+def token_to_proto(event: TokenEvent) -> engine_link_pb2.Token:
+    return engine_link_pb2.Token(
+        key=key_to_proto(event.key),
+        index=event.index,
+        token_id=event.token_id,
+        finish_reason=_FINISH[event.finish],
+        busy_seconds=event.busy_s,
+    )
+
+
+def token_from_proto(message: engine_link_pb2.Token) -> TokenEvent:
+    return TokenEvent(
+        key=key_from_proto(message.key),
+        index=message.index,
+        token_id=message.token_id,
+        finish=_FINISH_OF[message.finish_reason],
+        busy_s=message.busy_seconds,
+    )
+
+
+def ended_to_proto(key: SequenceKey, error: ServingError) -> engine_link_pb2.AttemptEnded:
+    return engine_link_pb2.AttemptEnded(
+        key=key_to_proto(key),
+        status=error.status,
+        reason=error.reason,
+        message=error.message,
+        field=error.field or "",
+        retry_after_seconds=error.retry_after_s or 0.0,
+    )
+
+
+def error_from_proto(message: engine_link_pb2.AttemptEnded) -> ServingError:
+    return KINDS[Status(message.status)](
+        message.message,
+        reason=message.reason,
+        field=message.field or None,
+        retry_after_s=message.retry_after_seconds or None,
+    )
+
+
+def load_to_proto(report: LoadReport, role: EngineRole, epoch: int) -> engine_link_pb2.Load:
+    return engine_link_pb2.Load(
+        step=report.step,
+        running_count=report.running,
+        waiting_count=report.waiting,
+        free_block_count=report.free_blocks,
+        total_block_count=report.total_blocks,
+        block_size=report.block_size,
+        queued_token_count=report.queued_tokens,
+        reserved_count=report.reserved,
+        role=ROLES[role],
+        epoch=epoch,
+    )
+
+
+def load_from_proto(message: engine_link_pb2.Load) -> LoadReport:
+    return LoadReport(
+        step=message.step,
+        running=message.running_count,
+        waiting=message.waiting_count,
+        free_blocks=message.free_block_count,
+        total_blocks=message.total_block_count,
+        block_size=message.block_size,
+        queued_tokens=message.queued_token_count,
+        reserved=message.reserved_count,
+    )
