@@ -1,0 +1,172 @@
+"""The preprocessor: messages in; token ids, grids and content keys out; keeps patches for pulling.
+
+Called through a Serve handle. Holds no weights.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from threading import Event
+
+from actors.config import PreprocessorConfig
+from actors.errors import InternalError, RequestCancelled, ServingError, Unavailable
+from actors.processing.config import ProcessingLimits
+from actors.processing.patches import PATCH_BYTES
+from actors.processing.processor import Processed, Processor
+from actors.types import SPATIAL_MERGE, TEMPORAL_MERGE, ImagePart, PreprocessReply, PreprocessRequest, VideoPart
+from actors.wire.audit import Audit
+from actors.wire.media_server import MediaServer, node_address
+from actors.wire.tensors import Patches
+from actors.wire.unit_store import Lease, Reservation, UnitStore
+
+log = logging.getLogger(__name__)
+
+PIXEL_BYTES = 3
+TOKEN_BYTES = PATCH_BYTES * SPATIAL_MERGE**2 * TEMPORAL_MERGE
+"""Most patch bytes behind one placeholder token."""
+
+
+class Preprocessor:
+    """One replica. Serve builds it with ``await``: ``__init__`` is a coroutine.
+
+    Admission: the largest size the patches of a request can have is reserved before anything is decoded (all of the
+    budget when it is larger than that) and corrected to their true size afterwards, so memory in use and in the making
+    is bounded together. A request whose patches are larger than the whole budget is refused.
+
+    Args:
+        config: where the model directory is and how much to hold.
+        limits: what one request may bring.
+        host: address its Media server listens on; the node's, as Ray knows it, when None.
+    """
+
+    async def __init__(  # type: ignore[misc]
+        self, config: PreprocessorConfig, limits: ProcessingLimits | None = None, host: str | None = None
+    ) -> None:
+        self._processor = await asyncio.to_thread(Processor, config.model_dir, limits)
+        self._closing = False
+        self._store: UnitStore[Patches] = UnitStore(limit_bytes=config.patch_bytes, limit_name="patch_bytes")
+        self._pool = ThreadPoolExecutor(max_workers=config.workers, thread_name_prefix="preprocess")
+        self._server = MediaServer(self._store)
+        await self._server.start(host if host is not None else node_address())
+        log.info("preprocessor serves patches at %s", self._server.address)
+
+    @property
+    def address(self) -> str:
+        """host:port of the Media server."""
+        return self._server.address
+
+    @property
+    def incarnation(self) -> str:
+        return self._server.incarnation
+
+    async def preprocess(self, request: PreprocessRequest) -> PreprocessReply:
+        """Does everything a prompt needs before weights; patches then wait under ``request.lease``.
+
+        Cancelling it frees whatever was made; work in a thread stops at its next step and its result is dropped.
+
+        Raises:
+            InvalidRequest: and its kinds, what the caller must change.
+            RequestCancelled: the lease was released meanwhile.
+            Unavailable: reason DRAINING, this replica is closing.
+            InternalError: a defect.
+        """
+        with self._store.open(request.lease) as lease:
+            reservation = await self._store.reserve(lease, min(self._bound(request), self._store.limit_bytes))
+            processed, busy_s = await self._in_thread(request, lease, reservation)
+            await self._keep(processed, lease, reservation)
+        return PreprocessReply(
+            prompt_ids=processed.prompt_ids,
+            media=processed.media,
+            starts_thinking=processed.starts_thinking,
+            media_address=self._server.address,
+            incarnation=self._server.incarnation,
+            busy_s=busy_s,
+        )
+
+    async def check_health(self) -> None:
+        """Raises RuntimeError when patches are no longer served: Serve then replaces the replica."""
+        self._server.check()
+
+    def audit(self) -> Audit:
+        """What is held for requests, and whether the books agree."""
+        return self._server.audit()
+
+    async def close(self, grace_s: float = 0.0) -> None:
+        """Lets pulls end for ``grace_s``, then ends everything; waits for work in threads. Idempotent."""
+        self._closing = True
+        await self._server.close(grace_s)
+        await asyncio.to_thread(self._pool.shutdown, cancel_futures=True)
+        self._processor.close()
+
+    async def _in_thread(
+        self, request: PreprocessRequest, lease: Lease, reservation: Reservation
+    ) -> tuple[Processed, float]:
+        """Processes on the pool. Cancelled, it lets ``reservation`` go only when the thread is through."""
+        loop = asyncio.get_running_loop()
+        abandoned = Event()
+
+        def check() -> None:
+            if abandoned.is_set() or lease.ended:
+                raise RequestCancelled("the patches were released while they were made")
+
+        try:
+            work = self._pool.submit(self._process, request, check)
+        except RuntimeError:  # the pool is shut down
+            reservation.release()
+            raise Unavailable("this preprocessor is closing", reason="DRAINING") from None
+        try:
+            return await asyncio.wrap_future(work)
+        except asyncio.CancelledError:
+            abandoned.set()
+            work.cancel()
+            work.add_done_callback(lambda _: loop.call_soon_threadsafe(reservation.release))
+            if self._closing and work.cancelled():
+                raise Unavailable("this preprocessor is closing", reason="DRAINING") from None
+            raise
+        except ServingError:
+            reservation.release()
+            raise
+        except Exception:
+            reservation.release()
+            log.exception("preprocessing for lease %s failed", request.lease)
+            raise InternalError("preprocessing failed") from None
+
+    def _process(self, request: PreprocessRequest, check: Callable[[], None]) -> tuple[Processed, float]:
+        """On a pool thread."""
+        check()
+        started = time.perf_counter()
+        processed = self._processor.process(request, check)
+        return processed, time.perf_counter() - started
+
+    async def _keep(self, processed: Processed, lease: Lease, reservation: Reservation) -> None:
+        """Puts the units under the lease and returns what was reserved too much."""
+        units = processed.units
+        byte_count = sum(unit.patches.nbytes for unit in units.values())
+        try:
+            if byte_count > reservation.byte_count:
+                self._store.check_fits(byte_count)
+                reservation.release()
+                reservation = await self._store.reserve(lease, byte_count)
+            if lease.ended:
+                raise RequestCancelled("the patches were released while they were made")
+            for key, unit in units.items():
+                self._store.put(key, unit.patches, reservation, [lease])
+        finally:
+            reservation.release()
+
+    def _bound(self, request: PreprocessRequest) -> int:
+        """Most bytes the patches of a request can have: by pixel and frame bounds of its parts, and by its tokens."""
+        pixels = 0
+        for message in request.messages:
+            for part in message.parts:
+                match part:
+                    case ImagePart():
+                        pixels += max(part.max_pixels or self._processor.image_config.max_pixels, part.min_pixels or 0)
+                    case VideoPart():
+                        frames = part.max_frames or self._processor.video_config.max_frames
+                        pixels += (frames + frames % TEMPORAL_MERGE) * self._processor.video_config.max_pixels
+        return min(pixels * PIXEL_BYTES, request.max_prompt_tokens * TOKEN_BYTES)
