@@ -1,0 +1,342 @@
+"""The engine as a Serve replica: one expert-parallel group, whose leader serves routers and other engines over gRPC.
+
+    routers  == EngineLink ==>  EngineReplica -- commands -->  Engine (step thread)
+    encoders == Media =======>  EmbeddingPuller ------------->    |
+    engines  == KvControl ===>  KvSender, KvReceiver <--------  EngineSink
+
+The event loop owns links, pulls and transfers; the step thread owns the engine's state. What the engine tells reaches
+the loop in order. A failed step ends the process at once: Serve replaces it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from actors.config import EngineReplicaConfig
+from actors.engine.config import EngineConfig
+from actors.engine.engine import Engine
+from actors.engine.events import ComputedChunk
+from actors.engine_rank import Rank, load_rank
+from actors.errors import AlreadyExists, InternalError, ServingError
+from actors.parallel.kv_transfer import KvGeometry, KvIdentity, KvTransferConfig
+from actors.parallel.torch_pairs import TorchMeeting
+from actors.types import (
+    AttemptMode,
+    EngineInfo,
+    EngineRequest,
+    EngineRole,
+    LoadReport,
+    MediaSpan,
+    MilestoneKind,
+    SequenceKey,
+    TokenEvent,
+)
+from actors.wire.audit import Audit, AuditServicer, take_audit
+from actors.wire.channels import bind, make_server
+from actors.wire.embedding_puller import EmbeddingPuller
+from actors.wire.engine_link import EngineLinkServicer
+from actors.wire.kv_receiver import KvReceiver
+from actors.wire.kv_sender import KvSender
+from actors.wire.media_client import MediaClient
+from actors.wire.media_server import node_address
+from actors.wire.renewal import renew_for_ever
+from ernie_serving.internal.v1 import audit_pb2_grpc, engine_link_pb2_grpc, kv_control_pb2_grpc
+
+log = logging.getLogger(__name__)
+
+LEAVE_TIMEOUT_S = 1.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Attempt:
+    """What the surroundings of the engine need to know of an attempt."""
+
+    media: tuple[MediaSpan, ...]
+    peer: tuple[str, str] | None
+
+
+class EngineReplica:
+    """One replica. Serve builds it with ``await``: ``__init__`` is a coroutine.
+
+    Args:
+        config: what to load and how much to hold.
+        planner: Serve handle of the planner, which gives the role before anything is loaded.
+        engine_id: stable name; this process's when None.
+        host: address to listen on; the node's, as Ray knows it, when None.
+    """
+
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, config: EngineReplicaConfig, planner: Any, engine_id: str | None = None, host: str | None = None
+    ) -> None:
+        self._config = config
+        self._planner = planner
+        self._incarnation = uuid.uuid4().hex
+        self._loop = asyncio.get_running_loop()
+        role: EngineRole = await planner.assign_role.remote(self._incarnation, config.pool)
+        self._progress = (0, 0)
+
+        async def say_loading() -> None:
+            await planner.still_loading.remote(self._incarnation, config.pool, role, *self._progress)
+
+        loading = asyncio.create_task(renew_for_ever(say_loading))
+        try:
+            rank = await asyncio.to_thread(load_rank, config, role, self._note_progress)
+        finally:
+            loading.cancel()
+        self._build(rank, role, engine_id or f"{config.pool}-{self._incarnation[:8]}", host or node_address())
+        await self._server.start()
+        self._engine.start()
+        self._registration = asyncio.create_task(renew_for_ever(self._renew))
+        log.info("engine %s serves as %s at %s", self._info.engine_id, role, self._info.address)
+
+    def _build(self, rank: Rank, role: EngineRole, engine_id: str, host: str) -> None:
+        config, text, cache = self._config, rank.config.text, rank.runner.cache
+        self._attempts: dict[SequenceKey, _Attempt] = {}
+        self._hidden_size = text.hidden_size
+        self._dtype = rank.runner.model.dtype
+        self._engine = Engine(
+            EngineConfig(
+                role=role,
+                max_model_len=config.max_model_len or text.max_position_embeddings,
+                block_size=config.block_size,
+                max_num_seqs=config.max_num_seqs,
+                max_batched_tokens=config.max_batched_tokens,
+                max_waiting=config.max_waiting,
+            ),
+            rank.config,
+            rank.rules,
+            rank.runner,
+            _Sink(self),
+        )
+        self._server = make_server()
+        self._info = EngineInfo(
+            engine_id=engine_id,
+            incarnation=self._incarnation,
+            address=bind(self._server, host),
+            role=role,
+            epoch=1,
+            fingerprint=rank.fingerprint.hex(),
+            dtype=config.dtype,
+            block_size=config.block_size,
+            switches=rank.rules.switches,
+            max_model_len=self._engine.max_model_len,
+        )
+        self._identity = KvIdentity(
+            fingerprint=self._info.fingerprint,
+            dtype=self._info.dtype,
+            block_size=self._info.block_size,
+            switches=self._info.switches,
+        )
+        self._media = MediaClient()
+        self._puller = EmbeddingPuller(
+            self._pull,
+            supply=self._engine.supply_embedding,
+            need=lambda key, keys: self._links.deliver_need(key, keys),
+            fail=self._engine.fail,
+            bytes_per_token=self._hidden_size * self._dtype.itemsize,
+            window_bytes=config.media_window_bytes,
+        )
+        transfer = KvTransferConfig()
+        self._meeting = TorchMeeting(host=host, device=cache.device, config=transfer)
+        geometry = KvGeometry(
+            num_layers=text.num_hidden_layers,
+            num_kv_heads=text.num_key_value_heads,
+            head_dim=text.head_dim,
+            dtype=self._dtype,
+            device=cache.device,
+        )
+        self._sender = KvSender(
+            engine=self._engine,
+            cache=cache,
+            geometry=geometry,
+            incarnation=self._incarnation,
+            meeting=self._meeting,
+            loop=self._loop,
+            config=transfer,
+        )
+        self._receiver = KvReceiver(
+            engine=self._engine,
+            cache=cache,
+            geometry=geometry,
+            incarnation=self._incarnation,
+            identity=self._identity,
+            meeting=self._meeting,
+            loop=self._loop,
+            config=transfer,
+            on_transferred=lambda key, busy_s: self._links.deliver_milestone(key, MilestoneKind.TRANSFERRED, busy_s),
+        )
+        self._links = EngineLinkServicer(self, lambda: self._info)
+        engine_link_pb2_grpc.add_EngineLinkServiceServicer_to_server(self._links, self._server)
+        kv_control_pb2_grpc.add_KvControlServiceServicer_to_server(self._receiver, self._server)
+        audit_pb2_grpc.add_AuditServiceServicer_to_server(AuditServicer(self.audit), self._server)
+
+    # What links ask for (AttemptHost), on the event loop.
+
+    def submit(self, key: SequenceKey, request: EngineRequest, mode: AttemptMode, peer: tuple[str, str] | None) -> None:
+        if mode is AttemptMode.PREFILL and peer is None:
+            raise InternalError("a prefill attempt needs the engine that decodes")
+        if key in self._attempts:
+            raise AlreadyExists(f"attempt {key} is active already")
+        self._attempts[key] = _Attempt(media=request.media, peer=peer)
+        try:
+            self._engine.submit(key, request, mode)
+        except Exception:
+            del self._attempts[key]
+            raise
+
+    def cancel(self, key: SequenceKey) -> None:
+        self._engine.cancel(key)
+
+    def supply_media(self, key: SequenceKey, media: tuple[MediaSpan, ...]) -> None:
+        self._puller.resupply(key, media)
+
+    def load(self) -> LoadReport:
+        return self._engine.load()
+
+    # What the engine tells, on the event loop.
+
+    def deliver_tokens(self, tokens: list[TokenEvent]) -> None:
+        self._links.deliver_tokens(tokens)
+
+    def deliver_end(self, key: SequenceKey, error: ServingError) -> None:
+        self._links.deliver_end(key, error)
+
+    def pass_milestone(self, key: SequenceKey, kind: MilestoneKind, busy_s: float) -> None:
+        if kind is MilestoneKind.RELEASED:
+            self._puller.stop(key)
+            self._attempts.pop(key, None)
+            self._links.forget(key)
+        else:
+            self._links.deliver_milestone(key, kind, busy_s)
+
+    def admit(self, key: SequenceKey) -> None:
+        if (attempt := self._attempts.get(key)) is not None:
+            self._puller.start(key, attempt.media)
+
+    def consume(self, key: SequenceKey, media_index: int, unit_index: int) -> None:
+        self._puller.consumed(key, media_index, unit_index)
+
+    # What the engine tells the transfer, on the step thread.
+
+    def ask_for_blocks(self, key: SequenceKey, token_count: int) -> None:
+        attempt = self._attempts.get(key)
+        if attempt is not None and attempt.peer is not None:
+            self._sender.reserve(key, *attempt.peer, token_count, self._identity)
+
+    def push(self, chunk: ComputedChunk) -> None:
+        self._sender.push(chunk)
+
+    def give_up_transfer(self, key: SequenceKey) -> None:
+        self._sender.cancel(key)
+
+    def drop_reservation(self, key: SequenceKey) -> None:
+        self._receiver.drop(key)
+
+    async def _pull(self, span: MediaSpan, embedding_key: bytes, reader: SequenceKey) -> torch.Tensor:
+        return await self._media.pull_embedding(
+            span.encoder_address,
+            embedding_key,
+            str(reader),
+            shape=(span.grid.tokens_per_unit, self._hidden_size),
+            dtype=self._dtype,
+        )
+
+    # Registry, health, end.
+
+    def _note_progress(self, bytes_done: int, bytes_total: int) -> None:
+        log.info("loading: %.2f of %.2f GB", bytes_done / 1e9, bytes_total / 1e9)
+        self._progress = (bytes_done, bytes_total)
+
+    async def _renew(self) -> None:
+        await self._planner.renew_engine.remote(self._info, self._config.pool, True, self._engine.load())
+
+    async def audit(self) -> Audit:
+        """What is held for requests. The engine is checked between two steps: a long one must not stop the loop."""
+        engine = await asyncio.to_thread(take_audit, dict, self._engine.check_integrity)
+        around = take_audit(self._held, self._check_surroundings)
+        return replace(around, problem=engine.problem or around.problem)
+
+    def _held(self) -> dict[str, int]:
+        load = self._engine.load()
+        return {
+            "attempts": len(self._attempts),
+            "linked_attempts": self._links.attempt_count,
+            "blocks": load.total_blocks - load.free_blocks,
+            "reservations": load.reserved,
+            "embedding_bytes": self._puller.held_bytes,
+        }
+
+    def _check_surroundings(self) -> None:
+        self._puller.check_integrity()
+        if not self._attempts:
+            self._sender.check_integrity()
+            self._receiver.check_integrity()
+
+    async def check_health(self) -> None:
+        """Serve replaces a replica whose check raises."""
+        if self._registration.done():
+            raise RuntimeError("the engine's registration stopped") from self._registration.exception()
+
+    async def close(self) -> None:
+        """Drains: no new attempts, running ones may finish until the drain timeout."""
+        self._registration.cancel()
+        with contextlib.suppress(Exception):
+            async with asyncio.timeout(LEAVE_TIMEOUT_S):
+                await self._planner.leave.remote(self._incarnation)
+        self._engine.drain()
+        await asyncio.to_thread(self._engine.wait_idle, self._config.drain_timeout_s)
+        await self._sender.close()
+        await self._receiver.close()
+        await self._server.stop(0.5)
+        await asyncio.to_thread(self._engine.stop)
+        await self._media.close()
+        self._meeting.close()
+
+
+class _Sink:
+    """EngineSink: from the step thread to the event loop, in order; transfers are told at once."""
+
+    def __init__(self, replica: EngineReplica) -> None:
+        self._replica = replica
+        self._post = replica._loop.call_soon_threadsafe
+
+    def on_tokens(self, tokens: Sequence[TokenEvent]) -> None:
+        self._post(self._replica.deliver_tokens, list(tokens))
+
+    def on_ended(self, key: SequenceKey, error: ServingError) -> None:
+        self._post(self._replica.deliver_end, key, error)
+
+    def on_milestone(self, key: SequenceKey, kind: MilestoneKind, busy_s: float) -> None:
+        self._post(self._replica.pass_milestone, key, kind, busy_s)
+
+    def on_admitted(self, key: SequenceKey) -> None:
+        self._post(self._replica.admit, key)
+
+    def on_media_consumed(self, key: SequenceKey, media_index: int, unit_index: int) -> None:
+        self._post(self._replica.consume, key, media_index, unit_index)
+
+    def on_reserve_needed(self, key: SequenceKey, token_count: int) -> None:
+        self._replica.ask_for_blocks(key, token_count)
+
+    def on_chunk(self, chunk: ComputedChunk) -> None:
+        self._replica.push(chunk)
+
+    def on_transfer_cancelled(self, key: SequenceKey) -> None:
+        self._replica.give_up_transfer(key)
+
+    def on_reservation_dropped(self, key: SequenceKey) -> None:
+        self._replica.drop_reservation(key)
+
+    def on_fatal(self, error: BaseException) -> None:
+        log.critical("a step failed: the engine ends", exc_info=error)
+        logging.shutdown()
+        os._exit(1)

@@ -1,0 +1,65 @@
+"""An engine's rank holds what its role needs, and no more."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from actors.config import EngineReplicaConfig
+from actors.engine_rank import load_rank
+from actors.ernie.weights import Checkpoint
+from actors.types import EngineRole
+from tests.tiny_model import tiny_checkpoint
+
+CONFIG = EngineReplicaConfig(
+    model_dir=str(tiny_checkpoint()), pool="engine", dtype="float32", kv_cache_gib=0.01, block_size=16
+)
+
+
+@pytest.mark.parametrize("naming", ["hf", "baidu"])
+@pytest.mark.parametrize("role", list(EngineRole))
+def test_only_engines_that_prefill_read_the_vision_experts(role: EngineRole, naming: str) -> None:
+    directory = tiny_checkpoint(naming=naming)
+    with Checkpoint(directory) as checkpoint:
+        stored = {group: checkpoint.stored_bytes(group) for group in ("language", "vision_experts", "vision")}
+        fingerprint = checkpoint.fingerprint("language")
+    rank = load_rank(replace(CONFIG, model_dir=str(directory)), role)
+    assert rank.loaded.bytes_read == stored | {"vision": 0} | ({} if role.prefills else {"vision_experts": 0})
+    assert (rank.runner.model.vision_bank is not None) == role.prefills
+    assert rank.fingerprint == fingerprint
+
+
+def test_the_vision_experts_room_becomes_kv_blocks_of_a_decode_engine() -> None:
+    prefill, decode = load_rank(CONFIG, EngineRole.PREFILL), load_rank(CONFIG, EngineRole.DECODE)
+    assert prefill.arena.plan == decode.arena.plan
+    plan = decode.arena.plan
+    assert prefill.runner.block_count == plan.blocks_beside_bank == int(0.01 * 2**30) // plan.block_bytes
+    assert decode.runner.block_count == plan.blocks_without_bank
+    assert (decode.runner.block_count - prefill.runner.block_count + 1) * plan.block_bytes > plan.bank_bytes
+
+
+def test_a_model_without_experts_prefills_too() -> None:
+    directory = tiny_checkpoint(overrides={"text_config.mlp_layer_types": ["dense"] * 4})
+    rank = load_rank(replace(CONFIG, model_dir=str(directory)), EngineRole.COLOCATED)
+    assert rank.runner.model.vision_bank is not None
+    assert rank.loaded.bytes_read["vision_experts"] == 0
+
+
+def test_the_separator_also_ends_a_reply_unless_transformers_rules_apply() -> None:
+    directory = tiny_checkpoint(overrides={"generation_config.eos_token_id": 2})
+    config = replace(CONFIG, model_dir=str(directory))
+    guarded = load_rank(config, EngineRole.COLOCATED).config.eos_token_ids
+    plain = load_rank(replace(config, compat="transformers"), EngineRole.COLOCATED).config.eos_token_ids
+    assert plain == (2,)
+    assert guarded[0] == 2 and len(guarded) == 2
+
+
+def test_memory_that_holds_no_block_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"kv_cache_gib: 1e-09 holds no KV block"):
+        load_rank(replace(CONFIG, kv_cache_gib=1e-9), EngineRole.PREFILL)
+
+
+def test_a_cpu_needs_the_size_of_its_kv_cache() -> None:
+    with pytest.raises(ValueError, match="kv_cache_gib"):
+        replace(CONFIG, kv_cache_gib=None)

@@ -1,0 +1,281 @@
+"""The two ends of a link against each other, over real gRPC on the loopback."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+
+import grpc
+import grpc.aio
+import pytest
+
+from actors.errors import AlreadyExists, Overloaded, ServingError, Unavailable
+from actors.types import (
+    AttemptMode,
+    EngineInfo,
+    EngineRequest,
+    EngineRole,
+    FinishReason,
+    Grid,
+    LoadReport,
+    MediaKind,
+    MediaSpan,
+    MilestoneKind,
+    SamplingParams,
+    SequenceKey,
+    TokenEvent,
+)
+from actors.wire import convert
+from actors.wire.channels import make_server, open_channel
+from actors.wire.engine_link import EngineLinkServicer
+from cluster.router.link import AttemptError, AttemptEvent, EngineLink, MediaNeed, Milestone
+from ernie_serving.internal.v1 import engine_link_pb2, engine_link_pb2_grpc
+
+LOAD = LoadReport(
+    step=7, running=1, waiting=2, free_blocks=3, total_blocks=9, block_size=16, queued_tokens=40, reserved=1
+)
+REQUEST = EngineRequest(
+    prompt_ids=(1, 2, 300, 300, 5),
+    media=(
+        MediaSpan(
+            kind=MediaKind.IMAGE,
+            offset=2,
+            grid=Grid(1, 2, 4),
+            embedding_keys=(b"k" * 32,),
+            encoder_address="127.0.0.1:5",
+        ),
+    ),
+    output_ids=(9,),
+    sampling=SamplingParams(temperature=0.5, top_p=0.9, top_k=4, max_tokens=7, stop_token_ids=(3,), ignore_eos=True),
+    seed=2**64 - 1,
+    salt=b"tenant",
+    arrival_s=1.5,
+    deadline_s=2.5,
+    priority=-1,
+)
+KEY = SequenceKey("router-1", 0, 0)
+
+
+class Host:
+    def __init__(self) -> None:
+        self.calls: asyncio.Queue[tuple[object, ...]] = asyncio.Queue()
+        self.refuse: ServingError | None = None
+
+    def submit(self, key: SequenceKey, request: EngineRequest, mode: AttemptMode, peer: tuple[str, str] | None) -> None:
+        if self.refuse is not None:
+            raise self.refuse
+        self.calls.put_nowait(("submit", key, request, mode, peer))
+
+    def cancel(self, key: SequenceKey) -> None:
+        self.calls.put_nowait(("cancel", key))
+
+    def supply_media(self, key: SequenceKey, media: tuple[MediaSpan, ...]) -> None:
+        self.calls.put_nowait(("supply", key, media))
+
+    def load(self) -> LoadReport:
+        return LOAD
+
+
+class Pair:
+    def __init__(self, info: EngineInfo, host: Host, servicer: EngineLinkServicer) -> None:
+        self.info, self.host, self.servicer = info, host, servicer
+        self.events: asyncio.Queue[AttemptEvent] = asyncio.Queue()
+        self.loaded = asyncio.Event()
+        self.lost = asyncio.Event()
+        self.link = self.connect(info)
+
+    def connect(self, info: EngineInfo, lost_after_s: float = 5.0) -> EngineLink:
+        return EngineLink(
+            info,
+            "router",
+            lost_after_s=lost_after_s,
+            on_load=lambda _: self.loaded.set(),
+            on_lost=lambda _: self.lost.set(),
+        )
+
+    async def event(self) -> AttemptEvent:
+        return await asyncio.wait_for(self.events.get(), 5)
+
+    async def call(self) -> tuple[object, ...]:
+        return await asyncio.wait_for(self.host.calls.get(), 5)
+
+
+@asynccontextmanager
+async def engine() -> AsyncIterator[Pair]:
+    host = Host()
+    server = make_server()
+    port = server.add_insecure_port("127.0.0.1:0")
+    info = EngineInfo(
+        engine_id="engine",
+        incarnation="first",
+        address=f"127.0.0.1:{port}",
+        role=EngineRole.COLOCATED,
+        epoch=3,
+        fingerprint="f",
+        dtype="float64",
+        block_size=16,
+        switches="s",
+        max_model_len=64,
+    )
+    servicer = EngineLinkServicer(host, lambda: info)
+    engine_link_pb2_grpc.add_EngineLinkServiceServicer_to_server(servicer, server)
+    await server.start()
+    pair = Pair(info, host, servicer)
+    pair.link.start()
+    try:
+        await asyncio.wait_for(pair.loaded.wait(), 5)
+        yield pair
+    finally:
+        await pair.link.close()
+        await server.stop(None)
+
+
+async def test_an_attempt_from_submit_to_its_last_token() -> None:
+    async with engine() as pair:
+        assert pair.link.usable and pair.link.load == LOAD
+        peer = replace(pair.info, address="10.0.0.1:1", incarnation="peer")
+        pair.link.submit(KEY, REQUEST, AttemptMode.PREFILL, peer, pair.events)
+        assert await pair.call() == ("submit", KEY, REQUEST, AttemptMode.PREFILL, ("10.0.0.1:1", "peer"))
+
+        pair.servicer.deliver_milestone(KEY, MilestoneKind.PREFILL_STARTED, 0.0)
+        assert await pair.event() == Milestone(KEY, MilestoneKind.PREFILL_STARTED, 0.0)
+        pair.servicer.deliver_need(KEY, (b"k" * 32,))
+        assert await pair.event() == MediaNeed(KEY, (b"k" * 32,))
+        pair.link.supply_media(KEY, REQUEST.media)
+        assert await pair.call() == ("supply", KEY, REQUEST.media)
+
+        tokens = [
+            TokenEvent(key=KEY, index=1, token_id=11, busy_s=0.5),
+            TokenEvent(key=KEY, index=2, token_id=2, finish=FinishReason.STOP),
+        ]
+        pair.servicer.deliver_tokens(tokens)
+        assert [await pair.event(), await pair.event()] == tokens
+        assert pair.servicer.attempt_count == 0
+        pair.link.forget(KEY, cancel=False)
+
+
+async def test_cancel_reaches_the_engine_once() -> None:
+    async with engine() as pair:
+        pair.link.submit(KEY, REQUEST, AttemptMode.COLOCATED, None, pair.events)
+        assert (await pair.call())[4] is None
+        pair.link.forget(KEY, cancel=True)
+        pair.link.forget(KEY, cancel=True)
+        assert await pair.call() == ("cancel", KEY)
+        other = SequenceKey("router-2", 0, 0)
+        pair.link.submit(other, REQUEST, AttemptMode.COLOCATED, None, pair.events)
+        assert (await pair.call())[1] == other
+
+
+async def test_a_refused_submit_and_an_end_carry_the_error() -> None:
+    async with engine() as pair:
+        pair.host.refuse = Overloaded("full", retry_after_s=2.0)
+        pair.link.submit(KEY, REQUEST, AttemptMode.COLOCATED, None, pair.events)
+        event = await pair.event()
+        assert isinstance(event, AttemptError)
+        assert isinstance(event.error, Overloaded)
+        assert (event.error.reason, event.error.retry_after_s) == ("QUEUE_FULL", 2.0)
+        pair.host.refuse = None
+        pair.link.submit(KEY, REQUEST, AttemptMode.COLOCATED, None, pair.events)
+        await pair.call()
+        pair.servicer.deliver_end(KEY, Unavailable("no blocks", reason="PREEMPTED", retry_after_s=1.0))
+        event = await pair.event()
+        assert isinstance(event, AttemptError) and event.error.reason == "PREEMPTED"
+
+
+async def test_a_stale_epoch_is_refused() -> None:
+    async with engine() as pair:
+        pair.link.info = replace(pair.info, epoch=2)
+        pair.link.submit(KEY, REQUEST, AttemptMode.COLOCATED, None, pair.events)
+        event = await pair.event()
+        assert isinstance(event, AttemptError) and event.error.reason == "EPOCH_CHANGED"
+
+
+async def test_a_closed_link_cancels_its_attempts_at_the_engine() -> None:
+    async with engine() as pair:
+        pair.link.submit(KEY, REQUEST, AttemptMode.COLOCATED, None, pair.events)
+        await pair.call()
+        await pair.link.close()
+        assert await pair.call() == ("cancel", KEY)
+        event = await pair.event()
+        assert isinstance(event, AttemptError) and event.error.reason == "ENGINE_LOST"
+
+
+async def test_a_lost_engine_fails_its_attempts() -> None:
+    async with engine() as pair:
+        dead = pair.connect(replace(pair.info, incarnation="replaced"))
+        pair.lost.clear()
+        dead.start()
+        dead.submit(KEY, REQUEST, AttemptMode.COLOCATED, None, pair.events)
+        event = await pair.event()
+        assert isinstance(event, AttemptError) and event.error.reason == "ENGINE_LOST"
+        assert "met protocol 1 of first" in event.error.message
+        await asyncio.wait_for(pair.lost.wait(), 5)
+        assert not dead.usable
+        await dead.close()
+
+
+async def test_a_silent_engine_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with engine() as pair:
+        monkeypatch.setattr("actors.wire.engine_link.LOAD_S", 60.0)
+        silent = pair.connect(pair.info, lost_after_s=0.3)
+        pair.lost.clear()
+        silent.start()
+        silent.submit(KEY, REQUEST, AttemptMode.COLOCATED, None, pair.events)
+        event = await pair.event()
+        assert isinstance(event, AttemptError) and "silent" in event.error.message
+        await silent.close()
+
+
+async def test_a_second_submit_of_a_running_attempt_is_refused_and_the_first_goes_on() -> None:
+    async with engine() as pair:
+        pair.link.submit(KEY, REQUEST, AttemptMode.COLOCATED, None, pair.events)
+        await pair.call()
+        other = pair.connect(pair.info)
+        pair.loaded.clear()
+        other.start()
+        await asyncio.wait_for(pair.loaded.wait(), 5)
+        refused: asyncio.Queue[AttemptEvent] = asyncio.Queue()
+        other.submit(KEY, REQUEST, AttemptMode.COLOCATED, None, refused)
+        event = await asyncio.wait_for(refused.get(), 5)
+        assert isinstance(event, AttemptError) and isinstance(event.error, AlreadyExists)
+        token = TokenEvent(key=KEY, index=1, token_id=11)
+        pair.servicer.deliver_tokens([token])
+        assert await pair.event() == token
+        await other.close()
+        assert pair.servicer.attempt_count == 1 and pair.host.calls.empty()
+
+
+async def test_attempts_of_a_router_that_stops_reading_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A frozen router keeps its connection, and its stream fills up until nothing can be written any more."""
+    async with engine() as pair, open_channel(pair.info.address) as channel:
+        monkeypatch.setattr("actors.wire.engine_link.ROUTER_SILENT_S", 0.3)
+        hello = engine_link_pb2.RouterHello(protocol_version=convert.PROTOCOL_VERSION, router_incarnation="frozen")
+        submit = engine_link_pb2.Submit(
+            key=convert.key_to_proto(KEY),
+            request=convert.request_to_proto(REQUEST),
+            mode=convert.MODES[AttemptMode.COLOCATED],
+            epoch=pair.info.epoch,
+        )
+        call = engine_link_pb2_grpc.EngineLinkServiceStub(channel).Link()
+        await call.write(engine_link_pb2.LinkRequest(hello=hello))
+        await call.write(engine_link_pb2.LinkRequest(submit=submit))
+        assert (await pair.call())[:2] == ("submit", KEY)
+        for index in range(100):
+            pair.servicer.deliver_tokens([TokenEvent(key=KEY, index=index, token_id=1)] * 5000)
+        assert await pair.call() == ("cancel", KEY)
+        call.cancel()
+
+
+@pytest.mark.parametrize("hello", [True, False])
+async def test_a_link_that_does_not_begin_with_a_hello_is_refused(monkeypatch: pytest.MonkeyPatch, hello: bool) -> None:
+    monkeypatch.setattr("actors.wire.engine_link.ROUTER_SILENT_S", 0.2)
+    async with engine() as pair, open_channel(pair.info.address) as channel:
+        call = engine_link_pb2_grpc.EngineLinkServiceStub(channel).Link()
+        if hello:
+            wrong = engine_link_pb2.RouterHello(protocol_version=convert.PROTOCOL_VERSION + 1)
+            await call.write(engine_link_pb2.LinkRequest(hello=wrong))
+        with pytest.raises(grpc.aio.AioRpcError) as refusal:
+            await asyncio.wait_for(call.read(), 5)
+        assert refusal.value.code() is grpc.StatusCode.FAILED_PRECONDITION
