@@ -1,0 +1,1 @@
+"""How many workers there are, where they run, and who gets which request."""

@@ -1,0 +1,321 @@
+"""The whole cluster in one description, read by ``ernie serve`` and by ``serve deploy`` alike.
+
+Every error names the path of the field. What a field leaves open (``None`` or ``auto``) is settled once, by
+``resolve``, from the accelerators at hand; the parts only ever see settled values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from actors.processing.config import ProcessingLimits
+from actors.types import EngineRole
+
+Compat = Literal["original", "transformers"]
+DType = Literal["auto", "bfloat16", "float32", "float64"]
+LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR"]
+
+
+def _shareable(gpus: float) -> float:
+    if gpus > 1 and gpus != int(gpus):
+        raise ValueError(f"a share of one GPU or a whole number of them, not {gpus:g}")
+    return gpus
+
+
+Count = Annotated[int, Field(ge=1)]
+Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Gpus = Annotated[Amount, AfterValidator(_shareable)]
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Port = Annotated[int, Field(ge=1, le=65535)]
+
+POOL_NAMES_TAKEN = ("router", "planner", "preprocessor", "vision_encoder")
+
+ENGINE_GPU_SHARE = 0.75
+ENCODER_GPU_SHARE = 0.25
+CPU_KV_CACHE_GIB = 0.5
+
+
+class Section(BaseModel):
+    """Base of every part: unknown keys are errors, values never change after validation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class RouterPool(Section):
+    """Routers: the public face. ``max_active`` requests are admitted at once, the next is refused as overload."""
+
+    replicas: Count = 1
+    max_active: Count = 1024
+    num_cpus: Amount = 0.5
+
+    @field_validator("replicas")
+    @classmethod
+    def _one(cls, replicas: int) -> int:
+        if replicas != 1:
+            raise ValueError("more than one router is not built yet")
+        return replicas
+
+
+class PreprocessorPool(Section):
+    """Preprocessors: media and text to token ids and patches, on CPUs."""
+
+    replicas: Count = 1
+    num_cpus: Amount = 1.0
+    concurrency: Count = 2
+    """Requests decoded at once; others wait."""
+    max_ongoing: Count = 256
+    """Requests accepted at once, waiting ones included."""
+    patch_bytes: Count = 2 << 30
+    """Patches kept for pulling; what does not fit waits before it is decoded."""
+    limits: ProcessingLimits = ProcessingLimits()
+    """What one request may carry, ``allowed_media_domains`` among it."""
+
+
+class VisionEncoderPool(Section):
+    """Vision encoders: patches to embeddings."""
+
+    replicas: Count = 1
+    num_cpus: Amount = 1.0
+    num_gpus: Gpus | None = None
+    max_batch_patches: Count = 16384
+    """Patches computed in one pass."""
+    patch_window_bytes: Count = 64_000_000
+    """Patches held ahead of their batch."""
+    embedding_bytes: Count = 2 << 30
+    """Embeddings kept, leased and cached together."""
+    cache_bytes: Annotated[int, Field(ge=0)] = 1 << 30
+    """How much of it embeddings nobody leases may take."""
+
+
+class Roles(Section):
+    """How many engines of a pool take each role."""
+
+    prefill: Annotated[int, Field(ge=0)] = 0
+    decode: Annotated[int, Field(ge=0)] = 0
+    colocated: Annotated[int, Field(ge=0)] = 0
+
+    @model_validator(mode="after")
+    def _some(self) -> Self:
+        if self.total == 0:
+            raise ValueError("at least one of prefill, decode and colocated must be positive")
+        return self
+
+    @property
+    def total(self) -> int:
+        return self.prefill + self.decode + self.colocated
+
+
+class EnginePool(Section):
+    """Language-model engines of one shape. One Serve replica is one expert-parallel group."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]{0,30}$")] = "engine"
+    roles: Roles
+    expert_parallel: Count = 1
+    num_cpus: Amount = 1.0
+    num_gpus: Gpus | None = None
+    kv_cache_gib: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """Size of the KV cache. On a GPU, unset takes what ``gpu_memory_utilization`` leaves."""
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9
+    block_size: Annotated[int, Field(ge=1, le=1024)] = 16
+    max_num_seqs: Count = 64
+    max_batched_tokens: Count = 2048
+    max_waiting: Count = 256
+    """Sequences that wait in an engine; the next is refused as overload."""
+
+    @field_validator("expert_parallel")
+    @classmethod
+    def _one(cls, expert_parallel: int) -> int:
+        if expert_parallel != 1:
+            raise ValueError("expert parallelism over more than one rank is not built yet")
+        return expert_parallel
+
+    @field_validator("name")
+    @classmethod
+    def _free(cls, name: str) -> str:
+        if name in POOL_NAMES_TAKEN:
+            raise ValueError(f"{name!r} is the name of another pool")
+        return name
+
+    @model_validator(mode="after")
+    def _decoding_fits(self) -> Self:
+        if self.max_num_seqs > self.max_batched_tokens:
+            raise ValueError(
+                f"max_num_seqs {self.max_num_seqs} is over max_batched_tokens {self.max_batched_tokens}: "
+                "prompts would never advance beside decoding"
+            )
+        return self
+
+    @property
+    def replicas(self) -> int:
+        return self.roles.total
+
+    def role_counts(self) -> Mapping[EngineRole, int]:
+        """Wanted engines per role; roles nobody wants are left out."""
+        counts = {
+            EngineRole.PREFILL: self.roles.prefill,
+            EngineRole.DECODE: self.roles.decode,
+            EngineRole.COLOCATED: self.roles.colocated,
+        }
+        return {role: count for role, count in counts.items() if count}
+
+
+class ClusterConfig(Section):
+    """Everything. ``model`` is a checkpoint directory, at the same path on every node."""
+
+    model: Annotated[str, Field(min_length=1)]
+    served_model_name: Annotated[str, Field(min_length=1)] | None = None
+    """Name clients ask for. The last part of ``model`` when unset."""
+    dtype: DType = "auto"
+    """``auto`` is bfloat16 on GPUs and float32 elsewhere."""
+    compat: Compat = "original"
+    """Whose routing and position rules to follow where they differ."""
+    max_model_len: Annotated[int, Field(ge=2)] | None = None
+    """Longest prompt and reply together. The checkpoint's own when unset."""
+
+    router: RouterPool = RouterPool()
+    preprocessor: PreprocessorPool = PreprocessorPool()
+    vision_encoder: VisionEncoderPool = VisionEncoderPool()
+    engines: tuple[EnginePool, ...] | None = None
+    """Unset: chosen from the GPUs there are (``resolve``)."""
+
+    default_timeout_s: Seconds = 600.0
+    """Deadline of a request that names none."""
+    drain_timeout_s: Seconds = 30.0
+    """Time running requests have to finish when the cluster stops."""
+
+    host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
+    http_port: Port = 8000
+    grpc_port: Port = 9000
+    worker_host: Annotated[str, Field(min_length=1)] | None = None
+    """Address on which workers listen for each other. Unset: their node's; ``ernie serve`` then uses loopback."""
+    log_level: LogLevel = "WARNING"
+
+    @field_validator("engines")
+    @classmethod
+    def _distinct(cls, engines: tuple[EnginePool, ...] | None) -> tuple[EnginePool, ...] | None:
+        if engines == ():
+            raise ValueError("at least one pool, or leave the field out")
+        names = [pool.name for pool in engines or ()]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"two pools are called {', '.join(twice)}")
+        if engines is not None:
+            prefills = sum(pool.roles.prefill + pool.roles.colocated for pool in engines)
+            decodes = sum(pool.roles.decode + pool.roles.colocated for pool in engines)
+            if not prefills or not decodes:
+                raise ValueError(f"no engine is to {'decode' if prefills else 'prefill'}: no request could be answered")
+        return engines
+
+    @model_validator(mode="after")
+    def _ports_differ(self) -> Self:
+        if self.http_port == self.grpc_port:
+            raise ValueError(f"http_port and grpc_port are both {self.http_port}")
+        return self
+
+    @property
+    def model_name(self) -> str:
+        """Name clients ask for."""
+        return self.served_model_name or Path(self.model).resolve().name
+
+    @property
+    def pools(self) -> tuple[EnginePool, ...]:
+        """Engine pools of a settled description.
+
+        Raises:
+            ValueError: ``resolve`` was not called.
+        """
+        if self.engines is None:
+            raise ValueError("engines are not settled: call resolve() first")
+        return self.engines
+
+
+def parse(values: Mapping[str, Any], source: str) -> ClusterConfig:
+    """Validates a description.
+
+    Raises:
+        ValueError: one line per wrong field, each beginning with ``source`` and the field's path.
+    """
+    try:
+        return ClusterConfig.model_validate(dict(values))
+    except ValidationError as error:
+        raise ValueError("\n".join(f"{source}: {line}" for line in error_lines(error))) from None
+
+
+def error_lines(error: ValidationError) -> list[str]:
+    """One line per wrong field: its path, then what is wrong with it."""
+    return [
+        f"{'.'.join(str(part) for part in item['loc']) or 'config'}: {item['msg'].removeprefix('Value error, ')}"
+        for item in error.errors(include_url=False)
+    ]
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """Reads a YAML mapping; validation is ``parse``'s.
+
+    Raises:
+        ValueError: unreadable, not YAML, or not a mapping.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not YAML: {error}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise ValueError(f"{path}: must be a mapping of field names to values")
+    return values
+
+
+def resolve(config: ClusterConfig, *, gpus: int) -> ClusterConfig:
+    """Settles what a description leaves open, for a cluster with so many GPUs.
+
+    Without ``engines``: no GPU - one prefill and one decode engine; one GPU - a colocated engine and the encoder share
+    it; more - decode and prefill engines one to one (decode takes the odd one), the encoder shares a prefill GPU.
+    """
+    encoder_gpus = config.vision_encoder.num_gpus
+    if encoder_gpus is None:
+        encoder_gpus = ENCODER_GPU_SHARE if gpus else 0.0
+    engines = config.engines or _default_engines(gpus)
+    return config.model_copy(
+        update={
+            "served_model_name": config.model_name,
+            "dtype": _settled_dtype(config.dtype, gpus),
+            "vision_encoder": config.vision_encoder.model_copy(update={"num_gpus": encoder_gpus}),
+            "engines": tuple(_settled_pool(pool, gpus) for pool in engines),
+        }
+    )
+
+
+def _settled_dtype(dtype: DType, gpus: int) -> DType:
+    if dtype != "auto":
+        return dtype
+    return "bfloat16" if gpus else "float32"
+
+
+def _default_engines(gpus: int) -> tuple[EnginePool, ...]:
+    if gpus == 0:
+        return (EnginePool(roles=Roles(prefill=1, decode=1)),)
+    if gpus == 1:
+        return (EnginePool(roles=Roles(colocated=1), num_gpus=ENGINE_GPU_SHARE),)
+    prefills = gpus // 2
+    return (
+        EnginePool(name="prefill", roles=Roles(prefill=prefills), num_gpus=ENGINE_GPU_SHARE),
+        EnginePool(name="decode", roles=Roles(decode=gpus - prefills), num_gpus=1.0),
+    )
+
+
+def _settled_pool(pool: EnginePool, gpus: int) -> EnginePool:
+    num_gpus = pool.num_gpus
+    if num_gpus is None:
+        num_gpus = 1.0 if gpus else 0.0
+    kv_cache_gib = pool.kv_cache_gib
+    if kv_cache_gib is None and num_gpus == 0:
+        kv_cache_gib = CPU_KV_CACHE_GIB
+    return pool.model_copy(update={"num_gpus": num_gpus, "kv_cache_gib": kv_cache_gib})

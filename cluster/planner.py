@@ -1,0 +1,124 @@
+"""The planner: registry of engines and encoders, and the role of every new engine.
+
+Soft state, off the request path: routers keep their last snapshot and their own streams when it is away, and engines
+tell a new planner who they are with their next renewal.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+
+import ray
+from ray import serve
+from ray.experimental import internal_kv
+
+from actors.types import EncoderInfo, EngineInfo, EngineRole, LoadReport
+from cluster.config import ClusterConfig
+from cluster.registry import LEASE_S, EncoderEntry, EngineEntry, LoadingEntry, PreprocessorEntry, Registry, Snapshot
+
+log = logging.getLogger(__name__)
+
+EXPIRY_PERIOD_S = LEASE_S / 6
+
+_TERM_NAMESPACE = b"ernie-serving"
+
+
+def take_term(application: str) -> int:
+    """Claims the next planner term of an application in the GCS key-value store. Terms start at 1 and only grow."""
+    term = 1
+    while internal_kv._internal_kv_put(
+        f"planner-term/{ray.get_runtime_context().get_job_id()}/{application}/{term}".encode(),
+        b"",
+        overwrite=False,
+        namespace=_TERM_NAMESPACE,
+    ):
+        term += 1
+    return term
+
+
+class Planner:
+    """One replica. Every method is quick and runs on the replica's event loop."""
+
+    async def __init__(self, config: ClusterConfig, term: int | None = None) -> None:  # type: ignore[misc]  # Serve awaits it
+        self._wanted = {pool.name: pool.role_counts() for pool in config.pools}
+        self._term = take_term(serve.get_replica_context().app_name) if term is None else term
+        self._registry = Registry(self._term)
+        self._changed = asyncio.Event()
+        self._told_version = self._registry.version
+        self._decides_at = time.monotonic() + (LEASE_S if self._term > 1 else 0.0)
+        self._expiry = asyncio.get_running_loop().create_task(self._expire())
+        log.info("planner term %d", self._term)
+
+    async def assign_role(self, incarnation: str, pool: str) -> EngineRole:
+        """Answers a starting engine.
+
+        An engine more than wanted usually replaces one whose lease has yet to run out, so the answer waits for a
+        vacancy as long as a lease lasts. A planner that follows another first waits one lease for engines to report.
+        """
+        wanted = self._wanted[pool]
+        await asyncio.sleep(max(0.0, self._decides_at - time.monotonic()))
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LEASE_S + EXPIRY_PERIOD_S):
+                while not self._registry.has_vacancy(pool, wanted):
+                    await self._changed.wait()
+        return self._registry.assign(incarnation, pool, wanted, time.monotonic())
+
+    async def still_loading(
+        self, incarnation: str, pool: str, role: EngineRole, bytes_done: int, bytes_total: int
+    ) -> None:
+        entry = LoadingEntry(pool=pool, role=role, bytes_done=bytes_done, bytes_total=bytes_total)
+        self._registry.renew_loading(incarnation, entry, time.monotonic())
+
+    async def renew_engine(self, info: EngineInfo, pool: str, ready: bool, load: LoadReport | None) -> None:
+        entry = EngineEntry(info=info, pool=pool, ready=ready, load=load)
+        self._registry.renew_engine(entry, time.monotonic())
+        self._notify()
+
+    async def renew_encoder(self, info: EncoderInfo, queued_patches: int) -> None:
+        self._registry.renew_encoder(EncoderEntry(info=info, queued_patches=queued_patches), time.monotonic())
+        self._notify()
+
+    async def renew_preprocessor(self, incarnation: str, address: str) -> None:
+        entry = PreprocessorEntry(incarnation=incarnation, address=address)
+        self._registry.renew_preprocessor(entry, time.monotonic())
+        self._notify()
+
+    async def leave(self, incarnation: str) -> None:
+        self._registry.leave(incarnation)
+        self._notify()
+
+    async def snapshot(self, known_version: int, known_term: int, timeout_s: float) -> Snapshot:
+        """Returns as soon as the snapshot differs from the known one, at latest after ``timeout_s``.
+
+        A planner that follows another answers once everybody had a lease's time to report: until then an entry that is
+        missing means nothing.
+        """
+        await asyncio.sleep(max(0.0, self._decides_at - time.monotonic()))
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while (self._registry.version, self._term) == (known_version, known_term):
+                    await self._changed.wait()
+        return self._registry.snapshot()
+
+    def _notify(self) -> None:
+        if self._registry.version != self._told_version:
+            self._told_version = self._registry.version
+            self._changed.set()
+            self._changed = asyncio.Event()
+
+    async def _expire(self) -> None:
+        while True:
+            before = time.monotonic()
+            await asyncio.sleep(EXPIRY_PERIOD_S)
+            if time.monotonic() - before > LEASE_S / 2:
+                continue  # this process stood still: renewals wait to be heard
+            for incarnation in self._registry.expire(time.monotonic()):
+                log.warning("lease of %s ran out", incarnation)
+            self._notify()
+
+    def check_health(self) -> None:
+        if self._expiry.done():
+            raise RuntimeError("the planner's lease clock stopped") from self._expiry.exception()

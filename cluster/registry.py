@@ -1,0 +1,163 @@
+"""Who is there: engines and encoders under leases. Pure state on an injected clock; the planner owns one."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from actors.types import EncoderInfo, EngineInfo, EngineRole, LoadReport
+
+LEASE_S = 3.0
+"""An entry that was not renewed for so long leaves the registry."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineEntry:
+    """An engine as it last described itself. ``ready``: loaded and warmed up."""
+
+    info: EngineInfo
+    pool: str
+    ready: bool
+    load: LoadReport | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EncoderEntry:
+    """A vision encoder as it last described itself."""
+
+    info: EncoderInfo
+    queued_patches: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PreprocessorEntry:
+    """A preprocessor: requests reach it through its Serve handle, pulls and audits at its address."""
+
+    incarnation: str
+    address: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoadingEntry:
+    """An engine that has its role and reads its weights."""
+
+    pool: str
+    role: EngineRole
+    bytes_done: int = 0
+    bytes_total: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Snapshot:
+    """Immutable view. ``version`` grows when membership, role or readiness changes, not with load or progress."""
+
+    term: int
+    version: int
+    engines: tuple[EngineEntry, ...] = ()
+    encoders: tuple[EncoderEntry, ...] = ()
+    preprocessors: tuple[PreprocessorEntry, ...] = ()
+    loading: tuple[LoadingEntry, ...] = ()
+
+
+def next_role(wanted: Mapping[EngineRole, int], present: Counter[EngineRole]) -> EngineRole:
+    """Picks the role furthest below its wanted count; the order of ``EngineRole`` breaks ties.
+
+    Raises:
+        ValueError: nothing is wanted.
+    """
+    candidates = [role for role in EngineRole if wanted.get(role, 0) > 0]
+    if not candidates:
+        raise ValueError("the pool wants no role")
+    return max(candidates, key=lambda role: wanted[role] - present[role])
+
+
+class Registry:
+    """Entries by incarnation. Not thread-safe: one event loop owns it."""
+
+    def __init__(self, term: int) -> None:
+        self._term = term
+        self._version = 0
+        self._engines: dict[str, EngineEntry] = {}
+        self._encoders: dict[str, EncoderEntry] = {}
+        self._preprocessors: dict[str, PreprocessorEntry] = {}
+        self._loading: dict[str, LoadingEntry] = {}
+        self._expiry: dict[str, float] = {}
+
+    @property
+    def version(self) -> int:
+        return self._version
+
+    def has_vacancy(self, pool: str, wanted: Mapping[EngineRole, int]) -> bool:
+        """True when some role of the pool is below its wanted count, counting engines that still load."""
+        present = self._present(pool)
+        return any(present[role] < count for role, count in wanted.items())
+
+    def assign(self, incarnation: str, pool: str, wanted: Mapping[EngineRole, int], now: float) -> EngineRole:
+        """Gives a starting engine its role; it holds it from now on, ready or not."""
+        if incarnation in self._loading:
+            return self._loading[incarnation].role
+        role = next_role(wanted, self._present(pool))
+        self._loading[incarnation] = LoadingEntry(pool=pool, role=role)
+        self._expiry[incarnation] = now + LEASE_S
+        return role
+
+    def _present(self, pool: str) -> Counter[EngineRole]:
+        present = Counter(entry.info.role for entry in self._engines.values() if entry.pool == pool)
+        present.update(entry.role for entry in self._loading.values() if entry.pool == pool)
+        return present
+
+    def renew_loading(self, incarnation: str, entry: LoadingEntry, now: float) -> None:
+        """Keeps the claim of an engine that still loads; a registry that did not know it learns of it."""
+        if incarnation not in self._engines:
+            self._loading[incarnation] = entry
+            self._expiry[incarnation] = now + LEASE_S
+
+    def renew_engine(self, entry: EngineEntry, now: float) -> None:
+        incarnation = entry.info.incarnation
+        self._loading.pop(incarnation, None)
+        before = self._engines.get(incarnation)
+        self._engines[incarnation] = entry
+        self._expiry[incarnation] = now + LEASE_S
+        if before is None or (before.info, before.ready) != (entry.info, entry.ready):
+            self._version += 1
+
+    def renew_encoder(self, entry: EncoderEntry, now: float) -> None:
+        incarnation = entry.info.incarnation
+        before = self._encoders.get(incarnation)
+        self._encoders[incarnation] = entry
+        self._expiry[incarnation] = now + LEASE_S
+        if before is None or before.info != entry.info:
+            self._version += 1
+
+    def renew_preprocessor(self, entry: PreprocessorEntry, now: float) -> None:
+        before = self._preprocessors.get(entry.incarnation)
+        self._preprocessors[entry.incarnation] = entry
+        self._expiry[entry.incarnation] = now + LEASE_S
+        if before != entry:
+            self._version += 1
+
+    def leave(self, incarnation: str) -> None:
+        entries: tuple[dict[str, Any], ...] = (self._engines, self._encoders, self._preprocessors, self._loading)
+        known = [places.pop(incarnation) for places in entries if incarnation in places]
+        self._expiry.pop(incarnation, None)
+        if known:
+            self._version += 1
+
+    def expire(self, now: float) -> list[str]:
+        """Drops entries whose lease ran out and returns their incarnations."""
+        gone = [incarnation for incarnation, expiry in self._expiry.items() if expiry <= now]
+        for incarnation in gone:
+            self.leave(incarnation)
+        return gone
+
+    def snapshot(self) -> Snapshot:
+        return Snapshot(
+            term=self._term,
+            version=self._version,
+            engines=tuple(self._engines.values()),
+            encoders=tuple(self._encoders.values()),
+            preprocessors=tuple(self._preprocessors.values()),
+            loading=tuple(self._loading.values()),
+        )

@@ -1,0 +1,1 @@
+"""Owns every request from admission to its last event."""

@@ -1,0 +1,120 @@
+"""Puts one router together: from a description and two handles to a running ``Router``."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import grpc.aio
+
+from actors.ernie.config import ErnieConfig
+from actors.processing.detokenize import IncrementalDetokenizer
+from actors.processing.parsers import ReasoningParser, StopStrings
+from actors.processing.tokenizer import TextTokenizer
+from actors.types import SamplingParams
+from actors.wire.audit import Audit, fetch_audit, take_audit
+from actors.wire.media_client import MediaClient
+from cluster.config import ClusterConfig
+from cluster.generation import GenerateCall
+from cluster.router.fleet import Fleet, call_planner
+from cluster.router.leases import LeaseKeeper
+from cluster.router.output import OutputAssembler
+from cluster.router.request import Services
+from cluster.router.router import Router
+from cluster.router.sampling import SamplingDefaults, resolve_sampling
+from cluster.router.stages import EncodeStage, PreprocessStage
+
+AUDIT_TIMEOUT_S = 2.0
+LOST_AFTER_S = 3.0
+"""Silence after which an engine counts as lost."""
+
+
+class RouterParts:
+    """A router with the parts it runs on. ``close`` ends them all."""
+
+    def __init__(self, router: Router, fleet: Fleet, leases: LeaseKeeper, media: MediaClient) -> None:
+        self.router = router
+        self.fleet = fleet
+        self._leases = leases
+        self._media = media
+
+    @classmethod
+    async def start(cls, config: ClusterConfig, planner: Any, preprocessor: Any) -> RouterParts:
+        """``planner`` and ``preprocessor``: Serve handles. Reads the tokenizer and generation defaults only."""
+        incarnation = secrets.token_hex(4)
+        media = MediaClient()
+        fleet = Fleet(call_planner(planner), incarnation, lost_after_s=LOST_AFTER_S)
+        leases = LeaseKeeper(media)
+        directory = Path(config.model)
+        tokenizer = await asyncio.to_thread(TextTokenizer.from_dir, directory)
+        text = ErnieConfig.from_dir(directory).text
+        context_limit = partial(fleet.context_limit, config.max_model_len or text.max_position_embeddings)
+        services = Services(
+            fleet=fleet,
+            leases=leases,
+            preprocess=PreprocessStage(preprocessor, leases),
+            encode=EncodeStage(media, leases),
+            model_name=config.model_name,
+            context_limit=context_limit,
+            vocab_size=text.vocab_size,
+            resolve_sampling=partial(_resolve, SamplingDefaults.from_dir(directory), context_limit),
+            make_output=partial(_output, tokenizer),
+            clock=time.monotonic,
+            wall_clock=time.time,
+        )
+        router = Router(
+            services,
+            incarnation=incarnation,
+            source=config.model,
+            max_active=config.router.max_active,
+            default_timeout_s=config.default_timeout_s,
+        )
+        fleet.start()
+        leases.start()
+        return cls(router, fleet, leases, media)
+
+    async def audits(self) -> dict[str, Audit]:
+        """What every part holds for requests, by name; a part that does not answer has that as its problem."""
+        snapshot = self.fleet.snapshot
+        places = (
+            [(f"engine {entry.info.engine_id}", entry.info.address) for entry in snapshot.engines]
+            + [(f"vision_encoder {entry.info.encoder_id}", entry.info.address) for entry in snapshot.encoders]
+            + [(f"preprocessor {entry.incarnation}", entry.address) for entry in snapshot.preprocessors]
+        )
+        audits = await asyncio.gather(*(_audit(address) for _, address in places))
+        own = take_audit(
+            lambda: {"requests": self.router.active_count, "leases": self._leases.count}, self.router.check_integrity
+        )
+        return {"router": own} | {name: audit for (name, _), audit in zip(places, audits, strict=True)}
+
+    async def close(self) -> None:
+        await self._leases.close()
+        await self.fleet.close()
+        await self._media.close()
+
+
+async def _audit(address: str) -> Audit:
+    try:
+        return await fetch_audit(address, timeout_s=AUDIT_TIMEOUT_S)
+    except grpc.aio.AioRpcError as error:
+        return Audit(held={}, problem=f"no answer from {address}: {error.code().name}")
+
+
+def _resolve(
+    defaults: SamplingDefaults, context_limit: Callable[[], int], call: GenerateCall, prompt_tokens: int
+) -> SamplingParams:
+    return resolve_sampling(call, defaults, prompt_tokens=prompt_tokens, max_model_len=context_limit())
+
+
+def _output(tokenizer: TextTokenizer, call: GenerateCall, starts_thinking: bool) -> OutputAssembler:
+    return OutputAssembler(
+        IncrementalDetokenizer(tokenizer),
+        ReasoningParser(starts_thinking),
+        StopStrings(call.stop),
+        stop_token_ids=call.stop_token_ids,
+    )

@@ -1,0 +1,162 @@
+"""The engines and encoders a router can reach: follows the planner and keeps one link per ready engine."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable
+from typing import Protocol
+
+from actors.types import EngineInfo
+from cluster.policy import EngineView, route_has_room
+from cluster.registry import EncoderEntry, Snapshot
+from cluster.router.link import EngineLink
+
+log = logging.getLogger(__name__)
+
+POLL_S = 5.0
+RETRY_S = 0.5
+
+
+class SnapshotSource(Protocol):
+    """The planner: answers as soon as its snapshot differs from the known one."""
+
+    def __call__(self, known_version: int, known_term: int, timeout_s: float) -> Awaitable[Snapshot]: ...
+
+
+class Fleet:
+    """Lives on the router's event loop. The last snapshot stays in force while the planner is away."""
+
+    def __init__(self, source: SnapshotSource, router_incarnation: str, *, lost_after_s: float) -> None:
+        self._source = source
+        self._router_incarnation = router_incarnation
+        self._lost_after_s = lost_after_s
+        self._snapshot = Snapshot(term=0, version=-1)
+        self._links: dict[str, EngineLink] = {}
+        self._listed: set[str] = set()
+        self._waiting: list[tuple[float, int, asyncio.Future[None]]] = []
+        self._follow: asyncio.Task[None] | None = None
+        self._retries: set[asyncio.Task[None]] = set()
+
+    def start(self) -> None:
+        self._follow = asyncio.get_running_loop().create_task(self._follow_planner())
+
+    async def close(self) -> None:
+        for task in [*self._retries, self._follow]:
+            if task is not None:
+                task.cancel()
+        links, self._links = self._links, {}
+        await asyncio.gather(*(link.close() for link in links.values()))
+
+    @property
+    def snapshot(self) -> Snapshot:
+        return self._snapshot
+
+    @property
+    def encoders(self) -> tuple[EncoderEntry, ...]:
+        return self._snapshot.encoders
+
+    def engines(self) -> list[EngineView]:
+        """Engines the planner lists, with a live link, as they last described themselves. One that left may still
+        finish what it has but gets nothing new."""
+        return [
+            EngineView(info=link.info, load=link.load)
+            for incarnation, link in self._links.items()
+            if incarnation in self._listed and link.usable and link.load is not None
+        ]
+
+    def context_limit(self, bound: int) -> int:
+        """Longest prompt and reply every engine can hold together, at most ``bound``."""
+        return min([bound, *(view.info.max_model_len for view in self.engines())])
+
+    def link(self, info: EngineInfo) -> EngineLink | None:
+        link = self._links.get(info.incarnation)
+        return link if link is not None and link.usable else None
+
+    async def wait_for_room(self, token_count: int, arrival_s: float) -> None:
+        """Returns when some engine could hold ``token_count`` tokens and no earlier arrival waits."""
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        entry = (arrival_s, token_count, future)
+        self._waiting.append(entry)
+        self._waiting.sort(key=lambda item: item[0])
+        try:
+            await future
+        finally:
+            self._waiting.remove(entry)
+
+    def _wake(self) -> None:
+        """Wakes the earliest waiter that fits; the next load message wakes the next one."""
+        views = self.engines()
+        for _, token_count, future in self._waiting:
+            if not future.done():
+                if route_has_room(views, token_count):
+                    future.set_result(None)
+                return
+
+    async def _follow_planner(self) -> None:
+        while True:
+            try:
+                known = self._snapshot
+                async with asyncio.timeout(2 * POLL_S):
+                    snapshot = await self._source(known.version, known.term, POLL_S)
+                self._adopt(snapshot)
+            except Exception as error:
+                log.warning("the planner does not answer (%r): going on with the last snapshot", error)
+                await asyncio.sleep(RETRY_S)
+
+    def _adopt(self, snapshot: Snapshot) -> None:
+        self._snapshot = snapshot
+        self._listed = {entry.info.incarnation for entry in snapshot.engines}
+        ready = {entry.info.incarnation: entry.info for entry in snapshot.engines if entry.ready}
+        for incarnation, info in ready.items():
+            known = self._links.get(incarnation)
+            if known is None:
+                self._connect(info)
+            elif known.info != info:
+                known.info = info
+        for incarnation in self._links.keys() - ready.keys():
+            link = self._links[incarnation]
+            if not link.usable:
+                del self._links[incarnation]
+                self._spawn(link.close())
+
+    def _connect(self, info: EngineInfo) -> None:
+        link = EngineLink(
+            info,
+            self._router_incarnation,
+            lost_after_s=self._lost_after_s,
+            on_load=lambda _: self._wake(),
+            on_lost=self._lost,
+        )
+        self._links[info.incarnation] = link
+        link.start()
+
+    def _lost(self, link: EngineLink) -> None:
+        if self._links.get(link.info.incarnation) is link:
+            self._spawn(self._reconnect(link.info, link))
+
+    async def _reconnect(self, info: EngineInfo, lost: EngineLink) -> None:
+        """Tries again while the planner still lists the engine as ready."""
+        await asyncio.sleep(RETRY_S)
+        if self._links.get(info.incarnation) is not lost:
+            return
+        del self._links[info.incarnation]
+        listed = {entry.info.incarnation: entry for entry in self._snapshot.engines}
+        if (entry := listed.get(info.incarnation)) is not None and entry.ready:
+            self._connect(entry.info)
+
+    def _spawn(self, work: Awaitable[None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._retries.add(task)
+        task.add_done_callback(self._retries.discard)
+
+
+def call_planner(handle: object) -> SnapshotSource:
+    """Wraps a Serve handle of the planner as a snapshot source."""
+
+    async def source(known_version: int, known_term: int, timeout_s: float) -> Snapshot:
+        snapshot = await handle.snapshot.remote(known_version, known_term, timeout_s)  # type: ignore[attr-defined]
+        assert isinstance(snapshot, Snapshot)
+        return snapshot
+
+    return source

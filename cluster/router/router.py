@@ -1,0 +1,219 @@
+"""The router: admits requests, names them, runs them and remembers how they ended."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Callable
+
+from actors.errors import (
+    AlreadyExists,
+    ContextExceeded,
+    DeadlineExceeded,
+    InvalidRequest,
+    NotFound,
+    Overloaded,
+    ServingError,
+    Unavailable,
+)
+from actors.types import Message, PreprocessRequest, ThinkingMode
+from cluster.generation import Event, Finished, GenerateCall, ModelCard
+from cluster.policy import pick_encoder, pick_route
+from cluster.registry import LoadingEntry
+from cluster.router.request import RequestRun, Services
+
+log = logging.getLogger(__name__)
+
+REMEMBER_S = 600.0
+"""Ended requests are known by name for so long."""
+
+_SEED_SPACE = 1 << 64
+
+
+class Router:
+    """Implements ``cluster.generation.GenerationService``. Lives on one event loop."""
+
+    def __init__(
+        self,
+        services: Services,
+        *,
+        incarnation: str,
+        source: str,
+        max_active: int,
+        default_timeout_s: float,
+        random_seed: Callable[[], int] = lambda: secrets.randbits(64),
+    ) -> None:
+        self._services = services
+        self._incarnation = incarnation
+        self._source = source
+        self._created = int(time.time())
+        self._max_active = max_active
+        self._default_timeout_s = default_timeout_s
+        self._random_seed = random_seed
+        self._count = 0
+        self._active: dict[str, RequestRun] = {}
+        self._aliases: dict[str, str] = {}
+        self._ended: OrderedDict[str, float] = OrderedDict()
+        self._draining = False
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    @property
+    def active_count(self) -> int:
+        return len(self._active)
+
+    async def generate(self, call: GenerateCall) -> AsyncIterator[Event]:
+        """Yields Started, Deltas and Finished; closing the iterator cancels the request everywhere."""
+        run, task = self._admit(call)
+        try:
+            while True:
+                event = await run.events.get()
+                if isinstance(event, ServingError):
+                    raise event
+                yield event
+                if isinstance(event, Finished):
+                    return
+        finally:
+            task.cancel()
+
+    def _admit(self, call: GenerateCall) -> tuple[RequestRun, asyncio.Task[None]]:
+        self._check_open()
+        self._check_model(call.model)
+        self._check_bounds(call)
+        if len(self._active) >= self._max_active:
+            raise Overloaded(f"{self._max_active} requests are active: the router's queue is full", retry_after_s=1.0)
+        if call.request_id is not None and call.request_id in self._aliases:
+            raise AlreadyExists(f"request_id: {call.request_id!r} is active", field="request_id")
+        self._count += 1
+        request_id = f"{self._incarnation}-{self._count}"
+        run = RequestRun(
+            request_id,
+            call,
+            seed=(self._random_seed() if call.seed is None else call.seed) % _SEED_SPACE,
+            timeout_s=self._default_timeout_s if call.timeout_s is None else call.timeout_s,
+            services=self._services,
+        )
+        self._active[request_id] = run
+        self._idle.clear()
+        if call.request_id is not None:
+            self._aliases[call.request_id] = request_id
+        task = run.start()
+        task.add_done_callback(lambda _: self._end(request_id, call.request_id))
+        return run, task
+
+    def _end(self, request_id: str, alias: str | None) -> None:
+        run = self._active.pop(request_id)
+        now = time.monotonic()
+        for name in (request_id, alias):
+            if name is not None:
+                self._ended[name] = now
+                self._ended.move_to_end(name)
+        if alias is not None:
+            del self._aliases[alias]
+        while self._ended and next(iter(self._ended.values())) < now - REMEMBER_S:
+            self._ended.popitem(last=False)
+        log.info("request %s ended after %.3f s", request_id, run.timeline.elapsed_s)
+        if not self._active:
+            self._idle.set()
+
+    async def cancel(self, request_id: str) -> None:
+        """Ends a request by assigned id or alias; no effect when already over.
+
+        Raises:
+            NotFound: this router never saw it, or it ended more than ten minutes ago.
+        """
+        run = self._active.get(self._aliases.get(request_id, request_id))
+        if run is not None:
+            run.cancel_by_name()
+        elif request_id not in self._ended:
+            raise NotFound(f"request_id: {request_id!r} is not known", reason="REQUEST_NOT_FOUND", field="request_id")
+
+    async def count_tokens(
+        self, model: str | None, messages: tuple[Message, ...], thinking: ThinkingMode
+    ) -> tuple[int, int]:
+        """Returns (all tokens, media tokens) of a prompt, without keeping anything.
+
+        Raises:
+            DeadlineExceeded: it took longer than a request that names no deadline may take.
+        """
+        self._check_open()
+        self._check_model(model)
+        request = PreprocessRequest(
+            lease="",
+            messages=messages,
+            thinking=thinking,
+            max_prompt_tokens=self._services.context_limit() - 1,
+            keep_patches=False,
+        )
+        try:
+            async with asyncio.timeout(self._default_timeout_s):
+                reply = await self._services.preprocess.run(request)
+        except TimeoutError:
+            raise DeadlineExceeded(f"counting took longer than {self._default_timeout_s:g} s") from None
+        return len(reply.prompt_ids), sum(item.grid.tokens for item in reply.media)
+
+    def models(self) -> tuple[ModelCard, ...]:
+        return (
+            ModelCard(
+                name=self._services.model_name,
+                source=self._source,
+                max_model_len=self._services.context_limit(),
+                created=self._created,
+            ),
+        )
+
+    async def not_ready(self) -> str | None:
+        if self._draining:
+            return "draining"
+        if pick_route(self._services.fleet.engines(), 1) is None:
+            return "no prefill and decode path" + "".join(map(_progress, self._services.fleet.snapshot.loading))
+        if not self._services.fleet.snapshot.preprocessors:
+            return "no preprocessor"
+        if pick_encoder(self._services.fleet.encoders) is None:
+            return "no vision encoder"
+        return None
+
+    async def drain(self, timeout_s: float) -> int:
+        """Refuses new requests and waits for running ones; returns how many were still running at the end."""
+        self._draining = True
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._idle.wait()
+        except TimeoutError:
+            log.warning("%d requests still run after a drain of %.0f s", len(self._active), timeout_s)
+        return len(self._active)
+
+    def check_integrity(self) -> None:
+        """Raises RuntimeError when something is held for no request."""
+        if not self._active and (self._aliases or self._services.leases.count):
+            raise RuntimeError(f"held by no request: {self._aliases}, {self._services.leases.count} leases")
+
+    def _check_open(self) -> None:
+        if self._draining:
+            raise Unavailable("the server is draining", reason="DRAINING", retry_after_s=5.0)
+
+    def _check_model(self, model: str | None) -> None:
+        name = self._services.model_name
+        if model == "":
+            raise InvalidRequest("model: must not be empty; leave it out for the only model", field="model")
+        if model is not None and model != name:
+            raise NotFound(f"model: {model!r} is not served here; the model is {name!r}", field="model")
+
+    def _check_bounds(self, call: GenerateCall) -> None:
+        """What is out of bounds whatever the prompt is, told before any work is done."""
+        vocab_size, max_model_len = self._services.vocab_size, self._services.context_limit()
+        for index, token_id in enumerate(call.stop_token_ids):
+            if token_id >= vocab_size:
+                field = f"stop_token_ids[{index}]"
+                raise InvalidRequest(f"{token_id} is no token: ids end at {vocab_size - 1}", field=field)
+        if call.max_tokens is not None and call.max_tokens >= max_model_len:
+            message = f"{call.max_tokens} tokens and a prompt do not fit the context of {max_model_len}"
+            raise ContextExceeded(message, field="max_tokens")
+
+
+def _progress(entry: LoadingEntry) -> str:
+    done, total = entry.bytes_done / 1e9, entry.bytes_total / 1e9
+    return f"; {entry.role} engine loading" + (f" {done:.2f} of {total:.2f} GB" if total else "")

@@ -1,0 +1,42 @@
+"""Where the time of one request went."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from actors.types import Stage, Timings
+
+
+class Timeline:
+    """Partitions the time since its creation into exposed stages by the milestone that gated progress.
+
+    ``exposed`` sums to wall time exactly; ``busy`` is work reported by other places and may overlap.
+    """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._began = self._since = clock()
+        self._stage = Stage.QUEUED
+        self._timings = Timings()
+
+    @property
+    def stage(self) -> Stage:
+        return self._stage
+
+    @property
+    def elapsed_s(self) -> float:
+        return self._clock() - self._began
+
+    def enter(self, stage: Stage) -> None:
+        """Books the time since the last call on the stage that ends now."""
+        now = self._clock()
+        exposed = self._timings.exposed
+        exposed[self._stage] = exposed.get(self._stage, 0.0) + now - self._since
+        self._stage, self._since = stage, now
+
+    def add_busy(self, stage: Stage, seconds: float) -> None:
+        self._timings.busy[stage] = self._timings.busy.get(stage, 0.0) + seconds
+
+    def finish(self) -> Timings:
+        self.enter(Stage.FINISHED)
+        return self._timings

@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+
+from actors.types import EngineRole
+from cluster import planner as planner_module
+from cluster import registry as registry_module
+from cluster.config import ClusterConfig, EnginePool, Roles
+from cluster.planner import Planner
+from tests.unit.cluster.test_registry import engine
+
+CONFIG = ClusterConfig(model="m", engines=(EnginePool(name="pool", roles=Roles(prefill=1, decode=1)),))
+
+
+@asynccontextmanager
+async def planner(monkeypatch: pytest.MonkeyPatch, term: int = 1) -> AsyncIterator[Planner]:
+    """With leases of 0.3 s."""
+    monkeypatch.setattr(registry_module, "LEASE_S", 0.3)
+    monkeypatch.setattr(planner_module, "LEASE_S", 0.3)
+    monkeypatch.setattr(planner_module, "EXPIRY_PERIOD_S", 0.05)
+    made = Planner.__new__(Planner)
+    await made.__init__(CONFIG, term)  # type: ignore[misc]
+    yield made
+    made._expiry.cancel()
+
+
+async def test_a_replacement_takes_the_role_of_the_engine_it_replaces(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with planner(monkeypatch) as made:
+        assert await made.assign_role("a", "pool") is EngineRole.PREFILL
+        assert await made.assign_role("b", "pool") is EngineRole.DECODE
+        await made.renew_engine(engine("b", EngineRole.DECODE).info, "pool", True, None)
+        replacement = asyncio.create_task(made.assign_role("c", "pool"))
+        while not replacement.done():
+            await made.renew_engine(engine("a", EngineRole.PREFILL).info, "pool", True, None)
+            await asyncio.sleep(0.05)
+        assert replacement.result() is EngineRole.DECODE
+
+
+async def test_an_engine_more_than_wanted_gets_a_role_after_one_lease(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with planner(monkeypatch) as made:
+        infos = [engine("a", EngineRole.PREFILL).info, engine("b", EngineRole.DECODE).info]
+        for info in infos:
+            await made.renew_engine(info, "pool", True, None)
+        extra = asyncio.create_task(made.assign_role("c", "pool"))
+        while not extra.done():
+            for info in infos:
+                await made.renew_engine(info, "pool", True, None)
+            await asyncio.sleep(0.05)
+        assert extra.result() in (EngineRole.PREFILL, EngineRole.DECODE)
+
+
+async def test_a_later_planner_hears_engines_before_it_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with planner(monkeypatch, term=2) as made:
+        asked = asyncio.create_task(made.assign_role("c", "pool"))
+        await asyncio.sleep(0)
+        await made.renew_engine(engine("a", EngineRole.PREFILL).info, "pool", True, None)
+        while not asked.done():
+            await made.renew_engine(engine("a", EngineRole.PREFILL).info, "pool", True, None)
+            await asyncio.sleep(0.05)
+        assert asked.result() is EngineRole.DECODE
+
+
+async def test_a_snapshot_comes_as_soon_as_something_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with planner(monkeypatch) as made:
+        first = await made.snapshot(-1, 0, 5.0)
+        waiting = asyncio.create_task(made.snapshot(first.version, first.term, 5.0))
+        await asyncio.sleep(0.02)
+        assert not waiting.done()
+        await made.renew_engine(engine("a").info, "pool", True, None)
+        assert [entry.info.incarnation for entry in (await waiting).engines] == ["a"]
+        assert (await made.snapshot(99, 1, 0.01)).version == (await waiting).version

@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import dataclasses
+
+from actors.types import EncoderInfo, EngineInfo, EngineRole, LoadReport
+from cluster.policy import EngineView, blocks_needed, pick_encoder, pick_route, route_has_room
+from cluster.registry import EncoderEntry
+
+
+def view(name: str, role: EngineRole, *, free: int = 100, queued: int = 0, fingerprint: str = "f") -> EngineView:
+    return EngineView(
+        info=EngineInfo(
+            engine_id=name,
+            incarnation=name,
+            address=name,
+            role=role,
+            epoch=1,
+            fingerprint=fingerprint,
+            dtype="bfloat16",
+            block_size=16,
+            switches="s",
+            max_model_len=4096,
+        ),
+        load=LoadReport(
+            step=0, running=0, waiting=0, free_blocks=free, total_blocks=100, block_size=16, queued_tokens=queued
+        ),
+    )
+
+
+def names(engines: list[EngineView], tokens: int = 64) -> tuple[str, str | None] | None:
+    route = pick_route(engines, tokens)
+    return None if route is None else (route.prefill.engine_id, route.decode.engine_id if route.decode else None)
+
+
+P, D, C = EngineRole.PREFILL, EngineRole.DECODE, EngineRole.COLOCATED
+
+
+def test_a_path_needs_both_halves() -> None:
+    assert names([]) is None
+    assert names([view("p", P)]) is None
+    assert names([view("d", D)]) is None
+    assert names([view("p", P), view("d", D)]) == ("p", "d")
+    assert names([view("c", C)]) == ("c", None)
+
+
+def test_the_least_loaded_engines_are_paired() -> None:
+    engines = [view("p1", P, queued=500), view("p2", P), view("d1", D, free=20), view("d2", D, free=80)]
+    assert names(engines) == ("p2", "d2")
+
+
+def test_engines_with_room_come_before_idle_ones_without() -> None:
+    engines = [view("p", P), view("d1", D, free=2), view("d2", D, free=10, queued=900)]
+    assert names(engines, tokens=64) == ("p", "d2")
+
+
+def test_a_full_path_is_still_a_path() -> None:
+    assert names([view("p", P, free=0), view("d", D, free=0)]) == ("p", "d")
+
+
+def test_only_engines_of_equal_weights_dtype_blocks_and_rules_are_paired() -> None:
+    prefill = view("p", P)
+    assert names([prefill, view("d", D, fingerprint="other")]) is None
+    for field, value in [("dtype", "float32"), ("block_size", 32), ("switches", "t")]:
+        decode = view("d", D)
+        decode = dataclasses.replace(decode, info=dataclasses.replace(decode.info, **{field: value}))
+        assert names([prefill, decode]) is None
+
+
+def test_room_is_counted_in_whole_blocks_of_engines_that_decode() -> None:
+    assert blocks_needed(17, 16) == 2
+    assert route_has_room([view("d", D, free=2)], 32)
+    assert not route_has_room([view("d", D, free=2)], 33)
+    assert not route_has_room([view("p", P, free=100)], 1)
+
+
+def test_the_encoder_with_the_shortest_queue_is_picked() -> None:
+    def entry(name: str, queued: int) -> EncoderEntry:
+        info = EncoderInfo(encoder_id=name, incarnation=name, address=name, fingerprint="f", dtype="float32")
+        return EncoderEntry(info=info, queued_patches=queued)
+
+    assert pick_encoder([]) is None
+    picked = pick_encoder([entry("a", 50), entry("b", 5)])
+    assert picked is not None and picked.encoder_id == "b"
