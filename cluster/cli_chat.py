@@ -1,0 +1,181 @@
+"""What ``ernie chat`` does: asks one question, streams the reply, shows its cost and where the time went."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from cluster.client import DEFAULT_ADDRESS, Client, ClientError, user_message
+from ernie_serving.v1 import inference_pb2
+
+EXIT_OK = 0
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+EXIT_UNREACHABLE = 3
+EXIT_INTERRUPTED = 130
+
+BAR_WIDTH = 30
+
+
+def run_chat(
+    prompt: str,
+    *,
+    images: Sequence[str] = (),
+    videos: Sequence[str] = (),
+    think: bool | None = None,
+    address: str = DEFAULT_ADDRESS,
+    model: str | None = None,
+    max_tokens: int | None = None,
+    temperature: float | None = None,
+    seed: int | None = None,
+    timeout_s: float | None = None,
+    show_timings: bool = True,
+    console: Console | None = None,
+    errors: Console | None = None,
+) -> int:
+    """Runs one exchange and returns the exit code.
+
+    0: answered. 1: the cluster refused or failed, or the reply was cancelled elsewhere. 2: a file could not be read.
+    3: nothing answers at the address. 130: interrupted.
+    """
+    console = console or Console(highlight=False)
+    errors = errors or Console(stderr=True, highlight=False)
+    try:
+        message = user_message(prompt, images=images, videos=videos)
+    except OSError as error:
+        errors.print(Text(f"cannot read {error.filename}: {error.strerror}", style="red"), soft_wrap=True)
+        return EXIT_USAGE
+    except UnicodeEncodeError:
+        errors.print("the prompt is not UTF-8", style="red")
+        return EXIT_USAGE
+    params = inference_pb2.SamplingParams(temperature=temperature, max_output_token_count=max_tokens, seed=seed)
+    request = inference_pb2.GenerateRequest(
+        model=model or "",
+        messages=[message],
+        sampling_params=params,
+        thinking_mode=_thinking_mode(think),
+        return_timings=show_timings,
+    )
+    try:
+        return asyncio.run(_chat(request, address, timeout_s, console))
+    except ClientError as error:
+        _print_error(error, address, errors)
+        return EXIT_UNREACHABLE if error.unreachable else EXIT_FAILED
+    except KeyboardInterrupt:
+        errors.print("interrupted", style="red")
+        return EXIT_INTERRUPTED
+
+
+def _thinking_mode(think: bool | None) -> inference_pb2.ThinkingMode.ValueType:
+    if think is None:
+        return inference_pb2.THINKING_MODE_UNSPECIFIED
+    return inference_pb2.THINKING_MODE_ENABLED if think else inference_pb2.THINKING_MODE_DISABLED
+
+
+async def _chat(request: inference_pb2.GenerateRequest, address: str, timeout_s: float | None, console: Console) -> int:
+    finished: inference_pb2.GenerationFinished | None = None
+    reply = ReplyPrinter(console)
+    async with (
+        Client(address) as client,
+        contextlib.aclosing(client.stream_generate(request, timeout_s=timeout_s)) as responses,
+    ):
+        async for response in responses:
+            reply.show(response)
+            if response.HasField("finished"):
+                finished = response.finished
+    reply.end()
+    if finished is None:
+        console.print("the reply ended early", style="red")
+        return EXIT_FAILED
+    console.print(Text(usage_line(finished), style="dim"), soft_wrap=True)
+    if finished.HasField("timings"):
+        console.print(timings_table(finished.timings))
+    return EXIT_FAILED if finished.finish_reason == inference_pb2.FINISH_REASON_CANCELLED else EXIT_OK
+
+
+class ReplyPrinter:
+    """Prints deltas as they come: thinking dim under its own heading, the answer plain."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._section = ""
+        self._thought = False
+
+    def show(self, response: inference_pb2.StreamGenerateResponse) -> None:
+        """Prints the text of one response, if it has any."""
+        if response.reasoning_text_delta:
+            self._thought = True
+            self._write(response.reasoning_text_delta, "Thinking", "dim italic")
+        elif response.text_delta:
+            self._write(response.text_delta, "Answer", "")
+
+    def end(self) -> None:
+        """Ends the last line."""
+        if self._section:
+            self._console.print()
+
+    def _write(self, text: str, section: str, style: str) -> None:
+        if section != self._section:
+            self.end()
+            self._section = section
+            if self._thought:
+                self._console.print(Text(section, style="bold"))
+        self._console.print(Text(text, style=style), end="", soft_wrap=True)
+
+
+def usage_line(finished: inference_pb2.GenerationFinished) -> str:
+    """One line of token counts and, when known, the time to the first token."""
+    usage = finished.usage
+    prompt = [f"{usage.media_token_count} media"] if usage.media_token_count else []
+    if usage.cached_token_count:
+        prompt.append(f"{usage.cached_token_count} cached")
+    line = f"{usage.prompt_token_count} prompt tokens"
+    if prompt:
+        line += f" ({', '.join(prompt)})"
+    line += f", {usage.output_token_count} generated"
+    if usage.reasoning_token_count:
+        line += f" ({usage.reasoning_token_count} thinking)"
+    reason = inference_pb2.FinishReason.Name(finished.finish_reason).removeprefix("FINISH_REASON_").lower()
+    line += f", ended by {reason}"
+    if usage.HasField("time_to_first_token"):
+        line += f", first token after {_seconds(usage.time_to_first_token.ToTimedelta().total_seconds())}"
+    return line
+
+
+def timings_table(timings: inference_pb2.Timings) -> Table:
+    """A row a stage: the time it held the request up, its share as a bar, and the time some place worked on it."""
+    total = sum(stage.exposed_duration.ToTimedelta().total_seconds() for stage in timings.stages)
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column("stage")
+    table.add_column("exposed", justify="right")
+    table.add_column("", width=BAR_WIDTH, no_wrap=True)
+    table.add_column("busy", justify="right")
+    for stage in timings.stages:
+        exposed = stage.exposed_duration.ToTimedelta().total_seconds()
+        table.add_row(
+            inference_pb2.Stage.Name(stage.stage).removeprefix("STAGE_").lower(),
+            _seconds(exposed),
+            Text("#" * (round(BAR_WIDTH * exposed / total) if total > 0 else 0), style="cyan"),
+            _seconds(stage.busy_duration.ToTimedelta().total_seconds()) if stage.HasField("busy_duration") else "",
+        )
+    table.add_row("total", _seconds(total), "", "", style="bold")
+    return table
+
+
+def _seconds(value: float) -> str:
+    return f"{value * 1000:.1f} ms" if value < 1 else f"{value:.2f} s"
+
+
+def _print_error(error: ClientError, address: str, errors: Console) -> None:
+    if error.unreachable:
+        line = f"nothing answers at {address}: start a cluster with `ernie serve`, or give another --address"
+    else:
+        line = f"{error.code.name}: {error.message}"
+        if error.retry_after_s is not None:
+            line += f" - try again in {error.retry_after_s:g} s"
+    errors.print(Text(line, style="red"), soft_wrap=True)

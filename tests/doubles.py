@@ -1,0 +1,166 @@
+"""In-memory stand-ins for the narrow seams between parts."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health_pb2_grpc  # type: ignore[import-untyped]
+
+from actors.errors import NotFound
+from actors.types import FinishReason, Message, Stage, ThinkingMode, Timings
+from cluster.generation import Delta, Event, Finished, GenerateCall, ModelCard, Started, Usage
+from cluster.grpc_service import InferenceServicer
+from ernie_serving.v1 import inference_pb2_grpc
+
+
+class Pause:
+    """A step at which a scripted request stands still until ``ScriptedService.resume`` is set."""
+
+
+USAGE = Usage(
+    prompt_tokens=12, media_tokens=6, cached_tokens=4, output_tokens=5, reasoning_tokens=2, time_to_first_token_s=0.25
+)
+TIMINGS = Timings(
+    exposed={Stage.QUEUED: 0.001, Stage.PREFILL: 0.2, Stage.DECODE: 1.5},
+    busy={Stage.ENCODE: 0.125, Stage.PREFILL: 0.19},
+)
+STARTED = Started(request_id="r-1", model="ernie", prompt_tokens=12, prompt_token_ids=(1, 2, 3))
+FINISHED = Finished(reason=FinishReason.STOP, usage=USAGE, stop_reason="END", timings=TIMINGS)
+SCRIPT: tuple[Event, ...] = (
+    STARTED,
+    Delta(reasoning="hm", token_ids=(10,)),
+    Delta(reasoning="m.", text="A ", token_ids=(11, 12)),
+    Delta(token_ids=(13,)),
+    Delta(text="cät", token_ids=(14,)),
+    FINISHED,
+)
+
+
+@dataclass
+class ScriptedService:
+    """A ``GenerationService`` that plays the same steps for every request and remembers what was asked of it."""
+
+    script: tuple[Event | Exception | Pause, ...] = SCRIPT
+    missing: str | None = None
+    known: tuple[str, ...] = ("r-1",)
+    cards: tuple[ModelCard, ...] = (
+        ModelCard(name="ernie", source="/models/ernie", max_model_len=4096, created=1_700_000_000),
+    )
+    calls: list[GenerateCall] = field(default_factory=list)
+    counted: list[tuple[str | None, tuple[Message, ...], ThinkingMode]] = field(default_factory=list)
+    cancelled: list[str] = field(default_factory=list)
+    ended: asyncio.Queue[str] = field(default_factory=asyncio.Queue)
+    """One entry a request: "finished" or "closed"."""
+    paused: asyncio.Event = field(default_factory=asyncio.Event)
+    resume: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def generate(self, call: GenerateCall) -> AsyncGenerator[Event, None]:
+        self.calls.append(call)
+        finished = False
+        try:
+            for step in self.script:
+                if isinstance(step, Exception):
+                    raise step
+                if isinstance(step, Pause):
+                    self.paused.set()
+                    await self.resume.wait()
+                else:
+                    finished = isinstance(step, Finished)
+                    yield step
+        finally:
+            self.ended.put_nowait("finished" if finished else "closed")
+
+    async def cancel(self, request_id: str) -> None:
+        if request_id not in self.known:
+            raise NotFound(f"no request {request_id!r}", reason="REQUEST_NOT_FOUND", field="request_id")
+        self.cancelled.append(request_id)
+
+    async def count_tokens(
+        self, model: str | None, messages: tuple[Message, ...], thinking: ThinkingMode
+    ) -> tuple[int, int]:
+        self.counted.append((model, messages, thinking))
+        return 12, 6
+
+    def models(self) -> tuple[ModelCard, ...]:
+        return self.cards
+
+    async def not_ready(self) -> str | None:
+        return self.missing
+
+
+class ServeContextDouble:
+    """Like Serve's ``RayServegRPCContext``: keeps what is set until the proxy copies it to the call's own context."""
+
+    def __init__(self) -> None:
+        self.code: grpc.StatusCode | None = None
+        self.details = ""
+        self.trailing_metadata: list[tuple[str, str | bytes]] = [("request_id", "from-serve")]
+
+    def set_code(self, code: grpc.StatusCode) -> None:
+        self.code = code
+
+    def set_details(self, details: str) -> None:
+        self.details = details
+
+    def set_trailing_metadata(self, trailing_metadata: list[tuple[str, str | bytes]]) -> None:
+        self.trailing_metadata = self.trailing_metadata[:1] + trailing_metadata
+
+    def copy_to(self, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+        if self.code is not None:
+            context.set_code(self.code)
+        context.set_details(self.details)
+        context.set_trailing_metadata(self.trailing_metadata)
+
+
+class ServeProxyDouble:
+    """Calls an ingress object by RPC name as Serve's gRPC proxy does.
+
+    The context is taken over with every result and never when the method raises: then the client sees the exception.
+    """
+
+    def __init__(self, ingress: object) -> None:
+        self._ingress = ingress
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self._ingress, name)
+
+        async def unary(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+            kept = ServeContextDouble()
+            result = await method(request, grpc_context=kept)
+            kept.copy_to(context)
+            return result
+
+        async def stream(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
+            kept = ServeContextDouble()
+            results = method(request, grpc_context=kept)
+            try:
+                async for result in results:
+                    kept.copy_to(context)
+                    yield result
+            finally:
+                await results.aclose()
+
+        return stream if name in ("StreamGenerate", "Watch") else unary
+
+
+@asynccontextmanager
+async def grpc_serving(service: ScriptedService) -> AsyncIterator[str]:
+    """Serves the gRPC facade on a free port of this machine; yields its address."""
+    ingress = InferenceServicer()
+    ingress.router = service
+    ingress.watch_interval_s = 0.01
+    proxy: Any = ServeProxyDouble(ingress)
+    server = grpc.aio.server()
+    inference_pb2_grpc.add_InferenceServiceServicer_to_server(proxy, server)
+    health_pb2_grpc.add_HealthServicer_to_server(proxy, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    try:
+        yield f"127.0.0.1:{port}"
+    finally:
+        await server.stop(None)

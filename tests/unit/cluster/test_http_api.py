@@ -1,0 +1,377 @@
+"""The HTTP facade over real sockets, mostly through OpenAI's own client."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import uvicorn
+
+from actors.errors import (
+    AlreadyExists,
+    ContextExceeded,
+    DeadlineExceeded,
+    InternalError,
+    InvalidRequest,
+    MediaChanged,
+    MediaUnreadable,
+    NotFound,
+    Overloaded,
+    RequestCancelled,
+    ServingError,
+    Unavailable,
+)
+from actors.types import FinishReason, ThinkingMode
+from cluster import http_api
+from cluster.generation import Delta, Finished, Started
+from tests.doubles import SCRIPT, STARTED, USAGE, Pause, ScriptedService
+
+ASK: list[Any] = [{"role": "user", "content": "What is this?"}]
+CHAT = "/v1/chat/completions"
+
+
+@asynccontextmanager
+async def serving(service: ScriptedService) -> AsyncIterator[str]:
+    config = uvicorn.Config(http_api.build_api(lambda: service), port=0, log_config=None, lifespan="off")
+    server = uvicorn.Server(config)
+    server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
+    sock = config.bind_socket()
+    task = asyncio.ensure_future(server._serve([sock]))
+    try:
+        yield f"http://127.0.0.1:{sock.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        await task
+        sock.close()
+
+
+@asynccontextmanager
+async def sdk(service: ScriptedService) -> AsyncIterator[openai.AsyncOpenAI]:
+    async with (
+        serving(service) as address,
+        openai.AsyncOpenAI(base_url=address + "/v1", api_key="none", max_retries=0) as client,
+    ):
+        yield client
+
+
+@asynccontextmanager
+async def plain(service: ScriptedService) -> AsyncIterator[httpx.AsyncClient]:
+    async with serving(service) as address, httpx.AsyncClient(base_url=address, trust_env=False) as client:
+        yield client
+
+
+async def test_whole_reply() -> None:
+    service = ScriptedService()
+    async with sdk(service) as client:
+        reply = await client.chat.completions.create(
+            model="ernie",
+            messages=ASK,
+            temperature=0,
+            max_tokens=9,
+            extra_body={"enable_thinking": True, "return_token_ids": True, "return_timings": True},
+        )
+    choice = reply.choices[0]
+    assert (reply.id, reply.model, reply.object) == ("chatcmpl-r-1", "ernie", "chat.completion")
+    assert (choice.message.role, choice.message.content, choice.finish_reason) == ("assistant", "A cät", "stop")
+    body = reply.model_dump()
+    assert body["choices"][0]["message"]["reasoning"] == "hmm."
+    assert body["choices"][0]["message"]["reasoning_content"] == "hmm."
+    assert body["choices"][0]["stop_reason"] == "END"
+    assert body["choices"][0]["token_ids"] == [10, 11, 12, 13, 14]
+    assert body["prompt_token_ids"] == [1, 2, 3]
+    assert body["timings"] == {
+        "exposed": {"queued": 0.001, "prefill": 0.2, "decode": 1.5},
+        "busy": {"encode": 0.125, "prefill": 0.19},
+        "time_to_first_token": 0.25,
+    }
+    assert reply.usage is not None
+    assert (reply.usage.prompt_tokens, reply.usage.completion_tokens, reply.usage.total_tokens) == (12, 5, 17)
+    assert body["usage"]["prompt_tokens_details"]["media_tokens"] == 6
+    assert body["usage"]["completion_tokens_details"]["reasoning_tokens"] == 2
+    (call,) = service.calls
+    assert (call.model, call.temperature, call.max_tokens, call.thinking) == ("ernie", 0, 9, ThinkingMode.ON)
+    assert await service.ended.get() == "finished"
+
+
+async def test_extras_are_absent_unless_asked_for() -> None:
+    service = ScriptedService(
+        script=(
+            Started(request_id="r", model="m", prompt_tokens=1),
+            Delta(text="x"),
+            Finished(reason=FinishReason.LENGTH, usage=USAGE),
+        )
+    )
+    async with plain(service) as client:
+        body = (await client.post(CHAT, json={"messages": ASK})).json()
+        stream = (await client.post(CHAT, json={"messages": ASK, "stream": True})).text
+    assert body["choices"][0]["finish_reason"] == "length"
+    assert body["choices"][0]["message"] == {"role": "assistant", "content": "x"}
+    for extra in ("token_ids", "timings", "reasoning"):
+        assert extra not in json.dumps(body["choices"]) and f'"{extra}"' not in stream
+    assert "prompt_token_ids" not in body and "prompt_token_ids" not in stream
+
+
+async def test_stream() -> None:
+    service = ScriptedService()
+    async with sdk(service) as client:
+        stream = await client.chat.completions.create(
+            model="ernie",
+            messages=ASK,
+            stream=True,
+            extra_body={"return_token_ids": True, "return_timings": True},
+        )
+        chunks = [chunk.model_dump() async for chunk in stream]
+    first, last = chunks[0], chunks[-1]
+    assert first["choices"][0]["delta"]["role"] == "assistant"
+    assert first["prompt_token_ids"] == [1, 2, 3]
+    assert {chunk["id"] for chunk in chunks} == {"chatcmpl-r-1"}
+    deltas = [chunk["choices"][0] for chunk in chunks]
+    assert "".join(choice["delta"].get("content") or "" for choice in deltas) == "A cät"
+    assert "".join(choice["delta"].get("reasoning") or "" for choice in deltas) == "hmm."
+    assert "".join(choice["delta"].get("reasoning_content") or "" for choice in deltas) == "hmm."
+    assert [token for choice in deltas for token in choice["token_ids"]] == [10, 11, 12, 13, 14]
+    assert [choice["finish_reason"] for choice in deltas] == [None] * 5 + ["stop"]
+    assert last["usage"]["completion_tokens"] == 5
+    assert last["timings"]["exposed"]["decode"] == 1.5
+    assert [chunk.get("usage") for chunk in chunks[:-1]] == [None] * 5
+
+
+async def test_stream_on_the_wire() -> None:
+    async with plain(ScriptedService()) as client:
+        response = await client.post(CHAT, json={"messages": ASK, "stream": True})
+    assert response.headers["content-type"] == "text/event-stream; charset=utf-8"
+    assert "content-length" not in response.headers
+    frames = response.text.split("\n\n")
+    assert frames[-2:] == ["data: [DONE]", ""]
+    assert all(frame.startswith("data: ") for frame in frames[:-1])
+
+
+ERRORS = [
+    (InvalidRequest("bad", field="messages[0].parts[1]"), 400, "invalid_request_error", "messages[0].content[1]"),
+    (MediaUnreadable("bad bytes", field="timeout_s"), 400, "invalid_request_error", "timeout"),
+    (NotFound("no such model", field="model"), 404, "invalid_request_error", "model"),
+    (AlreadyExists("in use"), 409, "conflict_error", None),
+    (MediaChanged("changed"), 409, "conflict_error", None),
+    (Overloaded("full", retry_after_s=1.2), 429, "rate_limit_error", None),
+    (RequestCancelled("cancelled"), 499, "cancelled_error", None),
+    (InternalError("broken"), 500, "server_error", None),
+    (Unavailable("lost", retry_after_s=0.1), 503, "service_unavailable_error", None),
+    (DeadlineExceeded("late"), 504, "timeout_error", None),
+]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(("error", "status", "kind", "param"), ERRORS, ids=lambda value: type(value).__name__)
+async def test_errors_before_the_reply(
+    error: ServingError, status: int, kind: str, param: str | None, stream: bool
+) -> None:
+    async with plain(ScriptedService(script=(error,))) as client:
+        response = await client.post(CHAT, json={"messages": ASK, "stream": stream})
+    assert response.status_code == status
+    assert response.json() == {
+        "error": {
+            "message": f"{param}: {error.message}" if param and param not in error.message else error.message,
+            "type": kind,
+            "param": param,
+            "code": error.reason.lower(),
+        }
+    }
+
+
+async def test_an_engines_refusal_has_its_own_status() -> None:
+    script = (STARTED, Overloaded("full", retry_after_s=1.0))
+    async with plain(ScriptedService(script=script)) as client:
+        response = await client.post(CHAT, json={"messages": ASK, "stream": True})
+    assert (response.status_code, response.headers["retry-after"]) == (429, "1")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
+async def test_a_bound_that_does_not_fit_is_named_as_it_was_written(name: str, stream: bool) -> None:
+    script = (ContextExceeded("9 tokens do not fit", field="max_tokens"),)
+    async with plain(ScriptedService(script=script)) as client:
+        response = await client.post(CHAT, json={"messages": ASK, "stream": stream, name: 9})
+    error = response.json()["error"]
+    assert (error["param"], error["message"]) == (name, f"{name}: 9 tokens do not fit")
+
+
+async def test_codes_and_headers_clients_act_on() -> None:
+    async with sdk(ScriptedService(script=(NotFound("no model"),))) as client:
+        with pytest.raises(openai.NotFoundError) as missing:
+            await client.chat.completions.create(model="x", messages=ASK)
+    assert missing.value.code == "model_not_found"
+    async with sdk(ScriptedService(script=(ContextExceeded("too long"),))) as client:
+        with pytest.raises(openai.BadRequestError) as long:
+            await client.chat.completions.create(model="x", messages=ASK)
+    assert long.value.code == "context_length_exceeded"
+    async with sdk(ScriptedService(script=(Overloaded("full", retry_after_s=1.2),))) as client:
+        with pytest.raises(openai.RateLimitError) as full:
+            await client.chat.completions.create(model="x", messages=ASK)
+    assert full.value.response.headers["retry-after"] == "2"
+    assert full.value.response.headers["retry-after-ms"] == "1200"
+
+
+async def test_errors_after_the_stream_began_reach_openais_client() -> None:
+    service = ScriptedService(script=(*SCRIPT[:2], Unavailable("engine lost", reason="ENGINE_LOST")))
+    async with sdk(service) as client:
+        stream = await client.chat.completions.create(model="m", messages=ASK, stream=True)
+        seen = []
+        with pytest.raises(openai.APIError, match="engine lost") as caught:
+            async for chunk in stream:
+                seen.append(chunk)
+    assert len(seen) == 2
+    assert caught.value.code == "engine_lost"
+    async with plain(service) as client:
+        text = (await client.post(CHAT, json={"messages": ASK, "stream": True})).text
+    assert "[DONE]" not in text and text.endswith('"code":"engine_lost"}}\n\n')
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("at", [0, 2])
+async def test_defects_stay_in_the_log(stream: bool, at: int, caplog: pytest.LogCaptureFixture) -> None:
+    service = ScriptedService(script=(*SCRIPT[:at], KeyError("secret")))
+    async with plain(service) as client:
+        response = await client.post(
+            CHAT, json={"messages": ASK, "stream": stream}, headers={"x-request-id": "trace-7"}
+        )
+    assert response.status_code == (200 if stream and at else 500)
+    assert "internal error" in response.text
+    assert "secret" not in response.text and "Traceback" not in response.text
+    (record,) = [record for record in caplog.records if record.levelno >= logging.ERROR]
+    assert "trace-7" in record.getMessage() and record.exc_info is not None
+
+
+@pytest.mark.parametrize("script", [SCRIPT[:3], SCRIPT[1:]], ids=["no end", "no beginning"])
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_service_that_breaks_its_contract_is_an_error(script: Any, stream: bool) -> None:
+    async with plain(ScriptedService(script=script)) as client:
+        response = await client.post(CHAT, json={"messages": ASK, "stream": stream})
+    assert '"code":"internal"' in response.text and "[DONE]" not in response.text
+
+
+async def test_unknown_fields_are_named() -> None:
+    service = ScriptedService()
+    async with sdk(service) as client:
+        for extra in ({"stream_options": {"include_usage": True}, "stream": True}, {"n": 1}, {"user": "u"}):
+            with pytest.raises(openai.BadRequestError) as caught:
+                await client.chat.completions.create(model="m", messages=ASK, **extra)
+            assert caught.value.param == next(iter(extra))
+    assert service.calls == []
+
+
+async def test_long_names_are_cut() -> None:
+    async with plain(ScriptedService()) as client:
+        response = await client.post(CHAT, json={"messages": ASK, "x" * 100_000: 1})
+    assert response.status_code == 400 and len(response.content) < 3000
+
+
+async def test_oversized_bodies_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_api, "MAX_BODY_BYTES", 100)
+    async with plain(ScriptedService()) as client:
+        response = await client.post(CHAT, content=b"x" * 101)
+    assert response.status_code == 400 and "100 bytes" in response.text
+
+
+async def test_silence_is_bridged_by_comments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_api, "KEEP_ALIVE_S", 0.01)
+    service = ScriptedService(script=(Pause(), *SCRIPT))
+    async with plain(service) as client, client.stream("POST", CHAT, json={"messages": ASK, "stream": True}) as reply:
+        pieces = reply.aiter_text()
+        assert (await anext(pieces)).startswith(": keep-alive\n\n")
+        service.resume.set()
+        rest = "".join([piece async for piece in pieces])
+    assert rest.endswith("data: [DONE]\n\n") and rest.count("keep-alive") < 1000
+
+
+async def test_openais_client_skips_comments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_api, "KEEP_ALIVE_S", 0.01)
+    service = ScriptedService(script=(Pause(), *SCRIPT))
+    async with sdk(service) as client:
+        stream = await client.chat.completions.create(model="m", messages=ASK, stream=True)
+        service.resume.set()
+        assert len([chunk async for chunk in stream]) == 6
+
+
+Leave = Callable[[httpx.AsyncClient, ScriptedService], Awaitable[None]]
+
+
+async def leave_mid_stream(client: httpx.AsyncClient, service: ScriptedService) -> None:
+    async with client.stream("POST", CHAT, json={"messages": ASK, "stream": True}) as response:
+        await anext(response.aiter_text())
+
+
+async def leave_before_the_stream(client: httpx.AsyncClient, service: ScriptedService) -> None:
+    request = asyncio.ensure_future(client.post(CHAT, json={"messages": ASK, "stream": True}))
+    await service.paused.wait()
+    request.cancel()
+
+
+async def leave_a_whole_reply(client: httpx.AsyncClient, service: ScriptedService) -> None:
+    request = asyncio.ensure_future(client.post(CHAT, json={"messages": ASK}))
+    await service.paused.wait()
+    request.cancel()
+
+
+@pytest.mark.parametrize(
+    ("leave", "script"),
+    [
+        (leave_mid_stream, (*SCRIPT[:2], Pause())),
+        (leave_before_the_stream, (Pause(),)),
+        (leave_a_whole_reply, (*SCRIPT[:2], Pause())),
+    ],
+)
+async def test_leaving_cancels_the_request(leave: Leave, script: Any) -> None:
+    service = ScriptedService(script=script)
+    async with plain(service) as client:
+        await asyncio.wait_for(leave(client, service), 10)
+        assert await asyncio.wait_for(service.ended.get(), 10) == "closed"
+
+
+async def test_cancelled_elsewhere_ends_with_abort() -> None:
+    cancelled = Finished(reason=FinishReason.CANCELLED, usage=USAGE)
+    async with plain(ScriptedService(script=(STARTED, cancelled))) as client:
+        body = (await client.post(CHAT, json={"messages": ASK})).json()
+    assert body["choices"][0]["finish_reason"] == "abort"
+
+
+async def test_models() -> None:
+    async with sdk(ScriptedService()) as client:
+        listed = [model async for model in client.models.list()]
+        assert [model.id for model in listed] == ["ernie"]
+        one = await client.models.retrieve("ernie")
+        assert one.model_dump(exclude_unset=True) == {
+            "id": "ernie",
+            "object": "model",
+            "created": 1_700_000_000,
+            "owned_by": "ernie-serving",
+            "root": "/models/ernie",
+            "max_model_len": 4096,
+        }
+        with pytest.raises(openai.NotFoundError) as caught:
+            await client.models.retrieve("org/other")
+    assert caught.value.code == "model_not_found" and "org/other" in caught.value.message
+
+
+async def test_health_and_readiness() -> None:
+    service = ScriptedService(missing="no prefill engine")
+    async with plain(service) as client:
+        assert (await client.get("/health")).status_code == 200
+        response = await client.get("/ready")
+        assert (response.status_code, response.json()["missing"]) == (503, "no prefill engine")
+        service.missing = None
+        assert (await client.get("/ready")).status_code == 200
+
+
+@pytest.mark.parametrize(("method", "path", "status"), [("GET", "/v2", 404), ("GET", CHAT, 405), ("GET", "/docs", 404)])
+async def test_unknown_routes_answer_in_openais_form(method: str, path: str, status: int) -> None:
+    async with plain(ScriptedService()) as client:
+        response = await client.request(method, path)
+    assert response.status_code == status
+    assert response.json()["error"]["type"] == "invalid_request_error"

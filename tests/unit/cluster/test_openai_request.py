@@ -1,0 +1,291 @@
+"""What a chat completion body may hold, and what becomes of it."""
+
+from __future__ import annotations
+
+import base64
+import json
+from typing import Any
+
+import pytest
+
+from actors.errors import InvalidRequest
+from actors.types import (
+    ImagePart,
+    MediaSource,
+    Message,
+    MessageRole,
+    TextPart,
+    ThinkingMode,
+    ToolCall,
+    VideoPart,
+)
+from cluster.generation import GenerateCall
+from cluster.openai_request import client_field, parse_chat_request, to_call
+
+HELLO = {"role": "user", "content": "hello"}
+PIXEL = base64.b64encode(b"png bytes").decode()
+
+
+def call(**fields: Any) -> GenerateCall:
+    return to_call(parse_chat_request(json.dumps({"messages": [HELLO], **fields}).encode()))
+
+
+def message(**fields: Any) -> Message:
+    return call(messages=[fields]).messages[0]
+
+
+def refused(**fields: Any) -> InvalidRequest:
+    with pytest.raises(InvalidRequest) as caught:
+        call(**fields)
+    return caught.value
+
+
+def test_bare_request_takes_every_default() -> None:
+    text = TextPart(text="hello")
+    assert call() == GenerateCall(messages=(Message(role=MessageRole.USER, parts=(text,)),))
+
+
+def test_every_field_is_carried_over() -> None:
+    got = call(
+        model="ernie",
+        stream=True,
+        temperature=0,
+        top_p=0.5,
+        top_k=40,
+        seed=7,
+        max_tokens=16,
+        stop="END",
+        stop_token_ids=[5, 6],
+        ignore_eos=True,
+        enable_thinking=False,
+        timeout=2,
+        return_token_ids=True,
+        return_timings=True,
+    )
+    assert got == GenerateCall(
+        messages=call().messages,
+        model="ernie",
+        temperature=0,
+        top_p=0.5,
+        top_k=40,
+        seed=7,
+        max_tokens=16,
+        stop=("END",),
+        stop_token_ids=(5, 6),
+        ignore_eos=True,
+        thinking=ThinkingMode.OFF,
+        timeout_s=2,
+        return_token_ids=True,
+        return_timings=True,
+    )
+
+
+@pytest.mark.parametrize(
+    ("fields", "attribute", "value"),
+    [
+        ({"max_completion_tokens": 9}, "max_tokens", 9),
+        ({"max_tokens": 9, "max_completion_tokens": 9}, "max_tokens", 9),
+        ({"top_k": -1}, "top_k", 0),
+        ({"top_k": 0}, "top_k", 0),
+        ({"stop": ["a", "b"]}, "stop", ("a", "b")),
+        ({"stop": None}, "stop", ()),
+        ({"temperature": 2}, "temperature", 2.0),
+        ({"top_p": 1}, "top_p", 1.0),
+        ({"seed": 2**63 - 1}, "seed", 2**63 - 1),
+        ({"enable_thinking": True}, "thinking", ThinkingMode.ON),
+        ({"enable_thinking": None}, "thinking", ThinkingMode.AUTO),
+        ({"max_tokens": None}, "max_tokens", None),
+    ],
+)
+def test_spellings(fields: dict[str, Any], attribute: str, value: object) -> None:
+    assert getattr(call(**fields), attribute) == value
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"temperature": -0.1}, "temperature"),
+        ({"temperature": 2.1}, "temperature"),
+        ({"temperature": "1"}, "temperature"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"top_p": 1.01}, "top_p"),
+        ({"top_p": float("inf")}, "top_p"),
+        ({"top_k": -2}, "top_k"),
+        ({"top_k": 1.5}, "top_k"),
+        ({"seed": -1}, "seed"),
+        ({"seed": 2**63}, "seed"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": 2**31}, "max_tokens"),
+        ({"max_tokens": True}, "max_tokens"),
+        ({"max_completion_tokens": 0}, "max_completion_tokens"),
+        ({"max_tokens": 1, "max_completion_tokens": 2}, "max_completion_tokens"),
+        ({"stop": ""}, "stop[0]"),
+        ({"stop": ["a", ""]}, "stop[1]"),
+        ({"stop": ["x" * 1025]}, "stop[0]"),
+        ({"stop": ["a"] * 33}, "stop"),
+        ({"stop": [1]}, "stop[0]"),
+        ({"stop": 1}, "stop"),
+        ({"stop_token_ids": [1, -1]}, "stop_token_ids[1]"),
+        ({"stop_token_ids": [0] * 1025}, "stop_token_ids"),
+        ({"stop_token_ids": 3}, "stop_token_ids"),
+        ({"ignore_eos": 1}, "ignore_eos"),
+        ({"stream": "yes"}, "stream"),
+        ({"timeout": 0}, "timeout"),
+        ({"timeout": -1}, "timeout"),
+        ({"timeout": 1e9}, "timeout"),
+        ({"model": 5}, "model"),
+        ({"enable_thinking": "on"}, "enable_thinking"),
+        ({"messages": []}, "messages"),
+        ({"messages": None}, "messages"),
+        ({"messages": "hi"}, "messages"),
+        ({"messages": ["hi"]}, "messages[0]"),
+        ({"messages": [{"content": "hi"}]}, "messages[0].role"),
+        ({"messages": [{"role": "robot", "content": "hi"}]}, "messages[0].role"),
+        ({"messages": [HELLO, {"role": "function", "content": "hi"}]}, "messages[1].role"),
+        ({"messages": [{"role": "user"}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": None}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": ""}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": []}]}, "messages[0].content"),
+        ({"messages": [{"role": "tool"}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
+        ({"messages": [HELLO | {"tool_call_id": "c"}]}, "messages[0].tool_call_id"),
+        ({"messages": [HELLO | {"reasoning": "x"}]}, "messages[0].reasoning"),
+        ({"messages": [HELLO | {"tool_calls": [{"id": "", "function": {"name": "", "arguments": ""}}]}]},
+         "messages[0].tool_calls"),
+        ({"messages": [{"role": "assistant", "reasoning": "a", "reasoning_content": "b"}]},
+         "messages[0].reasoning_content"),
+        ({"messages": [HELLO | {"weight": 1}]}, "messages[0].weight"),
+        ({"messages": [HELLO | {"audio": {"id": "a"}}]}, "messages[0].audio"),
+    ],
+)  # fmt: skip
+def test_wrong_values_name_their_field(fields: dict[str, Any], field: str) -> None:
+    error = refused(**fields)
+    assert error.field == field
+    assert field in error.message
+
+
+@pytest.mark.parametrize(
+    "field",
+    ["n", "tools", "tool_choice", "stream_options", "logprobs", "response_format", "metadata", "user", "logit_bias",
+     "presence_penalty", "repetition_penalty", "min_p", "chat_template_kwargs", "extra", "(odd)"],
+)  # fmt: skip
+@pytest.mark.parametrize("value", [None, 1, {}])
+def test_fields_outside_the_list_are_refused_by_name(field: str, value: object) -> None:
+    error = refused(**{field: value})
+    assert (error.field, error.reason) == (field, "UNSUPPORTED_FIELD")
+    assert error.message == f"{field} is not supported"
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"\xff", b'{"messages": [}', b"[]", b"3", b"null"])
+def test_bodies_that_are_no_json_object(body: bytes) -> None:
+    with pytest.raises(InvalidRequest, match="JSON"):
+        parse_chat_request(body)
+
+
+@pytest.mark.parametrize(
+    ("part", "expected"),
+    [
+        ({"type": "text", "text": "hi"}, TextPart(text="hi")),
+        (
+            {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{PIXEL}", "detail": "auto"}},
+            ImagePart(source=MediaSource(content=b"png bytes")),
+        ),
+        (
+            {"type": "image_url", "image_url": {"url": "https://a/b.png"}, "min_pixels": 1, "max_pixels": 2},
+            ImagePart(source=MediaSource(uri="https://a/b.png"), min_pixels=1, max_pixels=2),
+        ),
+        (
+            {"type": "image", "url": "HTTP://a/b.png", "max_pixels": 3},
+            ImagePart(source=MediaSource(uri="HTTP://a/b.png"), max_pixels=3),
+        ),
+        (
+            {"type": "video_url", "video_url": {"url": f"data:video/mp4;base64,{PIXEL}"}},
+            VideoPart(source=MediaSource(content=b"png bytes")),
+        ),
+        ({"type": "video", "url": "http://a/b.mp4"}, VideoPart(source=MediaSource(uri="http://a/b.mp4"))),
+    ],
+)
+def test_parts(part: dict[str, Any], expected: object) -> None:
+    assert message(role="user", content=[part, {"type": "text", "text": "?"}]).parts == (
+        expected,
+        TextPart(text="?"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("part", "field"),
+    [
+        ({"type": "audio"}, ""),
+        ({"text": "no type"}, ""),
+        ("text", ""),
+        ({"type": 5}, ""),
+        ({"type": "text"}, ".text"),
+        ({"type": "text", "text": 1}, ".text"),
+        ({"type": "image_url", "image_url": "https://a"}, ".image_url"),
+        ({"type": "image_url", "image_url": {}}, ".image_url.url"),
+        ({"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}, ".image_url.url"),
+        ({"type": "image_url", "image_url": {"url": "/etc/passwd"}}, ".image_url.url"),
+        ({"type": "image_url", "image_url": {"url": "data:image/png,abc"}}, ".image_url.url"),
+        ({"type": "image_url", "image_url": {"url": "data:image/png;base64,a?b"}}, ".image_url.url"),
+        ({"type": "image_url", "image_url": {"url": "data:image/png;base64,"}}, ".image_url.url"),
+        ({"type": "image_url", "image_url": {"url": "data:image/png;base64,\u00e9"}}, ".image_url.url"),
+        ({"type": "image_url", "image_url": {"url": "https://a", "detail": "low"}}, ".image_url.detail"),
+        ({"type": "image_url", "image_url": {"url": "https://a", "detail": "best"}}, ".image_url.detail"),
+        ({"type": "image_url", "image_url": {"url": "https://a"}, "min_pixels": 0}, ".min_pixels"),
+        ({"type": "image_url", "image_url": {"url": "https://a"}, "max_pixels": 0}, ".max_pixels"),
+        ({"type": "image", "url": "https://a", "min_pixels": 5, "max_pixels": 4}, ".min_pixels"),
+        ({"type": "image", "url": "https://a", "fps": 1}, ".fps"),
+        ({"type": "video_url", "video_url": {"url": "ftp://a"}}, ".video_url.url"),
+        ({"type": "video_url", "video_url": {"url": "https://a"}, "min_pixels": 1}, ".min_pixels"),
+        ({"type": "video", "url": "gopher:x"}, ".url"),
+    ],
+)
+def test_wrong_parts_name_their_field(part: object, field: str) -> None:
+    error = refused(messages=[{"role": "user", "content": [{"type": "text", "text": "a"}, part]}])
+    assert error.field == f"messages[0].content[1]{field}"
+
+
+@pytest.mark.parametrize(
+    ("role", "expected"),
+    [("system", MessageRole.SYSTEM), ("developer", MessageRole.SYSTEM), ("user", MessageRole.USER)],
+)
+def test_roles(role: str, expected: MessageRole) -> None:
+    assert message(role=role, content="x", name="n") == Message(role=expected, parts=(TextPart(text="x"),), name="n")
+
+
+@pytest.mark.parametrize("name", ["reasoning", "reasoning_content"])
+def test_assistant_history_keeps_thinking_and_calls(name: str) -> None:
+    tool_call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    assert message(role="assistant", content=None, tool_calls=[tool_call], **{name: "hm"}) == Message(
+        role=MessageRole.ASSISTANT,
+        parts=(),
+        reasoning="hm",
+        tool_calls=(ToolCall(id="c1", name="f", arguments="{}"),),
+    )
+
+
+def test_tool_results_may_be_empty_text() -> None:
+    assert message(role="tool", tool_call_id="c1", name="f", content="") == Message(
+        role=MessageRole.TOOL, parts=(TextPart(text=""),), tool_call_id="c1", name="f"
+    )
+
+
+def test_a_dumped_reply_is_accepted_as_history() -> None:
+    dumped = dict.fromkeys(("refusal", "annotations", "audio", "function_call", "tool_calls", "name", "tool_call_id"))
+    assert message(role="assistant", content="", **dumped).parts == (TextPart(text=""),)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        ("messages[3].parts[1]", "messages[3].content[1]"),
+        ("messages[3].parts[1].source", "messages[3].content[1].source"),
+        ("timeout_s", "timeout"),
+        ("thinking", "enable_thinking"),
+        ("max_tokens", "max_tokens"),
+        ("messages[0].content[1].image_url.url", "messages[0].content[1].image_url.url"),
+    ],
+)
+def test_fields_named_by_later_stages(ours: str, theirs: str) -> None:
+    assert client_field(ours) == theirs
