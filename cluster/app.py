@@ -1,0 +1,170 @@
+"""Composition root: the Serve application, from one description.
+
+``serve deploy deploy/serve.yaml`` and ``ernie serve`` both call ``build``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ray import serve
+from ray.serve import Application
+
+from actors.config import EngineReplicaConfig, PreprocessorConfig, VisionEncoderConfig
+from cluster.config import ClusterConfig, EnginePool, parse, resolve
+from cluster.ingress import Ingress
+from cluster.model_check import check_model
+from cluster.placement import (
+    Claim,
+    encoder_claim,
+    engine_claim,
+    planner_claim,
+    preprocessor_claim,
+    router_claim,
+)
+from cluster.planner import Planner
+from cluster.workers import EngineGroupReplica, PreprocessorReplica, VisionEncoderReplica
+
+HEALTH_PERIOD_S = 1.0
+HEALTH_TIMEOUT_S = 2.0
+CONTROL_CALLS = 1000
+"""Calls a replica accepts at once where Serve is not the one to bound them."""
+SHUTDOWN_MARGIN_S = 5.0
+"""For a replica to close its servers after its own drain."""
+CONSTRUCTOR_TRIES = 2
+"""Of a first deployment: what a replica cannot load once it seldom can later."""
+DEPLOY_FILE_PLACES = {
+    "host": "http_options.host",
+    "http_port": "http_options.port",
+    "grpc_port": "grpc_options.port",
+    "log_level": "logging_config.log_level",
+}
+"""Fields only ``ernie serve`` reads, and where a file for ``serve deploy`` says the same."""
+
+
+def build(args: ClusterConfig | Mapping[str, Any]) -> Application:
+    """The application, its open choices settled from the GPUs of the cluster at hand.
+
+    Serve passes a mapping, which is checked here, the model directory included.
+
+    Raises:
+        ValueError: one line per wrong field, with its path.
+    """
+    described = args if isinstance(args, ClusterConfig) else _deployed(args)
+    config = resolve(described, gpus=cluster_gpus())
+    planner = _deployment(Planner, "planner", planner_claim()).bind(config)
+    preprocessor = _deployment(
+        PreprocessorReplica,
+        "preprocessor",
+        preprocessor_claim(config),
+        replicas=config.preprocessor.replicas,
+        max_ongoing=config.preprocessor.max_ongoing,
+    ).bind(preprocessor_config(config), config.preprocessor.limits, planner, config.worker_host)
+    encoders = _deployment(
+        VisionEncoderReplica, "vision_encoder", encoder_claim(config), replicas=config.vision_encoder.replicas
+    ).bind(encoder_config(config), planner, config.worker_host)
+    engines = [
+        _deployment(
+            EngineGroupReplica,
+            pool.name,
+            engine_claim(pool),
+            replicas=pool.replicas,
+            shutdown_s=config.drain_timeout_s + SHUTDOWN_MARGIN_S,
+        ).bind(engine_config(config, pool), planner, config.worker_host)
+        for pool in config.pools
+    ]
+    router = _deployment(
+        Ingress,
+        "router",
+        router_claim(config),
+        replicas=config.router.replicas,
+        # The router refuses by its own count, with a retry delay; Serve must not be the first to.
+        max_ongoing=2 * config.router.max_active + CONTROL_CALLS,
+        shutdown_s=config.drain_timeout_s + SHUTDOWN_MARGIN_S,
+    )
+    return router.bind(config, planner, preprocessor, encoders, *engines)
+
+
+def _deployed(args: Mapping[str, Any]) -> ClusterConfig:
+    config = parse(args, "args")
+    misplaced = [f"args: {name}: set {place} instead" for name, place in DEPLOY_FILE_PLACES.items() if name in args]
+    if misplaced:
+        raise ValueError("\n".join(misplaced))
+    check_model(config)
+    return config
+
+
+def cluster_gpus() -> int:
+    """GPUs of the running Ray cluster."""
+    import ray
+
+    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    return int(resources.get("GPU", 0))
+
+
+def preprocessor_config(config: ClusterConfig) -> PreprocessorConfig:
+    pool = config.preprocessor
+    return PreprocessorConfig(
+        model_dir=config.model,
+        workers=pool.concurrency,
+        patch_bytes=pool.patch_bytes,
+    )
+
+
+def encoder_config(config: ClusterConfig) -> VisionEncoderConfig:
+    pool = config.vision_encoder
+    return VisionEncoderConfig(
+        model_dir=config.model,
+        encoder_id="vision_encoder",
+        dtype=config.dtype,
+        device=_device(encoder_claim(config)),
+        max_batch_patches=pool.max_batch_patches,
+        patch_window_bytes=pool.patch_window_bytes,
+        embedding_bytes=pool.embedding_bytes,
+        cache_bytes=pool.cache_bytes,
+    )
+
+
+def engine_config(config: ClusterConfig, pool: EnginePool) -> EngineReplicaConfig:
+    return EngineReplicaConfig(
+        model_dir=config.model,
+        pool=pool.name,
+        dtype=config.dtype,
+        compat=config.compat,
+        device=_device(engine_claim(pool)),
+        max_model_len=config.max_model_len,
+        block_size=pool.block_size,
+        max_num_seqs=pool.max_num_seqs,
+        max_batched_tokens=pool.max_batched_tokens,
+        max_waiting=pool.max_waiting,
+        kv_cache_gib=pool.kv_cache_gib,
+        gpu_memory_utilization=pool.gpu_memory_utilization,
+        drain_timeout_s=config.drain_timeout_s,
+    )
+
+
+def _device(claim: Claim) -> str:
+    return "cuda" if claim["num_gpus"] else "cpu"
+
+
+def _deployment(
+    worker: type[Any],
+    name: str,
+    claim: Claim,
+    *,
+    replicas: int = 1,
+    max_ongoing: int = CONTROL_CALLS,
+    shutdown_s: float = 2 * SHUTDOWN_MARGIN_S,
+) -> serve.Deployment:
+    return serve.deployment(
+        name=name,
+        num_replicas=replicas,
+        ray_actor_options=dict(claim),
+        max_ongoing_requests=max_ongoing,
+        health_check_period_s=HEALTH_PERIOD_S,
+        health_check_timeout_s=HEALTH_TIMEOUT_S,
+        graceful_shutdown_wait_loop_s=0.1,
+        graceful_shutdown_timeout_s=shutdown_s,
+        max_constructor_retry_count=CONSTRUCTOR_TRIES,
+    )(worker)

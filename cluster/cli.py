@@ -1,0 +1,258 @@
+"""The ``ernie`` command. Heavy modules are imported by the command that needs them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+if TYPE_CHECKING:
+    from cluster.config import ClusterConfig
+
+app = typer.Typer(
+    name="ernie",
+    help="Serves ERNIE-4.5-VL on a Ray cluster.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+checkpoint_app = typer.Typer(help="Makes checkpoints.", no_args_is_help=True)
+app.add_typer(checkpoint_app, name="checkpoint")
+
+EXIT_INTERRUPTED = 130
+NONSENSE = (
+    "No --model was given: a small built-in checkpoint with RANDOM weights is served. "
+    "It shows that everything works; its answers are nonsense."
+)
+
+
+@app.command()
+def serve(
+    model: Annotated[str | None, typer.Option(help="Checkpoint directory. Unset: a small random one.")] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file; options given here win over it.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="auto, bfloat16, float32 or float64.")] = None,
+    compat: Annotated[str | None, typer.Option(help="original or transformers: whose rules to follow.")] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on.  [default: 127.0.0.1]")] = None,
+    http_port: Annotated[int | None, typer.Option(help="[default: 8000]")] = None,
+    grpc_port: Annotated[int | None, typer.Option(help="[default: 9000]")] = None,
+    allowed_media_domains: Annotated[
+        list[str] | None, typer.Option(help="Host media may be fetched from; repeat for more.")
+    ] = None,
+    max_model_len: Annotated[int | None, typer.Option(help="Longest prompt and reply together.")] = None,
+    served_model_name: Annotated[str | None, typer.Option(help="Name clients ask for.")] = None,
+    log_dir: Annotated[Path | None, typer.Option(help="Keep the logs of the session here.")] = None,
+) -> None:
+    """Starts a cluster on this machine and keeps it until Ctrl-C."""
+    from cluster.launch import StopRequested, grpc_address, http_url, leave, running_cluster
+    from cluster.session import StartFailed
+
+    options: dict[str, Any] = {
+        "model": model,
+        "dtype": dtype,
+        "compat": compat,
+        "host": host,
+        "http_port": http_port,
+        "grpc_port": grpc_port,
+        "max_model_len": max_model_len,
+        "served_model_name": served_model_name,
+    }
+    settings = _config(config, options, allowed_media_domains)
+    try:
+        with running_cluster(settings, typer.echo, log_dir=log_dir) as signals:
+            url = http_url(settings)
+            typer.echo(f"  HTTP  {url}/v1")
+            typer.echo(f"  gRPC  {grpc_address(settings)}")
+            typer.echo("Try:")
+            typer.echo(f"  {_example(url)}")
+            typer.echo(f'  ernie chat "Hello" --address {grpc_address(settings)}')
+            typer.echo("Ctrl-C lets running requests finish and stops.")
+            signals.wait()
+    except StopRequested:
+        typer.echo("Interrupted while starting.")
+        leave(EXIT_INTERRUPTED)
+    except StartFailed as error:
+        _fail(str(error))
+
+
+@app.command()
+def demo() -> None:
+    """Starts a cluster on free ports, asks it about a picture over gRPC and HTTP, and stops it."""
+    import httpx
+    from rich.console import Console
+
+    from cluster.config import parse
+    from cluster.demo import run_demo
+    from cluster.launch import StopRequested, builtin_checkpoint, leave
+    from cluster.ports import free_ports
+    from cluster.session import StartFailed
+
+    console = Console(highlight=False)
+    console.print(NONSENSE, style="bold yellow")
+    http_port, grpc_port = free_ports(2)
+    settings = parse({"model": str(builtin_checkpoint()), "http_port": http_port, "grpc_port": grpc_port}, "demo")
+    try:
+        code = run_demo(settings, console)
+    except StopRequested:
+        leave(EXIT_INTERRUPTED)
+    except (StartFailed, httpx.HTTPError) as error:
+        _fail(str(error))
+    raise typer.Exit(code)
+
+
+@app.command()
+def chat(
+    prompt: Annotated[str, typer.Argument(help="What to ask.")],
+    image: Annotated[list[str] | None, typer.Option(help="Picture: a file or a URL; repeat for more.")] = None,
+    video: Annotated[list[str] | None, typer.Option(help="Video: a file or a URL; repeat for more.")] = None,
+    think: Annotated[
+        bool | None, typer.Option("--think/--no-think", help="Unset: the model's default.", show_default=False)
+    ] = None,
+    address: Annotated[str, typer.Option(help="host:port of the gRPC API.")] = "127.0.0.1:9000",
+    model: Annotated[str | None, typer.Option(help="Name of the model; there is only one.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Bound on generated tokens.", min=1, max=2**31 - 1)] = None,
+    temperature: Annotated[float | None, typer.Option(help="0 is greedy.", min=0, max=2)] = None,
+    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.", min=0, max=2**63 - 1)] = None,
+    timeout: Annotated[
+        float | None, typer.Option(help="Seconds the whole request may take.", min=0.001, max=86_400)
+    ] = None,
+) -> None:
+    """Asks a running cluster one question and streams the answer."""
+    from cluster.cli_chat import run_chat
+
+    code = run_chat(
+        prompt,
+        images=image or [],
+        videos=video or [],
+        think=think,
+        address=address,
+        model=model,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        seed=seed,
+        timeout_s=timeout,
+    )
+    raise typer.Exit(code)
+
+
+@app.command()
+def status(url: Annotated[str, typer.Option(help="Base URL of the HTTP API.")] = "http://127.0.0.1:8000") -> None:
+    """Shows the pools of a running cluster, their roles and load."""
+    import httpx
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from cluster.status import rows, summary
+
+    try:
+        response = httpx.get(f"{url.rstrip('/')}/status", timeout=10.0, trust_env=False)
+        response.raise_for_status()
+        body = response.json()
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
+        _fail(f"no status from {url}: {error}")
+    console = Console(highlight=False)
+    table = Table("pool", "id", "role", "address", "load", box=None, pad_edge=False)
+    try:
+        console.print(Text(summary(body)))
+        for row in rows(body):
+            table.add_row(*map(Text, row))
+    except (KeyError, TypeError):
+        _fail(f"no status from {url}: what answers there is no ernie cluster")
+    console.print(table)
+    raise typer.Exit(0 if body["ready"] else 1)
+
+
+@checkpoint_app.command("random")
+def checkpoint_random(
+    directory: Annotated[Path, typer.Argument(help="New or empty directory.")],
+    preset: Annotated[str, typer.Option(help="tiny, mid or 28b.")] = "tiny",
+    seed: Annotated[int, typer.Option(help="Same seed, same weights.")] = 0,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    naming: Annotated[str, typer.Option(help="hf or baidu: names of the tensors.")] = "hf",
+    style: Annotated[str, typer.Option(help="pt or thinking: whose chat template.")] = "pt",
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="text_config.hidden_size=192; repeat for more.")
+    ] = None,
+    write: Annotated[
+        bool | None, typer.Option("--write/--no-write", help="Unset: all but 28b, whose shapes are counted only.")
+    ] = None,
+) -> None:
+    """Writes a complete checkpoint of the real format with random weights."""
+    from actors.checkpoint import parse_overrides, write_random_checkpoint
+
+    if naming not in ("hf", "baidu"):
+        _fail(f"--naming: {naming!r} is not one of hf, baidu")
+    if style not in ("pt", "thinking"):
+        _fail(f"--style: {style!r} is not one of pt, thinking")
+    try:
+        summary = write_random_checkpoint(
+            directory,
+            preset,
+            seed=seed,
+            dtype=dtype,
+            naming="hf" if naming == "hf" else "baidu",
+            style="pt" if style == "pt" else "thinking",
+            overrides=parse_overrides(set_ or []),
+            write=write,
+        )
+    except (ValueError, OSError) as error:
+        _fail(str(error))
+    size = f"{summary.parameters / 1e6:,.1f} M parameters, {summary.nbytes / 1e6:,.1f} MB"
+    if summary.directory is None:
+        typer.echo(f"{preset}: {size}; nothing was written, --write does")
+    else:
+        typer.echo(f"{summary.directory}: {size}")
+
+
+def _config(file: Path | None, options: dict[str, Any], domains: list[str] | None) -> ClusterConfig:
+    from cluster.config import parse, read_file
+    from cluster.launch import builtin_checkpoint
+    from cluster.model_check import check_model
+
+    try:
+        values = read_file(file) if file is not None else {}
+        values |= {name: value for name, value in options.items() if value is not None}
+        if domains is not None:
+            _set_domains(values, domains)
+        random = "model" not in values
+        # A stand-in, so that other mistakes are told before a checkpoint is written.
+        settings = parse(values | ({"model": "random"} if random else {}), str(file or "options"))
+        if random:
+            typer.secho(NONSENSE, fg=typer.colors.YELLOW, bold=True)
+            model = builtin_checkpoint()
+        else:
+            # Absolute: workers run in other directories.
+            model = Path(settings.model).expanduser().resolve()
+        settings = settings.model_copy(update={"model": str(model)})
+        check_model(settings)
+        return settings
+    except (ValueError, OSError) as error:
+        _fail(str(error))
+
+
+def _set_domains(values: dict[str, Any], domains: list[str]) -> None:
+    preprocessor = values.setdefault("preprocessor", {})
+    limits = preprocessor.setdefault("limits", {}) if isinstance(preprocessor, dict) else None
+    if not isinstance(limits, dict):
+        raise ValueError("preprocessor.limits: must be a mapping")
+    limits["allowed_media_domains"] = [name for item in domains for name in item.split(",") if name]
+
+
+def _example(url: str) -> str:
+    body = '{"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 32, "stream": true}'
+    return f"curl -N {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'"
+
+
+def _fail(message: str) -> NoReturn:
+    typer.secho(message, fg=typer.colors.RED, err=True)
+    raise typer.Exit(1)
+
+
+def main() -> None:
+    """Entry point of the ``ernie`` command."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""The public face as one Serve ingress class: HTTP through FastAPI, gRPC by method name, one router behind both."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse
+from ray import serve
+
+from cluster.config import ClusterConfig
+from cluster.grpc_service import InferenceServicer
+from cluster.http_api import build_api
+from cluster.router.assembly import RouterParts
+from cluster.router.router import Router
+from cluster.status import cluster_status
+
+
+@serve.ingress()
+class Ingress(InferenceServicer):
+    """One router replica. ``pools`` are only bound so that Serve deploys them: engines and encoders are reached by
+    address."""
+
+    router: Router
+
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, config: ClusterConfig, planner: Any, preprocessor: Any, *pools: Any
+    ) -> None:
+        self._parts = await RouterParts.start(config, planner, preprocessor)
+        self._model = config.model_name
+        self.router = self._parts.router
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        app = build_api(lambda: self.router)
+
+        async def status(request: Request) -> JSONResponse:
+            audit = request.query_params.get("audit") == "true"
+            return JSONResponse(await self.status(audit=audit))
+
+        app.add_route("/status", status, methods=["GET"])
+        return app
+
+    async def status(self, *, audit: bool = False) -> dict[str, Any]:
+        """What ``ernie status`` shows; with ``audit`` also what every part holds for requests."""
+        status = cluster_status(
+            self._parts.fleet.snapshot,
+            model=self._model,
+            active=self.router.active_count,
+            missing=await self.router.not_ready(),
+        )
+        if audit:
+            audits = await self._parts.audits()
+            status["audits"] = {
+                name: {"held": dict(found.held), "problem": found.problem} for name, found in audits.items()
+            }
+        return status
+
+    async def drain(self, timeout_s: float) -> int:
+        """Refuses new requests and waits for running ones; returns how many were still running at the end."""
+        return await self.router.drain(timeout_s)
+
+    async def __del__(self) -> None:
+        await self._parts.close()

@@ -1,0 +1,93 @@
+"""What ``GET /status`` says and how ``ernie status`` prints it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from cluster.registry import Snapshot
+
+
+def cluster_status(snapshot: Snapshot, *, model: str, active: int, missing: str | None) -> dict[str, Any]:
+    """The registry as this router knows it, as JSON values."""
+    return {
+        "ready": missing is None,
+        "missing": missing,
+        "model": model,
+        "active_requests": active,
+        "planner_term": snapshot.term,
+        "engines": [
+            {
+                "id": entry.info.engine_id,
+                "pool": entry.pool,
+                "role": str(entry.info.role),
+                "ready": entry.ready,
+                "address": entry.info.address,
+                "dtype": entry.info.dtype,
+                "load": None
+                if entry.load is None
+                else {
+                    "running": entry.load.running,
+                    "waiting": entry.load.waiting,
+                    "reserved": entry.load.reserved,
+                    "queued_tokens": entry.load.queued_tokens,
+                    "free_blocks": entry.load.free_blocks,
+                    "total_blocks": entry.load.total_blocks,
+                    "block_size": entry.load.block_size,
+                },
+            }
+            for entry in snapshot.engines
+        ],
+        "loading": [
+            {
+                "pool": entry.pool,
+                "role": str(entry.role),
+                "bytes_done": entry.bytes_done,
+                "bytes_total": entry.bytes_total,
+            }
+            for entry in snapshot.loading
+        ],
+        "preprocessors": [{"id": entry.incarnation[:8], "address": entry.address} for entry in snapshot.preprocessors],
+        "encoders": [
+            {
+                "id": entry.info.encoder_id,
+                "address": entry.info.address,
+                "dtype": entry.info.dtype,
+                "queued_patches": entry.queued_patches,
+            }
+            for entry in snapshot.encoders
+        ],
+    }
+
+
+def summary(status: Mapping[str, Any]) -> str:
+    """One line about the whole."""
+    state = "ready" if status["ready"] else f"not ready: {status['missing']}"
+    return f"{status['model']}: {state}, {status['active_requests']} requests active"
+
+
+def rows(status: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str, str]]:
+    """(pool, id, role, address or progress, load) of every worker the planner knows."""
+    for preprocessor in sorted(status["preprocessors"], key=_by_id):
+        yield ("preprocessor", preprocessor["id"], "preprocess", preprocessor["address"], "")
+    for encoder in sorted(status["encoders"], key=_by_id):
+        load = f"{encoder['queued_patches']} patches queued"
+        yield ("vision_encoder", encoder["id"], "encode", encoder["address"], load)
+    for engine in sorted(status["engines"], key=lambda item: (item["pool"], item["role"], item["id"])):
+        state = engine["address"] if engine["ready"] else f"{engine['address']}, not ready"
+        yield (engine["pool"], engine["id"], engine["role"], state, _load(engine["load"]))
+    for engine in status["loading"]:
+        done, total = engine["bytes_done"] / 1e9, engine["bytes_total"] / 1e9
+        yield (engine["pool"], "", engine["role"], f"loading, {done:.1f} of {total:.1f} GB", "")
+
+
+def _by_id(item: Mapping[str, Any]) -> str:
+    return str(item["id"])
+
+
+def _load(load: Mapping[str, Any] | None) -> str:
+    if load is None:
+        return ""
+    used = load["total_blocks"] - load["free_blocks"]
+    busy = f"{load['running']} running, {load['waiting']} waiting, {load['reserved']} reserved"
+    return f"{busy}, KV {used}/{load['total_blocks']}"

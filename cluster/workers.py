@@ -1,0 +1,100 @@
+"""Workers as Serve replicas: a name of their own, a place in the planner's registry, an orderly end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+from typing import Any
+
+from ray import serve
+
+from actors.config import EngineReplicaConfig, PreprocessorConfig, VisionEncoderConfig
+from actors.engine_replica import EngineReplica
+from actors.preprocessor import Preprocessor
+from actors.processing.config import ProcessingLimits
+from actors.vision_encoder import VisionEncoder
+from actors.wire.renewal import renew_for_ever
+
+LEAVE_TIMEOUT_S = 1.0
+
+
+class Registration:
+    """Keeps a worker in the planner's registry until ``end``."""
+
+    def __init__(self, planner: Any, incarnation: str, renew: Any) -> None:
+        self._planner = planner
+        self._incarnation = incarnation
+        self._task = asyncio.create_task(renew_for_ever(renew))
+
+    def check(self) -> None:
+        """Raises RuntimeError when renewal has stopped."""
+        if self._task.done():
+            raise RuntimeError("the registration with the planner stopped") from self._task.exception()
+
+    async def end(self) -> None:
+        self._task.cancel()
+        with contextlib.suppress(Exception):
+            async with asyncio.timeout(LEAVE_TIMEOUT_S):
+                await self._planner.leave.remote(self._incarnation)
+
+
+class PreprocessorReplica(Preprocessor):
+    """A preprocessor the planner knows, so that its Media server can be audited."""
+
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, config: PreprocessorConfig, limits: ProcessingLimits, planner: Any, host: str | None
+    ) -> None:
+        await super().__init__(config, limits, host)
+
+        async def renew() -> None:
+            await planner.renew_preprocessor.remote(self.incarnation, self.address)
+
+        self._registration = Registration(planner, self.incarnation, renew)
+
+    async def check_health(self) -> None:
+        self._registration.check()
+        await super().check_health()
+
+    async def __del__(self) -> None:
+        await self._registration.end()
+        await self.close()
+
+
+class VisionEncoderReplica(VisionEncoder):
+    """A vision encoder known to the planner by its replica's id."""
+
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, config: VisionEncoderConfig, planner: Any, host: str | None
+    ) -> None:
+        await super().__init__(dataclasses.replace(config, encoder_id=f"encoder-{_replica_id()}"), host)
+
+        async def renew() -> None:
+            await planner.renew_encoder.remote(self.identity, self.queued_patches)
+
+        self._registration = Registration(planner, self.identity.incarnation, renew)
+
+    async def check_health(self) -> None:
+        self._registration.check()
+        await super().check_health()
+
+    async def __del__(self) -> None:
+        await self._registration.end()
+        await self.close()
+
+
+class EngineGroupReplica(EngineReplica):
+    """An engine known to the planner by its replica's id; it drains when its replica ends."""
+
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, config: EngineReplicaConfig, planner: Any, host: str | None
+    ) -> None:
+        await super().__init__(config, planner, f"{config.pool}-{_replica_id()}", host)
+
+    async def __del__(self) -> None:
+        await self.close()
+
+
+def _replica_id() -> str:
+    replica: str = serve.get_replica_context().replica_id.unique_id
+    return replica

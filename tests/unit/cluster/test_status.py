@@ -1,0 +1,55 @@
+"""The status of a cluster, from snapshot to rows."""
+
+from __future__ import annotations
+
+import json
+
+from actors.types import EncoderInfo, EngineInfo, EngineRole, LoadReport
+from cluster.registry import EncoderEntry, EngineEntry, LoadingEntry, PreprocessorEntry, Snapshot
+from cluster.status import cluster_status, rows, summary
+
+ENGINE = EngineInfo(
+    engine_id="engine-1",
+    incarnation="i1",
+    address="10.0.0.1:1",
+    role=EngineRole.DECODE,
+    epoch=1,
+    fingerprint="f",
+    dtype="float32",
+    block_size=16,
+    switches="s",
+    max_model_len=512,
+)
+LOAD = LoadReport(
+    step=1, running=2, waiting=3, free_blocks=90, total_blocks=100, block_size=16, queued_tokens=7, reserved=1
+)
+SNAPSHOT = Snapshot(
+    term=1,
+    version=4,
+    engines=(EngineEntry(info=ENGINE, pool="engine", ready=True, load=LOAD),),
+    encoders=(
+        EncoderEntry(
+            info=EncoderInfo(encoder_id="e1", incarnation="i2", address="10.0.0.2:2", fingerprint="f", dtype="float32"),
+            queued_patches=5,
+        ),
+    ),
+    preprocessors=(PreprocessorEntry(incarnation="0123456789", address="10.0.0.3:3"),),
+    loading=(LoadingEntry(pool="engine", role=EngineRole.PREFILL, bytes_done=10**9, bytes_total=57 * 10**9),),
+)
+
+
+def test_every_worker_has_a_row() -> None:
+    status = json.loads(json.dumps(cluster_status(SNAPSHOT, model="m", active=2, missing="no prefill engine")))
+    assert list(rows(status)) == [
+        ("preprocessor", "01234567", "preprocess", "10.0.0.3:3", ""),
+        ("vision_encoder", "e1", "encode", "10.0.0.2:2", "5 patches queued"),
+        ("engine", "engine-1", "decode", "10.0.0.1:1", "2 running, 3 waiting, 1 reserved, KV 10/100"),
+        ("engine", "", "prefill", "loading, 1.0 of 57.0 GB", ""),
+    ]
+    assert summary(status) == "m: not ready: no prefill engine, 2 requests active"
+
+
+def test_an_empty_cluster_has_no_rows() -> None:
+    status = cluster_status(Snapshot(term=0, version=-1), model="m", active=0, missing=None)
+    assert list(rows(status)) == []
+    assert summary(status) == "m: ready, 0 requests active"
