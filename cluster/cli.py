@@ -33,9 +33,9 @@ def serve(
     config: Annotated[Path | None, typer.Option(help="YAML file; options given here win over it.")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, bfloat16, float32 or float64.")] = None,
     compat: Annotated[str | None, typer.Option(help="original or transformers: whose rules to follow.")] = None,
-    host: Annotated[str | None, typer.Option(help="Address to listen on.  [default: 127.0.0.1]")] = None,
-    http_port: Annotated[int | None, typer.Option(help="[default: 8000]")] = None,
-    grpc_port: Annotated[int | None, typer.Option(help="[default: 9000]")] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on; 127.0.0.1 when unset.")] = None,
+    http_port: Annotated[int | None, typer.Option(help="Port of the HTTP API; 8000 when unset.")] = None,
+    grpc_port: Annotated[int | None, typer.Option(help="Port of the gRPC API; 9000 when unset.")] = None,
     allowed_media_domains: Annotated[
         list[str] | None, typer.Option(help="Host media may be fetched from; repeat for more.")
     ] = None,
@@ -88,7 +88,7 @@ def demo() -> None:
     from cluster.session import StartFailed
 
     console = Console(highlight=False)
-    console.print(NONSENSE, style="bold yellow")
+    console.print(NONSENSE, style="bold yellow", soft_wrap=True)
     http_port, grpc_port = free_ports(2)
     settings = parse({"model": str(builtin_checkpoint()), "http_port": http_port, "grpc_port": grpc_port}, "demo")
     try:

@@ -36,7 +36,7 @@ def run_demo(config: ClusterConfig, console: Console) -> int:
     with tempfile.TemporaryDirectory(prefix="ernie-demo-") as folder:
         picture = Path(folder) / "sample.png"
         draw_picture().save(picture)
-        with running_cluster(config, lambda line: console.print(escape(line), style="dim")):
+        with running_cluster(config, lambda line: console.print(escape(line), style="dim", soft_wrap=True)):
             console.rule("gRPC StreamGenerate")
             console.print(f"Q: {QUESTION} (a picture of a house, {WIDTH} x {HEIGHT} pixels)\n")
             code = run_chat(

@@ -16,22 +16,39 @@ import time
 from pathlib import Path
 
 MARK = "ERNIE_SESSION"
+RAY_TITLE = b"ray::"
 _DONE = b"done\n"
 
 
 def marked_processes(session: Path) -> list[int]:
-    """Ids of live processes started inside a session, this one left out. Empty where there is no /proc."""
+    """Ids of live processes started inside a session, this one left out. Empty where there is no /proc.
+
+    A process that sets its title may overwrite its environment, and with it the mark: Ray's agents do. They are known
+    by their title and by files they hold open in the session's folder.
+    """
     wanted = f"{MARK}={session}".encode()
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
         try:
             environment = (entry / "environ").read_bytes()
+            title = (entry / "cmdline").read_bytes()
             state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
         except OSError:
             continue
-        if wanted in environment.split(b"\0") and state != "Z" and int(entry.name) != os.getpid():
+        ours = wanted in environment.split(b"\0") or (title.startswith(RAY_TITLE) and _holds_files(entry, session))
+        if ours and state != "Z" and int(entry.name) != os.getpid():
             found.append(int(entry.name))
     return found
+
+
+def _holds_files(process: Path, folder: Path) -> bool:
+    """True when a process has a file of a folder open, deleted or not. ``process``: its folder in /proc."""
+    with contextlib.suppress(OSError):
+        for descriptor in (process / "fd").iterdir():
+            with contextlib.suppress(OSError):
+                if os.readlink(descriptor).startswith(f"{folder}/"):
+                    return True
+    return False
 
 
 def end_processes(session: Path, *, grace_s: float) -> list[int]:

@@ -1,4 +1,4 @@
-"""Position ids of a prompt, a pure function of its length and the grids of its media (model.md section 3)."""
+"""Position ids of a prompt, a pure function of its length and the grids of its media."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Variable-resolution resampler: tower features of a unit into the language model's width (model.md section 2).
+"""Variable-resolution resampler: tower features of a unit into the language model's width.
 
 B units of one shape, F frames of a unit, R tokens of a frame, S features of a merged 2 x 2 square of patches, C tower
 width, D language width.

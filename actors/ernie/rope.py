@@ -1,4 +1,4 @@
-"""Rotary embeddings: three axes in the language model, two in the vision tower. Reference: model.md sections 1 and 2.
+"""Rotary embeddings: three axes in the language model, two in the vision tower.
 
 T tokens, N patches, H heads, d head width, F = d / 2 rotary frequencies.
 """

@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from actors.errors import DeadlineExceeded, InternalError, MediaChanged, RequestCancelled, ServingError, Unavailable
 from actors.types import (
@@ -265,6 +265,10 @@ class RequestRun:
             raise engine_lost(route.decode, "link closed")
         return prefill, decode
 
+    @property
+    def wants_token_ids(self) -> bool:
+        return self._call.return_token_ids
+
     def took_first_token(self) -> None:
         if self._first_token_s is None:
             self._first_token_s = self.timeline.elapsed_s
@@ -354,6 +358,8 @@ class _Attempt:
             run.timeline.enter(Stage.TRANSFER if self._split else Stage.DECODE)
         if self._split and count > 1 and run.timeline.stage is Stage.TRANSFER:
             run.timeline.enter(Stage.DECODE)
+        if not run.wants_token_ids:
+            delta = replace(delta, token_ids=())
         if delta.text or delta.reasoning or delta.token_ids:
             run.events.put_nowait(delta)
         return self._output.ending

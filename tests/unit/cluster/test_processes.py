@@ -43,6 +43,23 @@ def test_only_the_session_asked_for_is_ended(tmp_path: Path, start: Start) -> No
     assert other.poll() is None
 
 
+def test_ray_processes_that_lost_the_mark_are_known_by_their_files(tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != MARK}
+    with (tmp_path / "log").open("wb") as log:
+        agent, reader = (
+            subprocess.Popen([title, "60"], executable="/bin/sleep", env=environment, stdout=log)
+            for title in ("ray::Agent", "tail")
+        )
+    try:
+        assert end_processes(tmp_path, grace_s=0.0) == [agent.pid]
+        assert agent.wait(5) == -signal.SIGKILL
+        assert reader.poll() is None
+    finally:
+        for process in (agent, reader):
+            process.kill()
+            process.wait()
+
+
 def test_nothing_to_end(tmp_path: Path) -> None:
     assert end_processes(tmp_path, grace_s=0.0) == []
 

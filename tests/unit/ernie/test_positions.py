@@ -22,7 +22,7 @@ def test_empty_prompt() -> None:
 
 @pytest.mark.parametrize("rule", ["original", "transformers"])
 def test_image_worked_example(rule: str) -> None:
-    """model.md 3: one image of 4 x 4 patches after one token."""
+    """One image of 4 x 4 patches after one token."""
     positions, following = prompt_positions(7, [(1, Grid(1, 4, 4))], rule)  # type: ignore[arg-type]
     assert positions.tolist() == [[0, 1, 1, 1, 1, 3, 4], [0, 1, 1, 2, 2, 3, 4], [0, 1, 2, 1, 2, 3, 4]]
     assert following == 5

@@ -600,3 +600,14 @@ async def test_counting_has_a_deadline_too() -> None:
         w.stages.gate.clear()
         with pytest.raises(DeadlineExceeded, match=r"0\.05 s"):
             await asyncio.wait_for(w.router.count_tokens(None, CALL.messages, CALL.thinking), 5)
+
+
+async def test_token_ids_are_told_only_on_request() -> None:
+    async with world(EngineRole.COLOCATED) as w:
+        for wanted in (False, True):
+            task = w.ask(replace(CALL, return_token_ids=wanted))
+            key, *_ = await w.engines[0].taken()
+            w.engines[0].say(key, 0, 0, 1, finish=FinishReason.LENGTH)
+            deltas = [event for event in await task if isinstance(event, Delta)]
+            assert "".join(delta.text for delta in deltas) == "ab"
+            assert [token for delta in deltas for token in delta.token_ids] == ([0, 1] if wanted else [])
