@@ -11,7 +11,6 @@ the loop in order. A failed step ends the process at once: Serve replaces it.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 import uuid
@@ -48,12 +47,10 @@ from actors.wire.kv_receiver import KvReceiver
 from actors.wire.kv_sender import KvSender
 from actors.wire.media_client import MediaClient
 from actors.wire.media_server import node_address
-from actors.wire.renewal import renew_for_ever
+from actors.wire.renewal import Registration, renew_for_ever
 from ernie_serving.internal.v1 import audit_pb2_grpc, engine_link_pb2_grpc, kv_control_pb2_grpc
 
 log = logging.getLogger(__name__)
-
-LEAVE_TIMEOUT_S = 1.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,7 +92,7 @@ class EngineReplica:
         self._build(rank, role, engine_id or f"{config.pool}-{self._incarnation[:8]}", host or node_address())
         await self._server.start()
         self._engine.start()
-        self._registration = asyncio.create_task(renew_for_ever(self._renew))
+        self._registration = Registration(planner, self._incarnation, self._renew)
         log.info("engine %s serves as %s at %s", self._info.engine_id, role, self._info.address)
 
     def _build(self, rank: Rank, role: EngineRole, engine_id: str, host: str) -> None:
@@ -283,15 +280,11 @@ class EngineReplica:
 
     async def check_health(self) -> None:
         """Serve replaces a replica whose check raises."""
-        if self._registration.done():
-            raise RuntimeError("the engine's registration stopped") from self._registration.exception()
+        self._registration.check()
 
     async def close(self) -> None:
         """Drains: no new attempts, running ones may finish until the drain timeout."""
-        self._registration.cancel()
-        with contextlib.suppress(Exception):
-            async with asyncio.timeout(LEAVE_TIMEOUT_S):
-                await self._planner.leave.remote(self._incarnation)
+        await self._registration.end()
         self._engine.drain()
         await asyncio.to_thread(self._engine.wait_idle, self._config.drain_timeout_s)
         await self._sender.close()

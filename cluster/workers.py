@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import dataclasses
 from typing import Any
 
@@ -14,29 +12,7 @@ from actors.engine_replica import EngineReplica
 from actors.preprocessor import Preprocessor
 from actors.processing.config import ProcessingLimits
 from actors.vision_encoder import VisionEncoder
-from actors.wire.renewal import renew_for_ever
-
-LEAVE_TIMEOUT_S = 1.0
-
-
-class Registration:
-    """Keeps a worker in the planner's registry until ``end``."""
-
-    def __init__(self, planner: Any, incarnation: str, renew: Any) -> None:
-        self._planner = planner
-        self._incarnation = incarnation
-        self._task = asyncio.create_task(renew_for_ever(renew))
-
-    def check(self) -> None:
-        """Raises RuntimeError when renewal has stopped."""
-        if self._task.done():
-            raise RuntimeError("the registration with the planner stopped") from self._task.exception()
-
-    async def end(self) -> None:
-        self._task.cancel()
-        with contextlib.suppress(Exception):
-            async with asyncio.timeout(LEAVE_TIMEOUT_S):
-                await self._planner.leave.remote(self._incarnation)
+from actors.wire.renewal import Registration
 
 
 class PreprocessorReplica(Preprocessor):

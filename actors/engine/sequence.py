@@ -107,11 +107,6 @@ class Sequence:
         return (-self.request.priority, self.request.arrival_s, self.id)
 
     @property
-    def remaining(self) -> int:
-        """Known tokens not computed yet."""
-        return len(self.tokens) - self.computed
-
-    @property
     def ready_tokens(self) -> int:
         """Leading tokens whose embeddings are on hand."""
         if self._first_missing < len(self.units):

@@ -1,15 +1,17 @@
-"""Keeps a lease at the planner for as long as a task runs."""
+"""Keeps a lease at the planner, and gives it back at an orderly end."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Awaitable, Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 log = logging.getLogger(__name__)
 
 RENEW_S = 1.0
+LEAVE_TIMEOUT_S = 1.0
 
 
 async def renew_for_ever(renew: Callable[[], Awaitable[None]]) -> NoReturn:
@@ -25,3 +27,23 @@ async def renew_for_ever(renew: Callable[[], Awaitable[None]]) -> NoReturn:
             if unheard == 3:
                 log.warning("the planner does not answer: %r", error)
         await asyncio.sleep(RENEW_S)
+
+
+class Registration:
+    """Keeps a worker in the planner's registry until ``end``. ``planner``: its Serve handle."""
+
+    def __init__(self, planner: Any, incarnation: str, renew: Callable[[], Awaitable[None]]) -> None:
+        self._planner = planner
+        self._incarnation = incarnation
+        self._task = asyncio.create_task(renew_for_ever(renew))
+
+    def check(self) -> None:
+        """Raises RuntimeError when renewal has stopped."""
+        if self._task.done():
+            raise RuntimeError("the registration with the planner stopped") from self._task.exception()
+
+    async def end(self) -> None:
+        self._task.cancel()
+        with contextlib.suppress(Exception):
+            async with asyncio.timeout(LEAVE_TIMEOUT_S):
+                await self._planner.leave.remote(self._incarnation)

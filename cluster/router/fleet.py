@@ -33,7 +33,6 @@ class Fleet:
         self._lost_after_s = lost_after_s
         self._snapshot = Snapshot(term=0, version=-1)
         self._links: dict[str, EngineLink] = {}
-        self._listed: set[str] = set()
         self._waiting: list[tuple[float, int, asyncio.Future[None]]] = []
         self._follow: asyncio.Task[None] | None = None
         self._retries: set[asyncio.Task[None]] = set()
@@ -59,10 +58,11 @@ class Fleet:
     def engines(self) -> list[EngineView]:
         """Engines the planner lists, with a live link, as they last described themselves. One that left may still
         finish what it has but gets nothing new."""
+        ready = self._ready()
         return [
             EngineView(info=link.info, load=link.load)
             for incarnation, link in self._links.items()
-            if incarnation in self._listed and link.usable and link.load is not None
+            if incarnation in ready and link.usable and link.load is not None
         ]
 
     def context_limit(self, bound: int) -> int:
@@ -104,10 +104,13 @@ class Fleet:
                 log.warning("the planner does not answer (%r): going on with the last snapshot", error)
                 await asyncio.sleep(RETRY_S)
 
+    def _ready(self) -> dict[str, EngineInfo]:
+        """Engines the planner lists as loaded and warmed up, by incarnation."""
+        return {entry.info.incarnation: entry.info for entry in self._snapshot.engines if entry.ready}
+
     def _adopt(self, snapshot: Snapshot) -> None:
         self._snapshot = snapshot
-        self._listed = {entry.info.incarnation for entry in snapshot.engines}
-        ready = {entry.info.incarnation: entry.info for entry in snapshot.engines if entry.ready}
+        ready = self._ready()
         for incarnation, info in ready.items():
             known = self._links.get(incarnation)
             if known is None:
@@ -141,9 +144,8 @@ class Fleet:
         if self._links.get(info.incarnation) is not lost:
             return
         del self._links[info.incarnation]
-        listed = {entry.info.incarnation: entry for entry in self._snapshot.engines}
-        if (entry := listed.get(info.incarnation)) is not None and entry.ready:
-            self._connect(entry.info)
+        if (listed := self._ready().get(info.incarnation)) is not None:
+            self._connect(listed)
 
     def _spawn(self, work: Awaitable[None]) -> None:
         task = asyncio.ensure_future(work)
