@@ -12,17 +12,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from actors.kernels.cpu import CpuKernels
+
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     """dtype of norms, routers, rotary tables and pixels: float32, and float64 in a float64 model."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float, kernels: CpuKernels | None = None) -> Tensor:
     """x / sqrt(mean(x^2) + eps), computed wide, rounded to the dtype of ``x_TD`` and only then scaled by the weight."""
+    if kernels is not None:
+        return kernels.rms_norm(x_TD, weight_D, eps)
     wide_TD = x_TD.to(wide_dtype(x_TD.dtype))
     wide_TD = wide_TD * torch.rsqrt(wide_TD.square().mean(-1, keepdim=True) + eps)
     return weight_D * wide_TD.to(x_TD.dtype)
+
+
+def product(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, kernels: CpuKernels | None) -> Tensor:
+    """x W^T + b, by the ``kernels`` where they are given and the rows are few."""
+    if kernels is not None and x_TI.shape[0] <= kernels.row_limit:
+        return kernels.linear(x_TI.contiguous(), weight_OI, bias_O)
+    return F.linear(x_TI, weight_OI, bias_O)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,16 +42,28 @@ class Linear:
 
     weight_OI: Tensor
     bias_O: Tensor | None
+    kernels: CpuKernels | None = None
+    """For few rows; None is the plain form."""
 
     @classmethod
-    def empty(cls, rows: int, columns: int, *, bias: bool, dtype: torch.dtype, device: torch.device) -> Linear:
+    def empty(
+        cls,
+        rows: int,
+        columns: int,
+        *,
+        bias: bool,
+        dtype: torch.dtype,
+        device: torch.device,
+        kernels: CpuKernels | None = None,
+    ) -> Linear:
         return cls(
             weight_OI=torch.empty(rows, columns, dtype=dtype, device=device),
             bias_O=torch.empty(rows, dtype=dtype, device=device) if bias else None,
+            kernels=kernels,
         )
 
     def __call__(self, x_TI: Tensor) -> Tensor:
-        return F.linear(x_TI, self.weight_OI, self.bias_O)
+        return product(x_TI, self.weight_OI, self.bias_O, self.kernels)
 
     def parameters(self, rows_by_prefix: Mapping[str, int]) -> dict[str, Tensor]:
         """Views of the stacked parts: ``{prefix: rows}`` in storage order gives ``prefix.weight``, ``prefix.bias``."""
@@ -90,13 +113,25 @@ class GatedMlp:
     down: Linear
 
     @classmethod
-    def empty(cls, width: int, inner: int, *, bias: bool, dtype: torch.dtype, device: torch.device) -> GatedMlp:
+    def empty(
+        cls,
+        width: int,
+        inner: int,
+        *,
+        bias: bool,
+        dtype: torch.dtype,
+        device: torch.device,
+        kernels: CpuKernels | None = None,
+    ) -> GatedMlp:
         return cls(
-            gate_up=Linear.empty(2 * inner, width, bias=bias, dtype=dtype, device=device),
-            down=Linear.empty(width, inner, bias=bias, dtype=dtype, device=device),
+            gate_up=Linear.empty(2 * inner, width, bias=bias, dtype=dtype, device=device, kernels=kernels),
+            down=Linear.empty(width, inner, bias=bias, dtype=dtype, device=device, kernels=kernels),
         )
 
     def __call__(self, x_TD: Tensor) -> Tensor:
+        kernels = self.gate_up.kernels
+        if kernels is not None and self.gate_up.bias_O is None and x_TD.shape[0] <= kernels.row_limit:
+            return kernels.gated_mlp(x_TD, self.gate_up.weight_OI, self.down.weight_OI)
         return self.down(silu_and_multiply(self.gate_up(x_TD)))
 
     def parameters(self, prefix: str) -> dict[str, Tensor]:

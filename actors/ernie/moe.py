@@ -6,7 +6,6 @@ N = T * K rows, X = 2 E experts of both banks. Expert ids of the vision bank are
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,15 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from actors.ernie.config import TextConfig
+from actors.ernie.experts_form import ExpertsForm
 from actors.ernie.layers import GatedMlp, silu_and_multiply, wide_dtype
+from actors.kernels.cpu import CpuKernels, load_cpu_kernels
 from actors.parallel.dispatch import Dispatcher
-
-
-class ExpertsForm(enum.StrEnum):
-    """How expert products are computed: the plain form, or one grouped product per bank (float64 is plain only)."""
-
-    LOOP = "loop"
-    GROUPED = "grouped"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,7 +52,14 @@ def bank_shapes(config: TextConfig, inner: int, dtype: torch.dtype) -> dict[str,
 
 
 def route(
-    x_TD: Tensor, text: ExpertBank, vision: ExpertBank | None, vision_T: Tensor | None, *, k: int, norm_min: float
+    x_TD: Tensor,
+    text: ExpertBank,
+    vision: ExpertBank | None,
+    vision_T: Tensor | None,
+    *,
+    k: int,
+    norm_min: float,
+    kernels: CpuKernels | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Expert ids [T, K] (int64, both banks' space) and weights [T, K] (dtype of ``x_TD``).
 
@@ -66,6 +67,9 @@ def route(
     probabilities over max(their sum, ``norm_min``). Both routers see all tokens: they are small, and choosing
     afterwards needs no synchronisation.
     """
+    if kernels is not None and x_TD.shape[0] <= kernels.row_limit:
+        routers = [(bank.router_ED, bank.correction_E) for bank in (text, vision) if bank is not None]
+        return kernels.route(x_TD, routers[0], routers[-1] if vision else None, vision_T, k=k, norm_min=norm_min)
     wide_TD = x_TD.to(text.router_ED.dtype)
     probabilities_TE = F.linear(wide_TD, text.router_ED).softmax(-1)
     scores_TE = probabilities_TE + text.correction_E
@@ -93,6 +97,8 @@ def run_experts(
     """
     if form is ExpertsForm.GROUPED:
         return _run_grouped(rows_ND, rows_per_expert_X, banks)
+    if form is ExpertsForm.NATIVE:
+        return _run_native(rows_ND, rows_per_expert_X, banks)
     return _run_loop(rows_ND, rows_per_expert_X, banks)
 
 
@@ -128,11 +134,31 @@ def _run_grouped(rows_ND: Tensor, rows_per_expert_X: Tensor, banks: Sequence[Exp
     return parts[0] if len(parts) == 1 else torch.cat(parts) if parts else torch.empty_like(rows_ND)
 
 
+def _run_native(rows_ND: Tensor, rows_per_expert_X: Tensor, banks: Sequence[ExpertBank]) -> Tensor:
+    kernels = load_cpu_kernels()
+    parts: list[Tensor] = []
+    start = first = 0
+    for index, bank in enumerate(banks):
+        experts = bank.gate_up_EFD.shape[0]
+        counts_E = rows_per_expert_X[first : first + experts]
+        # Only a batch of both modalities has to learn where the second bank's rows begin.
+        end = rows_ND.shape[0] if index == len(banks) - 1 else start + int(counts_E.sum())
+        if end - start > kernels.row_limit * experts:
+            parts.append(_run_loop(rows_ND[start:end], counts_E, [bank]))
+        elif end > start:
+            parts.append(kernels.experts(rows_ND[start:end], counts_E, bank.gate_up_EFD, bank.down_EDM))
+        start, first = end, first + experts
+    return parts[0] if len(parts) == 1 else torch.cat(parts) if parts else torch.empty_like(rows_ND)
+
+
 class SparseMlp:
     """Routed experts of both banks plus the shared experts every token passes."""
 
-    def __init__(self, config: TextConfig, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, config: TextConfig, dtype: torch.dtype, device: torch.device, kernels: CpuKernels | None = None
+    ) -> None:
         inner = config.moe_intermediate_size[0]
+        self.kernels = kernels
         self.k = config.moe_k
         self.norm_min = config.moe_norm_min
         shapes = bank_shapes(config, inner, dtype)
@@ -142,7 +168,14 @@ class SparseMlp:
         self.shared: GatedMlp | None = None
         if config.moe_num_shared_experts:
             shared = config.shared_intermediate_size
-            self.shared = GatedMlp.empty(config.hidden_size, shared, bias=config.use_bias, dtype=dtype, device=device)
+            self.shared = GatedMlp.empty(
+                config.hidden_size,
+                shared,
+                bias=config.use_bias,
+                dtype=dtype,
+                device=device,
+                kernels=kernels,
+            )
 
     def __call__(
         self,
@@ -152,7 +185,9 @@ class SparseMlp:
         dispatcher: Dispatcher[Any],
         form: ExpertsForm,
     ) -> Tensor:
-        ids_TK, weights_TK = route(x_TD, self.text, vision, vision_T, k=self.k, norm_min=self.norm_min)
+        ids_TK, weights_TK = route(
+            x_TD, self.text, vision, vision_T, k=self.k, norm_min=self.norm_min, kernels=self.kernels
+        )
         sent = dispatcher.dispatch(x_TD, ids_TK, weights_TK)
         banks = (self.text,) if vision is None or vision_T is None else (self.text, vision)
         rows_ND = run_experts(sent.rows_ND, sent.rows_per_expert_X, banks, form)

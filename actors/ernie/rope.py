@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from actors.ernie.config import TextConfig
+from actors.kernels.cpu import CpuKernels
 
 
 def inverse_frequencies(theta: float, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -32,8 +33,10 @@ def text_rope_tables(positions_3T: Tensor, config: TextConfig, dtype: torch.dtyp
     return angles_TF.cos(), angles_TF.sin()
 
 
-def rotate_pairs(x_THd: Tensor, cos_TF: Tensor, sin_TF: Tensor) -> Tensor:
+def rotate_pairs(x_THd: Tensor, cos_TF: Tensor, sin_TF: Tensor, kernels: CpuKernels | None = None) -> Tensor:
     """Rotates elements (2i, 2i+1) by angle i, in the dtype of the tables, and casts back: the language model's form."""
+    if kernels is not None:
+        return kernels.rotate_pairs(x_THd, cos_TF, sin_TF)
     pairs_THF2 = x_THd.to(cos_TF.dtype).view(*x_THd.shape[:-1], x_THd.shape[-1] // 2, 2)
     even_THF, odd_THF = pairs_THF2.unbind(-1)
     cos_T1F, sin_T1F = cos_TF.unsqueeze(1), sin_TF.unsqueeze(1)
@@ -49,8 +52,10 @@ def vision_rope_tables(positions_2N: Tensor, head_dim: int, theta: float, dtype:
     return angles_NF.cos(), angles_NF.sin()
 
 
-def rotate_halves(x_NHd: Tensor, cos_NF: Tensor, sin_NF: Tensor) -> Tensor:
+def rotate_halves(x_NHd: Tensor, cos_NF: Tensor, sin_NF: Tensor, kernels: CpuKernels | None = None) -> Tensor:
     """Rotates elements (i, i + d/2) by angle i, in the dtype of the tables, and casts back: the vision tower's form."""
+    if kernels is not None:
+        return kernels.rotate_halves(x_NHd, cos_NF, sin_NF)
     first_NHF, second_NHF = x_NHd.to(cos_NF.dtype).chunk(2, dim=-1)
     cos_N1F, sin_N1F = cos_NF.unsqueeze(1), sin_NF.unsqueeze(1)
     turned = torch.cat([first_NHF * cos_N1F - second_NHF * sin_N1F, second_NHF * cos_N1F + first_NHF * sin_N1F], dim=-1)

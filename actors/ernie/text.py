@@ -14,9 +14,11 @@ from torch import Tensor
 from actors.ernie.attention import Attention
 from actors.ernie.bank import VisionBank
 from actors.ernie.config import DENSE, TextConfig
-from actors.ernie.layers import GatedMlp, Linear, rms_norm, wide_dtype
-from actors.ernie.moe import ExpertBank, ExpertsForm, SparseMlp
+from actors.ernie.experts_form import ExpertsForm, resolve_experts_form
+from actors.ernie.layers import GatedMlp, Linear, product, rms_norm, wide_dtype
+from actors.ernie.moe import ExpertBank, SparseMlp
 from actors.ernie.rope import rotate_pairs, text_rope_tables
+from actors.kernels.cpu import CpuKernels, load_cpu_kernels
 from actors.parallel.dispatch import Dispatcher, LocalDispatcher
 
 PREFIX = "model.language_model"
@@ -25,25 +27,29 @@ PREFIX = "model.language_model"
 class DecoderLayer:
     """x += attention(norm(x)); x += mlp(norm(x)). q, k and v are one matrix, gate and up are one matrix."""
 
-    def __init__(self, config: TextConfig, index: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, config: TextConfig, index: int, dtype: torch.dtype, device: torch.device, kernels: CpuKernels | None
+    ) -> None:
         self.config = config
         self.index = index
+        self.kernels = kernels
         width, bias = config.hidden_size, config.use_bias
         qkv_size = config.q_size + 2 * config.kv_size
         self.input_norm_D = torch.empty(width, dtype=dtype, device=device)
-        self.qkv = Linear.empty(qkv_size, width, bias=bias, dtype=dtype, device=device)
-        self.out = Linear.empty(width, config.q_size, bias=bias, dtype=dtype, device=device)
+        self.qkv = Linear.empty(qkv_size, width, bias=bias, dtype=dtype, device=device, kernels=kernels)
+        self.out = Linear.empty(width, config.q_size, bias=bias, dtype=dtype, device=device, kernels=kernels)
         self.mlp_norm_D = torch.empty(width, dtype=dtype, device=device)
         self.mlp: GatedMlp | SparseMlp
         if config.mlp_layer_types[index] == DENSE:
-            self.mlp = GatedMlp.empty(width, config.intermediate_size, bias=bias, dtype=dtype, device=device)
+            inner = config.intermediate_size
+            self.mlp = GatedMlp.empty(width, inner, bias=bias, dtype=dtype, device=device, kernels=kernels)
         else:
-            self.mlp = SparseMlp(config, dtype, device)
+            self.mlp = SparseMlp(config, dtype, device, kernels)
 
     def attend(self, x_TD: Tensor, cos_TF: Tensor, sin_TF: Tensor, attention: Attention) -> Tensor:
         heads, kv_heads = self.config.num_attention_heads, self.config.num_key_value_heads
         qkv_THd = self.qkv(x_TD).view(x_TD.shape[0], heads + 2 * kv_heads, self.config.head_dim)
-        qk_THd = rotate_pairs(qkv_THd[:, : heads + kv_heads], cos_TF, sin_TF)
+        qk_THd = rotate_pairs(qkv_THd[:, : heads + kv_heads], cos_TF, sin_TF, self.kernels)
         out_THd = attention.attend(self.index, qk_THd[:, :heads], qk_THd[:, heads:], qkv_THd[:, heads + kv_heads :])
         return self.out(out_THd.flatten(1))
 
@@ -75,21 +81,24 @@ class LanguageModel:
         device: torch.device | str = "cpu",
         vision_bank: VisionBank | None = None,
         dispatcher: Dispatcher[Any] | None = None,
-        experts_form: ExpertsForm = ExpertsForm.LOOP,
+        experts_form: ExpertsForm | None = None,
     ) -> None:
         """``dtype``: bfloat16, float32 or float64 of weights and activations; norms, routers and rotary are at least
-        float32. Without a ``dispatcher`` all experts are here. ``experts_form`` GROUPED is not for float64.
+        float32. Without a ``dispatcher`` all experts are here. ``experts_form``: None takes the fastest there is;
+        raises ValueError for one that cannot be.
         """
-        if experts_form is ExpertsForm.GROUPED and dtype == torch.float64:
-            raise ValueError("grouped expert products do not exist in float64")
         self.config = config
         self.dtype = dtype
         self.device = torch.device(device)
-        self.dispatcher: Dispatcher[Any] = dispatcher or LocalDispatcher(2 * config.moe_num_experts)
-        self.experts_form = experts_form
+        self.experts_choice = resolve_experts_form(self.device, dtype, experts_form)
+        self.experts_form = self.experts_choice.form
+        self.kernels = load_cpu_kernels() if self.experts_form is ExpertsForm.NATIVE else None
+        self.dispatcher: Dispatcher[Any] = dispatcher or LocalDispatcher(2 * config.moe_num_experts, self.kernels)
         self.vision_bank: VisionBank | None = None
         self.embed_VD = torch.empty(config.vocab_size, config.hidden_size, dtype=dtype, device=self.device)
-        self.layers = [DecoderLayer(config, i, dtype, self.device) for i in range(config.num_hidden_layers)]
+        self.layers = [
+            DecoderLayer(config, i, dtype, self.device, self.kernels) for i in range(config.num_hidden_layers)
+        ]
         self.norm_D = torch.empty(config.hidden_size, dtype=dtype, device=self.device)
         self.head_VD = self.embed_VD if config.tie_word_embeddings else torch.empty_like(self.embed_VD)
         if vision_bank is not None:
@@ -136,15 +145,15 @@ class LanguageModel:
         cos_TF, sin_TF = text_rope_tables(positions_3T, self.config, wide_dtype(self.dtype))
         eps = self.config.rms_norm_eps
         for index, layer in enumerate(self.layers):
-            x_TD = x_TD + layer.attend(rms_norm(x_TD, layer.input_norm_D, eps), cos_TF, sin_TF, attention)
-            normed_TD = rms_norm(x_TD, layer.mlp_norm_D, eps)
+            x_TD = x_TD + layer.attend(rms_norm(x_TD, layer.input_norm_D, eps, self.kernels), cos_TF, sin_TF, attention)
+            normed_TD = rms_norm(x_TD, layer.mlp_norm_D, eps, self.kernels)
             if isinstance(layer.mlp, SparseMlp):
                 bank = banks.get(index)
                 x_TD = x_TD + layer.mlp(normed_TD, vision_T, bank, self.dispatcher, self.experts_form)
             else:
                 x_TD = x_TD + layer.mlp(normed_TD)
-        return rms_norm(x_TD, self.norm_D, eps)
+        return rms_norm(x_TD, self.norm_D, eps, self.kernels)
 
     def logits(self, h_ND: Tensor) -> Tensor:
         """float32 (float64 in a float64 model) logits [N, V] of states from ``forward``."""
-        return F.linear(h_ND, self.head_VD).to(wide_dtype(self.dtype))
+        return product(h_ND, self.head_VD, None, self.kernels).to(wide_dtype(self.dtype))

@@ -6,6 +6,7 @@ D width of the language model.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import torch
@@ -16,12 +17,17 @@ from actors.ernie.config import VisionConfig
 from actors.ernie.layers import LayerNorm, Linear, wide_dtype
 from actors.ernie.resampler import Resampler, UnitRun
 from actors.ernie.rope import rotate_halves, vision_rope_tables
+from actors.kernels.cpu import CpuKernels, find_cpu_kernels
 from actors.types import SPATIAL_MERGE, TEMPORAL_MERGE, Grid
 
 PREFIX = "model.vision_tower"
 
+log = logging.getLogger(__name__)
 
-def quick_gelu(x: Tensor) -> Tensor:
+
+def quick_gelu(x: Tensor, kernels: CpuKernels | None = None) -> Tensor:
+    if kernels is not None:
+        return kernels.quick_gelu(x)
     return x * torch.sigmoid(1.702 * x)
 
 
@@ -35,9 +41,12 @@ def patch_positions(height: int, width: int) -> Tensor:
 class TowerBlock:
     """x += attention(norm(x)); x += mlp(norm(x)). Attention is full within a frame and never crosses frames."""
 
-    def __init__(self, config: VisionConfig, index: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, config: VisionConfig, index: int, dtype: torch.dtype, device: torch.device, kernels: CpuKernels | None
+    ) -> None:
         self.config = config
         self.index = index
+        self.kernels = kernels
         width, inner, eps = config.hidden_size, config.intermediate_size, config.layer_norm_eps
         self.norm1 = LayerNorm.empty(width, eps=eps, dtype=dtype, device=device)
         self.norm2 = LayerNorm.empty(width, eps=eps, dtype=dtype, device=device)
@@ -49,21 +58,29 @@ class TowerBlock:
     def __call__(self, x_PC: Tensor, cos_PF: Tensor, sin_PF: Tensor, segments: Sequence[tuple[int, int]]) -> Tensor:
         """``segments``: (count, patches) of runs of equally long frames, in the order of the rows."""
         x_PC = x_PC + self._attend(self.norm1(x_PC), cos_PF, sin_PF, segments)
-        return x_PC + self.fc2(quick_gelu(self.fc1(self.norm2(x_PC))))
+        return x_PC + self.fc2(quick_gelu(self.fc1(self.norm2(x_PC)), self.kernels))
 
     def _attend(self, x_PC: Tensor, cos_PF: Tensor, sin_PF: Tensor, segments: Sequence[tuple[int, int]]) -> Tensor:
         heads, width = self.config.num_heads, self.config.head_dim
         qkv_PHd = self.qkv(x_PC).view(x_PC.shape[0], 3 * heads, width)
-        qk_PHd = rotate_halves(qkv_PHd[:, : 2 * heads], cos_PF, sin_PF)
+        qk_PHd = rotate_halves(qkv_PHd[:, : 2 * heads], cos_PF, sin_PF, self.kernels)
         q_PHd, k_PHd, v_PHd = qk_PHd[:, :heads], qk_PHd[:, heads:], qkv_PHd[:, 2 * heads :]
         outputs: list[Tensor] = []
         start = 0
         for count, patches in segments:
             end = start + count * patches
-            q, k, v = (x[start:end].view(count, patches, heads, width).transpose(1, 2) for x in (q_PHd, k_PHd, v_PHd))
-            outputs.append(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(-1, heads * width))
+            outputs += self._attend_frames(q_PHd[start:end], k_PHd[start:end], v_PHd[start:end], patches)
             start = end
         return self.out(outputs[0] if len(outputs) == 1 else torch.cat(outputs))
+
+    def _attend_frames(self, q_PHd: Tensor, k_PHd: Tensor, v_PHd: Tensor, patches: int) -> list[Tensor]:
+        """Parts [some frames' patches, C] in order, for frames of ``patches`` each."""
+        heads, width = self.config.num_heads, self.config.head_dim
+        if self.kernels is not None and self.kernels.attends(width):
+            frames = zip(*(torch.split(x, patches) for x in (q_PHd, k_PHd, v_PHd)), strict=True)
+            return [self.kernels.attention(q, k, v, causal=False).flatten(1) for q, k, v in frames]
+        q, k, v = (x.view(-1, patches, heads, width).transpose(1, 2) for x in (q_PHd, k_PHd, v_PHd))
+        return [F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(-1, heads * width)]
 
     def parameters(self) -> dict[str, Tensor]:
         prefix, width = f"{PREFIX}.blocks.{self.index}", self.config.hidden_size
@@ -88,8 +105,11 @@ class VisionModel:
         device: torch.device | str = "cpu",
         image_mean: Sequence[float],
         image_std: Sequence[float],
+        plain: bool = False,
     ) -> None:
-        """``image_mean``, ``image_std``: per channel, of pixels in 0..1, from preprocessor_config.json."""
+        """``image_mean``, ``image_std``: per channel, of pixels in 0..1, from preprocessor_config.json. ``plain`` keeps
+        to torch where compiled kernels would be used.
+        """
         if len(image_mean) != config.in_channels or len(image_std) != config.in_channels or min(image_std) <= 0:
             raise ValueError(f"image mean and std need {config.in_channels} values, std positive")
         self.config = config
@@ -99,7 +119,8 @@ class VisionModel:
         self.mean_V = torch.tensor(image_mean, dtype=wide, device=self.device).repeat_interleave(values)
         self.std_V = torch.tensor(image_std, dtype=wide, device=self.device).repeat_interleave(values)
         self.embed = Linear.empty(config.hidden_size, config.patch_values, bias=False, dtype=dtype, device=self.device)
-        self.blocks = [TowerBlock(config, i, dtype, self.device) for i in range(config.depth)]
+        self.kernels = None if plain else _find_kernels(self.device, dtype)
+        self.blocks = [TowerBlock(config, i, dtype, self.device, self.kernels) for i in range(config.depth)]
         self.norm = LayerNorm.empty(config.hidden_size, eps=config.layer_norm_eps, dtype=dtype, device=self.device)
         self.resampler = Resampler(config, dtype, self.device)
 
@@ -166,6 +187,13 @@ class VisionModel:
         expected = sum(grid.patches for grid in unit_grids)
         if patches.shape[0] != expected:
             raise ValueError(f"{patches.shape[0]} rows of patches for grids of {expected}")
+
+
+def _find_kernels(device: torch.device, dtype: torch.dtype) -> CpuKernels | None:
+    kernels, problem = find_cpu_kernels(device.type, dtype)
+    if device.type != "meta":
+        log.info("vision tower: %s", "compiled kernels" if kernels else f"plain form (no compiled kernels: {problem})")
+    return kernels
 
 
 def _shape(grid: Grid) -> tuple[int, int]:

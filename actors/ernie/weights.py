@@ -22,9 +22,9 @@ from torch import Tensor
 
 from actors.ernie.bank import VisionBank
 from actors.ernie.config import ErnieConfig, check_special_ids, pixel_normalisation
+from actors.ernie.experts_form import ExpertsForm
 from actors.ernie.files import StoredTensor, quote_some, stored_tensors
 from actors.ernie.fingerprint import WeightsClass, fingerprint, weights_class
-from actors.ernie.moe import ExpertsForm
 from actors.ernie.names import (
     GROUPS,
     LM_HEAD,
@@ -257,7 +257,7 @@ def load_language(
     device: torch.device | str = "cpu",
     bank_storage: Tensor | None = None,
     dispatcher: Dispatcher[Any] | None = None,
-    experts_form: ExpertsForm = ExpertsForm.LOOP,
+    experts_form: ExpertsForm | None = None,
     progress: Progress | None = None,
 ) -> LanguageModel:
     """The language model with its text experts; with ``bank_storage`` (see VisionBank) also the vision experts, in it.

@@ -14,6 +14,8 @@ from typing import Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from actors.kernels.cpu import CpuKernels
+
 MetadataT = TypeVar("MetadataT")
 
 
@@ -51,11 +53,16 @@ class LocalMetadata:
 class LocalDispatcher:
     """All experts are here: a stable sort by expert id, and its inverse. No host synchronisation, no atomics."""
 
-    def __init__(self, num_experts: int) -> None:
-        """``num_experts`` counts both banks."""
+    def __init__(self, num_experts: int, kernels: CpuKernels | None = None) -> None:
+        """``num_experts`` counts both banks; ``kernels`` do the same for bfloat16 on a CPU, None is the plain form."""
         self.num_experts = num_experts
+        self.kernels = kernels
 
     def dispatch(self, x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> Dispatched[LocalMetadata]:
+        if self.kernels is not None:
+            rows_ND, rows_per_expert_X, row_of_choice_N = self.kernels.group_rows(x_TD, expert_ids_TK, self.num_experts)
+            metadata = LocalMetadata(row_of_choice_N=row_of_choice_N, weights_TK=weights_TK)
+            return Dispatched(rows_ND=rows_ND, rows_per_expert_X=rows_per_expert_X, metadata=metadata)
         ids_N = expert_ids_TK.flatten()
         choice_of_row_N = ids_N.argsort(stable=True)
         row_of_choice_N = torch.empty_like(choice_of_row_N)
@@ -69,6 +76,8 @@ class LocalDispatcher:
         )
 
     def combine(self, rows_ND: Tensor, metadata: LocalMetadata) -> Tensor:
+        if self.kernels is not None:
+            return self.kernels.combine_rows(rows_ND, metadata.row_of_choice_N, metadata.weights_TK)
         tokens, choices = metadata.weights_TK.shape
         rows_TKD = rows_ND.index_select(0, metadata.row_of_choice_N).view(tokens, choices, rows_ND.shape[1])
         return torch.bmm(metadata.weights_TK.unsqueeze(1), rows_TKD).squeeze(1)

@@ -5,7 +5,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from actors.ernie.moe import ExpertBank, ExpertsForm, bank_shapes, route, run_experts
+from actors.ernie.experts_form import ExpertsForm
+from actors.ernie.moe import ExpertBank, bank_shapes, route, run_experts
+from actors.kernels.compiler import KernelUnavailable
+from actors.kernels.cpu import load_cpu_kernels
 from tests.small_models import text_config
 
 WIDTH, EXPERTS = 48, 8
@@ -73,13 +76,26 @@ def test_vision_tokens_without_a_bank_raise() -> None:
         route(tokens(2), bank(32, 0), None, torch.tensor([True, False]), k=3, norm_min=1e-12)
 
 
+def need(form: ExpertsForm) -> None:
+    """Skips where the form cannot be had."""
+    if form is ExpertsForm.NATIVE:
+        try:
+            load_cpu_kernels()
+        except KernelUnavailable as error:
+            pytest.skip(str(error))
+
+
+PLAIN_AND_GROUPED = [
+    (form, dtype) for form in (ExpertsForm.LOOP, ExpertsForm.GROUPED) for dtype in (torch.float32, torch.bfloat16)
+]
 COUNTS = [2, 0, 1, 4, 0, 0, 3, 1, 0, 5, 0, 0, 2, 0, 1, 0]
 
 
-@pytest.mark.parametrize("form", ExpertsForm)
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+@pytest.mark.parametrize(("form", "dtype"), [*PLAIN_AND_GROUPED, (ExpertsForm.NATIVE, torch.bfloat16)])
 @pytest.mark.parametrize("counts", [COUNTS, [0] * 8 + COUNTS[8:], COUNTS[:8] + [0] * 8], ids=["both", "vision", "text"])
-def test_every_expert_gets_its_rows(form: ExpertsForm, dtype: torch.dtype, tolerance: float, counts: list[int]) -> None:
+def test_every_expert_gets_its_rows(form: ExpertsForm, dtype: torch.dtype, counts: list[int]) -> None:
+    need(form)
+    tolerance = 1e-5 if dtype == torch.float32 else 3e-2
     banks = bank(32, 0, dtype), bank(16, 1, dtype)
     rows_ND = tokens(sum(counts), dtype)
     out_ND = run_experts(rows_ND, torch.tensor(counts, dtype=torch.int32), banks, form)
@@ -98,13 +114,42 @@ def test_grouped_form_equals_the_plain_form(dtype: torch.dtype) -> None:
     torch.testing.assert_close(grouped, plain)
 
 
+@pytest.mark.parametrize("counts", [COUNTS, [0] * 8 + COUNTS[8:], COUNTS[:8] + [0] * 8], ids=["both", "vision", "text"])
+def test_native_form_is_near_the_plain_form(counts: list[int]) -> None:
+    """It rounds silu(gate) * up once where the plain form rounds three times, each by 2^-8 of a value of size 1."""
+    need(ExpertsForm.NATIVE)
+    banks = bank(32, 0, torch.bfloat16), bank(16, 1, torch.bfloat16)
+    rows_ND = tokens(sum(counts), torch.bfloat16)
+    counts_X = torch.tensor(counts, dtype=torch.int32)
+    plain, native = (run_experts(rows_ND, counts_X, banks, form) for form in (ExpertsForm.LOOP, ExpertsForm.NATIVE))
+    torch.testing.assert_close(native, plain, atol=3 * 2.0**-8, rtol=3 * 2.0**-8)
+
+
+def test_native_form_hands_many_rows_to_the_plain_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    need(ExpertsForm.NATIVE)
+    monkeypatch.setattr(load_cpu_kernels(), "row_limit", 0)
+    banks = bank(32, 0, torch.bfloat16), bank(16, 1, torch.bfloat16)
+    rows_ND, counts = tokens(sum(COUNTS), torch.bfloat16), torch.tensor(COUNTS, dtype=torch.int32)
+    plain = run_experts(rows_ND, counts, banks, ExpertsForm.LOOP)
+    assert torch.equal(run_experts(rows_ND, counts, banks, ExpertsForm.NATIVE), plain)
+
+
 @pytest.mark.parametrize("form", ExpertsForm)
 def test_no_rows(form: ExpertsForm) -> None:
+    need(form)
     counts = torch.zeros(16, dtype=torch.int32)
-    banks = bank(32, 0, torch.float32), bank(16, 1, torch.float32)
-    assert run_experts(torch.empty(0, WIDTH), counts, banks, form).shape == (0, WIDTH)
+    banks = bank(32, 0, torch.bfloat16), bank(16, 1, torch.bfloat16)
+    none_ND = torch.empty(0, WIDTH, dtype=torch.bfloat16)
+    assert run_experts(none_ND, counts, banks, form).shape == (0, WIDTH)
 
 
 def test_rows_of_experts_that_are_not_here_raise() -> None:
     with pytest.raises(ValueError, match="9 rows"):
         run_experts(tokens(sum(COUNTS[:8]) + 9), torch.tensor(COUNTS), [bank(32, 0)])
+
+
+def test_rows_of_experts_that_are_not_here_raise_in_the_native_form() -> None:
+    need(ExpertsForm.NATIVE)
+    rows_ND, counts = tokens(sum(COUNTS), torch.bfloat16), torch.tensor(COUNTS, dtype=torch.int32)
+    with pytest.raises(ValueError, match="counts"):
+        run_experts(rows_ND, counts, [bank(32, 0, torch.bfloat16)], ExpertsForm.NATIVE)

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import pytest
 import torch
 
+from actors.kernels.compiler import KernelUnavailable
+from actors.kernels.cpu import load_cpu_kernels
 from actors.parallel.dispatch import LocalDispatcher
 
 IDS_TK = torch.tensor([[3, 0], [5, 3], [0, 1], [3, 5]])
@@ -32,3 +35,22 @@ def test_no_tokens() -> None:
     assert sent.rows_ND.shape == (0, 3)
     assert sent.rows_per_expert_X.tolist() == [0] * 6
     assert dispatcher.combine(sent.rows_ND, sent.metadata).shape == (0, 3)
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 70])
+def test_kernels_equal_the_plain_form(tokens: int) -> None:
+    try:
+        native = LocalDispatcher(12, load_cpu_kernels())
+    except KernelUnavailable as error:
+        pytest.skip(str(error))
+    generator = torch.Generator().manual_seed(0)
+    x_TD = torch.randn(tokens, 40, generator=generator).bfloat16()
+    ids_TK = torch.rand(tokens, 12, generator=generator).argsort(-1)[:, :3].contiguous()
+    weights_TK = torch.rand(tokens, 3, generator=generator).bfloat16()
+    plain = LocalDispatcher(12)
+    sent, expected = native.dispatch(x_TD, ids_TK, weights_TK), plain.dispatch(x_TD, ids_TK, weights_TK)
+    assert torch.equal(sent.rows_ND, expected.rows_ND)
+    assert torch.equal(sent.rows_per_expert_X, expected.rows_per_expert_X)
+    rows_ND = torch.randn(tokens * 3, 40, generator=generator).bfloat16()
+    home = native.combine(rows_ND, sent.metadata)
+    torch.testing.assert_close(home, plain.combine(rows_ND, expected.metadata))
