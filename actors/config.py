@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 DTYPES = ("bfloat16", "float32", "float64")
+ATTENTION_FORMS = ("plain", "paged", "varlen")
+EXPERTS_FORMS = ("loop", "grouped", "native")
 
 
 def _require_positive(owner: str, **values: float) -> None:
@@ -78,9 +80,19 @@ class EngineReplicaConfig:
     max_num_seqs: int = 64
     max_batched_tokens: int = 2048
     max_waiting: int = 256
+    prefix_caching: bool = True
+    """KV of finished prompts and replies is kept while there is room and found again by what it holds."""
     kv_cache_gib: float | None = None
-    """Size of the KV cache. On a GPU, None takes what ``gpu_memory_utilization`` leaves."""
+    """Size of the KV cache. None takes what ``gpu_memory_utilization`` leaves of a GPU, a share of the free memory on a
+    CPU.
+    """
     gpu_memory_utilization: float = 0.9
+    attention: str | None = None
+    """One of ``ATTENTION_FORMS``; None takes the fastest there is."""
+    experts: str | None = None
+    """One of ``EXPERTS_FORMS``; None takes the fastest there is."""
+    cuda_graphs: bool | None = None
+    """Decode steps as CUDA graphs; None where they can run."""
     media_window_bytes: int = 64_000_000
     """Embeddings held ahead of use."""
     drain_timeout_s: float = 30.0
@@ -91,8 +103,12 @@ class EngineReplicaConfig:
             raise ValueError(f"EngineReplicaConfig.dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
         if self.compat not in ("original", "transformers"):
             raise ValueError(f"EngineReplicaConfig.compat must be original or transformers, got {self.compat!r}")
-        if self.kv_cache_gib is None and self.device == "cpu":
-            raise ValueError("EngineReplicaConfig.kv_cache_gib must be set on a CPU")
+        for name, value, known in (
+            ("attention", self.attention, ATTENTION_FORMS),
+            ("experts", self.experts, EXPERTS_FORMS),
+        ):
+            if value is not None and value not in known:
+                raise ValueError(f"EngineReplicaConfig.{name} must be one of {', '.join(known)}, got {value!r}")
         _require_positive(
             "EngineReplicaConfig",
             block_size=self.block_size,

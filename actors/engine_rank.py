@@ -5,17 +5,23 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
 from actors.config import EngineReplicaConfig
-from actors.engine.arena import Arena, ArenaPlan, arena_bytes
-from actors.engine.kv_cache import KvCache, KvLayout
+from actors.engine.constraints.vocabulary import ConstraintVocabulary
+from actors.engine.execution import memory
+from actors.engine.execution.arena import Arena, ArenaPlan, arena_bytes
+from actors.engine.execution.decode_graphs import CudaRecorder, DecodeGraphs, graph_sizes
+from actors.engine.execution.forms import AttentionForm, Forms, choose_forms, recording_obstacle, varlen_obstacle
+from actors.engine.execution.kv_cache import KvCache, KvLayout
+from actors.engine.execution.runner import PROMPT_LOGPROB_ROWS, Runner
 from actors.engine.plan import NewSequence, Slice, StepPlan
-from actors.engine.runner import Runner
 from actors.ernie.attention import PackedAttention
 from actors.ernie.bank import VisionBank, empty_bank_buffer, vision_bank_bytes
 from actors.ernie.config import ErnieConfig, Rules
+from actors.ernie.experts_form import ExpertsForm
 from actors.ernie.text import LanguageModel
 from actors.ernie.vocabulary import generated_token_ids
 from actors.ernie.weights import Checkpoint, LoadReport, Progress, load_language, load_vision_bank
@@ -23,8 +29,9 @@ from actors.types import EngineRole, SamplingParams
 
 log = logging.getLogger(__name__)
 
-GIB = 1 << 30
 SEPARATOR = "<|end_of_sentence|>"
+PAGED_BYTES = 256 << 20
+"""Gathered pages and masks of attention without block tables."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,6 +45,10 @@ class Rank:
     fingerprint: bytes
     """Of the language weights, loaded here or not."""
     loaded: LoadReport
+    vocabulary: ConstraintVocabulary | None
+    """What structured output and thinking budgets need; None without tokenizer.json."""
+    notes: tuple[str, ...]
+    """What it holds and how it computes, for people."""
 
 
 def load_rank(config: EngineReplicaConfig, role: EngineRole, progress: Progress | None = None) -> Rank:
@@ -46,14 +57,22 @@ def load_rank(config: EngineReplicaConfig, role: EngineRole, progress: Progress 
     ``progress`` is called with (bytes done, bytes in all), for the language model and then for the vision experts.
 
     Raises:
-        ValueError: the checkpoint is broken, or the memory does not hold one block.
+        ValueError: the checkpoint is broken, a form that the configuration names cannot run here, or the memory does
+            not hold one block or a sequence of the configured ``max_model_len``.
     """
     rules = Rules.transformers() if config.compat == "transformers" else Rules.original()
     dtype: torch.dtype = getattr(torch, config.dtype)
     with Checkpoint(config.model_dir) as checkpoint:
         model_config = _with_end_guard(checkpoint.config, config)
         text = model_config.text
-        model = load_language(checkpoint, checkpoint.config, dtype=dtype, device=config.device, progress=progress)
+        model = load_language(
+            checkpoint,
+            checkpoint.config,
+            dtype=dtype,
+            device=config.device,
+            experts_form=None if config.experts is None else ExpertsForm(config.experts),
+            progress=progress,
+        )
         layout = KvLayout(
             num_layers=text.num_hidden_layers,
             block_size=config.block_size,
@@ -61,37 +80,105 @@ def load_rank(config: EngineReplicaConfig, role: EngineRole, progress: Progress 
             head_dim=text.head_dim,
             dtype=dtype,
         )
-        bank_bytes = vision_bank_bytes(text, dtype)
-        plan = ArenaPlan(
-            size_bytes=_arena_bytes(config, layout, bank_bytes, model),
-            block_bytes=layout.block_bytes,
-            bank_bytes=bank_bytes,
-        )
-        arena = Arena(plan, config.device)
+        forms = _forms(config, layout, model)
+        arena, room = _arena(config, layout, vision_bank_bytes(text, dtype), model, forms, has_bank=role.prefills)
         if role.prefills:
             # A model without sparse layers has a bank all the same, of no bytes.
-            storage = arena.bank_storage() if bank_bytes else empty_bank_buffer(text, dtype, config.device)
+            has_bytes = arena.plan.bank_bytes > 0
+            storage = arena.bank_storage() if has_bytes else empty_bank_buffer(text, dtype, config.device)
             bank = VisionBank(text, dtype, storage)
             load_vision_bank(checkpoint, bank, progress=progress)
             model.attach_vision_bank(bank)
+        cache = KvCache(layout, arena.block_storage(with_bank=role.prefills))
         rank = Rank(
             config=model_config,
             rules=rules,
-            runner=Runner(model, model_config, rules, KvCache(layout, arena.block_storage(with_bank=role.prefills))),
+            runner=Runner(model, model_config, rules, cache, attention=forms.attention),
             arena=arena,
             fingerprint=checkpoint.fingerprint("language"),
             loaded=checkpoint.report,
+            vocabulary=_vocabulary(config, model_config),
+            notes=(
+                *room,
+                f"experts: {model.experts_form} ({model.experts_choice.reason})",
+                *forms.lines,
+                *forms.warnings,
+            ),
         )
     _warm_up(rank.runner)
-    log.info(
-        "%s engine loaded %.2f GB in %.1f s; %d blocks hold %d tokens",
-        role,
-        rank.loaded.total_bytes / 1e9,
-        rank.loaded.seconds,
-        rank.runner.block_count,
-        rank.runner.block_count * layout.block_size,
-    )
+    if forms.cuda_graphs:
+        rank.runner.graphs = _record_graphs(config, model, cache)
+    log.info("%s engine loaded %.2f GB in %.1f s", role, rank.loaded.total_bytes / 1e9, rank.loaded.seconds)
+    for note in rank.notes:
+        log.info("%s", note)
     return rank
+
+
+def _forms(config: EngineReplicaConfig, layout: KvLayout, model: LanguageModel) -> Forms:
+    """Chooses the forms of attention and decode steps, and says which; the model has said how its experts run."""
+    named = None if config.attention is None else AttentionForm(config.attention)
+    forms = choose_forms(
+        model.device,
+        model.experts_form,
+        varlen_obstacle(model.device, layout, model.config.num_attention_heads),
+        no_recording=recording_obstacle(model.device),
+        attention=named,
+        cuda_graphs=config.cuda_graphs,
+    )
+    for warning in forms.warnings:
+        log.warning("%s", warning)
+    return forms
+
+
+def _arena(
+    config: EngineReplicaConfig,
+    layout: KvLayout,
+    bank_bytes: int,
+    model: LanguageModel,
+    forms: Forms,
+    *,
+    has_bank: bool,
+) -> tuple[Arena, list[str]]:
+    """Plans the arena and takes the memory; also what there is to say of it.
+
+    Raises ValueError if it holds no block, or no sequence of the configured length.
+    """
+    plan = ArenaPlan(
+        size_bytes=_arena_bytes(config, layout, bank_bytes, model, forms),
+        block_bytes=layout.block_bytes,
+        bank_bytes=bank_bytes,
+    )
+    longest = config.max_model_len or model.config.max_position_embeddings
+    warning = memory.check_model_len(
+        plan,
+        layout,
+        longest,
+        has_bank=has_bank,
+        configured=config.max_model_len is not None,
+        option="kv_cache_gib" if config.kv_cache_gib is not None or not _on_gpu(config) else "gpu_memory_utilization",
+    )
+    said = [memory.describe(plan, layout, longest, has_bank=has_bank)]
+    if warning is not None:
+        log.warning("%s", warning)
+        said.append(warning)
+    return Arena(plan, config.device), said
+
+
+def _record_graphs(config: EngineReplicaConfig, model: LanguageModel, cache: KvCache) -> DecodeGraphs:
+    longest = config.max_model_len or model.config.max_position_embeddings
+    graphs = DecodeGraphs(
+        model,
+        cache,
+        sizes=graph_sizes(config.max_num_seqs),
+        max_context=min(longest, cache.block_count * cache.layout.block_size),
+        recorder=CudaRecorder(),
+    )
+    log.info("recorded CUDA graphs for %d batch sizes in %.1f s", len(graphs.sizes), graphs.seconds)
+    return graphs
+
+
+def _on_gpu(config: EngineReplicaConfig) -> bool:
+    return torch.device(config.device).type == "cuda"
 
 
 def _with_end_guard(model: ErnieConfig, config: EngineReplicaConfig) -> ErnieConfig:
@@ -102,25 +189,46 @@ def _with_end_guard(model: ErnieConfig, config: EngineReplicaConfig) -> ErnieCon
     return replace(model, eos_token_ids=(*model.eos_token_ids, separator))
 
 
-def _arena_bytes(config: EngineReplicaConfig, layout: KvLayout, bank_bytes: int, model: LanguageModel) -> int:
-    """Room for KV blocks beside the bank: as configured, or what the GPU has left after weights and activations.
+def _vocabulary(config: EngineReplicaConfig, model: ErnieConfig) -> ConstraintVocabulary | None:
+    if not (Path(config.model_dir) / "tokenizer.json").is_file():
+        return None
+    return ConstraintVocabulary.from_model_dir(config.model_dir, limit=model.im_patch_id, end_ids=model.eos_token_ids)
+
+
+def _arena_bytes(
+    config: EngineReplicaConfig, layout: KvLayout, bank_bytes: int, model: LanguageModel, forms: Forms
+) -> int:
+    """Room for KV blocks beside the bank: as configured, or what the device has left after weights and activations.
 
     Raises:
         ValueError: naming the field that leaves no room for one block.
     """
-    if config.kv_cache_gib is not None:
-        blocks = int(config.kv_cache_gib * GIB) // layout.block_bytes
-        if blocks == 0:
-            raise ValueError(f"kv_cache_gib: {config.kv_cache_gib} holds no KV block of {layout.block_bytes} bytes")
-        return arena_bytes(blocks, layout.block_bytes, bank_bytes)
-    device = torch.device(config.device)
+    if config.kv_cache_gib is not None or not _on_gpu(config):
+        gib, size = config.kv_cache_gib, memory.host_share(memory.available_host_bytes())
+        if gib is not None:
+            size = int(gib * memory.GIB)
+        if size < layout.block_bytes:
+            given = f"{gib}" if gib is not None else f"{size / memory.GIB:.3g}, a share of the free memory,"
+            raise ValueError(f"kv_cache_gib: {given} holds no KV block of {layout.block_bytes} bytes")
+        return arena_bytes(size // layout.block_bytes, layout.block_bytes, bank_bytes)
     activations = _activation_bytes(model, config.max_batched_tokens)
-    free, total = torch.cuda.mem_get_info(device)
-    room = int(free - (1 - config.gpu_memory_utilization) * total) - activations
+    if forms.attention is not AttentionForm.VARLEN:
+        activations += PAGED_BYTES
+    free, total = torch.cuda.mem_get_info(model.device)
+    room = memory.gpu_room(
+        free=free,
+        total=total,
+        utilization=config.gpu_memory_utilization,
+        activations=activations,
+        max_num_seqs=config.max_num_seqs,
+        prompt_logprob_rows=PROMPT_LOGPROB_ROWS,
+        vocab_size=model.config.vocab_size,
+        graphs=len(graph_sizes(config.max_num_seqs)) if forms.cuda_graphs else 0,
+    )
     if room < bank_bytes + layout.block_bytes:
         raise ValueError(
-            f"gpu_memory_utilization: {config.gpu_memory_utilization} leaves {room / 1e9:.2f} GB after weights and "
-            f"activations, too little for {bank_bytes / 1e9:.2f} GB of vision experts and a KV block"
+            f"gpu_memory_utilization: {config.gpu_memory_utilization} leaves {room / 1e9:.2f} GB after weights, "
+            f"activations and graphs, too little for {bank_bytes / 1e9:.2f} GB of vision experts and a KV block"
         )
     return room
 
@@ -134,7 +242,7 @@ def _activation_bytes(model: LanguageModel, token_count: int) -> int:
     before = torch.cuda.memory_allocated(device)
     ids = torch.zeros(token_count, dtype=torch.int64, device=device)
     positions = torch.arange(token_count, device=device).expand(3, -1)
-    model.logits(model.forward(model.embed(ids), positions, None, PackedAttention([0, token_count])))
+    model.forward(model.embed(ids), positions, None, PackedAttention([0, token_count]))
     torch.cuda.synchronize(device)
     peak = torch.cuda.max_memory_allocated(device) - before
     torch.cuda.empty_cache()

@@ -22,20 +22,23 @@ import torch
 
 from actors.config import EngineReplicaConfig
 from actors.engine.config import EngineConfig
+from actors.engine.constraints.compiler import ConstraintCompiler
 from actors.engine.engine import Engine
 from actors.engine.events import ComputedChunk
 from actors.engine_rank import Rank, load_rank
 from actors.errors import AlreadyExists, InternalError, ServingError
-from actors.parallel.kv_transfer import KvGeometry, KvIdentity, KvTransferConfig
+from actors.parallel.kv_transfer import KvGeometry, KvTransferConfig
 from actors.parallel.torch_pairs import TorchMeeting
 from actors.types import (
     AttemptMode,
     EngineInfo,
     EngineRequest,
     EngineRole,
+    KvIdentity,
     LoadReport,
     MediaSpan,
     MilestoneKind,
+    PromptLogprobs,
     SequenceKey,
     TokenEvent,
 )
@@ -100,6 +103,12 @@ class EngineReplica:
         self._attempts: dict[SequenceKey, _Attempt] = {}
         self._hidden_size = text.hidden_size
         self._dtype = rank.runner.model.dtype
+        self._identity = KvIdentity(
+            fingerprint=rank.fingerprint.hex(),
+            dtype=config.dtype,
+            block_size=config.block_size,
+            switches=rank.rules.switches,
+        )
         self._engine = Engine(
             EngineConfig(
                 role=role,
@@ -108,11 +117,14 @@ class EngineReplica:
                 max_num_seqs=config.max_num_seqs,
                 max_batched_tokens=config.max_batched_tokens,
                 max_waiting=config.max_waiting,
+                prefix_caching=config.prefix_caching,
             ),
             rank.config,
             rank.rules,
             rank.runner,
             _Sink(self),
+            identity=self._identity,
+            compiler=None if rank.vocabulary is None else ConstraintCompiler(rank.vocabulary),
         )
         self._server = make_server()
         self._info = EngineInfo(
@@ -121,17 +133,12 @@ class EngineReplica:
             address=bind(self._server, host),
             role=role,
             epoch=1,
-            fingerprint=rank.fingerprint.hex(),
-            dtype=config.dtype,
-            block_size=config.block_size,
-            switches=rank.rules.switches,
+            fingerprint=self._identity.fingerprint,
+            dtype=self._identity.dtype,
+            block_size=self._identity.block_size,
+            switches=self._identity.switches,
             max_model_len=self._engine.max_model_len,
-        )
-        self._identity = KvIdentity(
-            fingerprint=self._info.fingerprint,
-            dtype=self._info.dtype,
-            block_size=self._info.block_size,
-            switches=self._info.switches,
+            notes=rank.notes,
         )
         self._media = MediaClient()
         self._puller = EmbeddingPuller(
@@ -194,6 +201,8 @@ class EngineReplica:
         self._engine.cancel(key)
 
     def supply_media(self, key: SequenceKey, media: tuple[MediaSpan, ...]) -> None:
+        if (attempt := self._attempts.get(key)) is not None:
+            self._attempts[key] = replace(attempt, media=media)
         self._puller.resupply(key, media)
 
     def load(self) -> LoadReport:
@@ -207,17 +216,26 @@ class EngineReplica:
     def deliver_end(self, key: SequenceKey, error: ServingError) -> None:
         self._links.deliver_end(key, error)
 
-    def pass_milestone(self, key: SequenceKey, kind: MilestoneKind, busy_s: float) -> None:
+    def deliver_prompt_logprobs(self, piece: PromptLogprobs) -> None:
+        self._links.deliver_prompt_logprobs(piece)
+
+    def deliver_blocks_changed(self, stored: tuple[bytes, ...], removed: tuple[bytes, ...]) -> None:
+        self._links.deliver_blocks_changed(stored, removed)
+
+    def pass_milestone(self, key: SequenceKey, kind: MilestoneKind, busy_s: float, cached_tokens: int) -> None:
         if kind is MilestoneKind.RELEASED:
             self._puller.stop(key)
             self._attempts.pop(key, None)
             self._links.forget(key)
         else:
-            self._links.deliver_milestone(key, kind, busy_s)
+            self._links.deliver_milestone(key, kind, busy_s, cached_tokens)
 
-    def admit(self, key: SequenceKey) -> None:
+    def admit(self, key: SequenceKey, cached_tokens: int) -> None:
         if (attempt := self._attempts.get(key)) is not None:
-            self._puller.start(key, attempt.media)
+            self._puller.start(key, attempt.media, cached_tokens)
+
+    def preempt(self, key: SequenceKey) -> None:
+        self._puller.stop(key)
 
     def consume(self, key: SequenceKey, media_index: int, unit_index: int) -> None:
         self._puller.consumed(key, media_index, unit_index)
@@ -308,11 +326,20 @@ class _Sink:
     def on_ended(self, key: SequenceKey, error: ServingError) -> None:
         self._post(self._replica.deliver_end, key, error)
 
-    def on_milestone(self, key: SequenceKey, kind: MilestoneKind, busy_s: float) -> None:
-        self._post(self._replica.pass_milestone, key, kind, busy_s)
+    def on_prompt_logprobs(self, piece: PromptLogprobs) -> None:
+        self._post(self._replica.deliver_prompt_logprobs, piece)
 
-    def on_admitted(self, key: SequenceKey) -> None:
-        self._post(self._replica.admit, key)
+    def on_milestone(self, key: SequenceKey, kind: MilestoneKind, busy_s: float, cached_tokens: int) -> None:
+        self._post(self._replica.pass_milestone, key, kind, busy_s, cached_tokens)
+
+    def on_admitted(self, key: SequenceKey, cached_tokens: int) -> None:
+        self._post(self._replica.admit, key, cached_tokens)
+
+    def on_preempted(self, key: SequenceKey) -> None:
+        self._post(self._replica.preempt, key)
+
+    def on_blocks_changed(self, stored: tuple[bytes, ...], removed: tuple[bytes, ...]) -> None:
+        self._post(self._replica.deliver_blocks_changed, stored, removed)
 
     def on_media_consumed(self, key: SequenceKey, media_index: int, unit_index: int) -> None:
         self._post(self._replica.consume, key, media_index, unit_index)

@@ -8,7 +8,7 @@ pair: nothing in the vision tower or the resampler crosses units, so keys, trans
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
 SPATIAL_MERGE = 2
@@ -225,6 +225,28 @@ class MediaSpan:
         return self.offset + self.grid.tokens
 
 
+class StructureKind(enum.StrEnum):
+    """What constrains the answer."""
+
+    JSON_SCHEMA = "json_schema"
+    JSON_OBJECT = "json_object"
+    REGEX = "regex"
+    GRAMMAR = "grammar"
+    CHOICE = "choice"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Structure:
+    """Structured output: the answer, after any thinking, matches ``text``.
+
+    ``text`` is a JSON schema, nothing (JSON_OBJECT), a regular expression, a grammar in Lark syntax, or a JSON list of
+    strings (CHOICE).
+    """
+
+    kind: StructureKind
+    text: str = ""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingParams:
     """How tokens are drawn and when an engine stops. Stop strings are the router's."""
@@ -235,10 +257,35 @@ class SamplingParams:
     """Nucleus mass in (0, 1]."""
     top_k: int = 0
     """0 keeps the whole vocabulary."""
+    min_p: float = 0.0
+    """Keeps tokens at least this fraction as likely as the most likely one, in [0, 1]."""
+    repetition_penalty: float = 1.0
+    """Divides positive and multiplies negative logits of tokens in prompt or output; above 0."""
+    presence_penalty: float = 0.0
+    """Subtracted once from logits of tokens in the output."""
+    frequency_penalty: float = 0.0
+    """Subtracted from logits once per occurrence in the output."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """(token id, added to its logit)."""
+    allowed_token_ids: tuple[int, ...] | None = None
+    """Only these may be drawn; None allows all."""
+    bad_words_ids: tuple[tuple[int, ...], ...] = ()
+    """Token sequences that must not be completed."""
+    min_tokens: int = 0
+    """End and stop tokens cannot be drawn before so many outputs."""
     max_tokens: int
     stop_token_ids: tuple[int, ...] = ()
     """Besides the checkpoint's own end tokens."""
     ignore_eos: bool = False
+    logprobs: int | None = None
+    """Report the drawn token's log-probability and those of so many most likely tokens; None reports nothing."""
+    prompt_logprobs: int | None = None
+    """The same for every prompt token but the first."""
+    structure: Structure | None = None
+    starts_thinking: bool = False
+    """The prompt ends inside an open think block."""
+    reasoning_max_tokens: int | None = None
+    """Thinking is closed after so many tokens; None leaves it to the model."""
 
 
 class SequenceKey(NamedTuple):
@@ -262,14 +309,51 @@ class EngineRequest:
     """Tokens of earlier attempts."""
     sampling: SamplingParams
     seed: int
-    """Unsigned 64 bits, chosen by the router when the client gave none."""
-    choices: int = 1
+    """Unsigned 64 bits, chosen by the router when the client gave none. ``SequenceKey.choice`` is the other part of the
+    key of randomness: every choice of a request is a sequence of its own."""
     salt: bytes = b""
     """Separates tenants in block hashes."""
     arrival_s: float
     """Router's wall clock, seconds since the epoch."""
     deadline_s: float
     priority: int = 0
+    """Higher goes first, see ``service_rank``."""
+
+
+PRIORITY_STEP_S = 60.0
+"""What a level of priority is worth in seconds of waiting: whatever comes later, nobody waits for ever."""
+
+
+def service_rank(arrival_s: float, priority: int, step_s: float = PRIORITY_STEP_S) -> float:
+    """Sort key of every queue, at routers and engines: lower goes first. Arrival and priority as in EngineRequest."""
+    return arrival_s - priority * step_s
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TokenLogprobs:
+    """Log-probabilities at one position, before penalties, masks, biases and temperature.
+
+    Taken over the ids that can be generated (below ``im_patch_id``), natural logarithm.
+    """
+
+    token_id: int
+    logprob: float
+    rank: int
+    """1 for the most likely token."""
+    top: tuple[tuple[int, float], ...]
+    """(id, log-probability) of the most likely tokens, descending, ties by id."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PromptLogprobs:
+    """Of prompt tokens ``first`` .. ``first + len(entries)``; a prompt's come in order, in pieces, before token 0.
+
+    An entry is None where the token cannot be generated (media placeholders) or has no predecessor (token 0).
+    """
+
+    key: SequenceKey
+    first: int
+    entries: tuple[TokenLogprobs | None, ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -282,6 +366,7 @@ class TokenEvent:
     finish: FinishReason | None = None
     busy_s: float = 0.0
     """Share of engine step time spent on the sequence since its last token."""
+    logprobs: TokenLogprobs | None = None
 
 
 class MilestoneKind(enum.StrEnum):
@@ -308,6 +393,30 @@ class LoadReport:
     queued_tokens: int
     reserved: int = 0
     """Sequences that hold blocks for a transfer."""
+    cached_blocks: int = 0
+    """Of the free blocks, those that still hold a known prefix."""
+    prefix_queried_tokens: int = 0
+    """Prompt tokens looked up in the prefix cache since start."""
+    prefix_hit_tokens: int = 0
+    """Of these, found in the prefix cache."""
+    preemptions: int = 0
+    """Sequences that lost their blocks to another since start."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KvIdentity:
+    """What the KV of equal prompts depends on besides them: the same for engines that may exchange blocks."""
+
+    fingerprint: str
+    """Language-weights fingerprint, hexadecimal."""
+    dtype: str
+    block_size: int
+    switches: str
+    """Routing and position rules in one string."""
+
+    def differences(self, other: KvIdentity) -> list[str]:
+        """Names of fields that differ."""
+        return [f.name for f in fields(self) if getattr(self, f.name) != getattr(other, f.name)]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -326,6 +435,14 @@ class EngineInfo:
     switches: str
     """Routing and position rules in one string; engines pair only when equal."""
     max_model_len: int
+    notes: tuple[str, ...] = ()
+    """What it says of itself at start, for people: memory and the forms it computes with."""
+
+    @property
+    def kv_identity(self) -> KvIdentity:
+        return KvIdentity(
+            fingerprint=self.fingerprint, dtype=self.dtype, block_size=self.block_size, switches=self.switches
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

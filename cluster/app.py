@@ -12,7 +12,7 @@ from ray import serve
 from ray.serve import Application
 
 from actors.config import EngineReplicaConfig, PreprocessorConfig, VisionEncoderConfig
-from cluster.config import ClusterConfig, EnginePool, parse, resolve
+from cluster.config import BLOCK_SIZE, ClusterConfig, EnginePool, parse, resolve
 from cluster.ingress import Ingress
 from cluster.model_check import check_model
 from cluster.placement import (
@@ -134,12 +134,16 @@ def engine_config(config: ClusterConfig, pool: EnginePool) -> EngineReplicaConfi
         compat=config.compat,
         device=_device(engine_claim(pool)),
         max_model_len=config.max_model_len,
-        block_size=pool.block_size,
+        block_size=pool.block_size or BLOCK_SIZE,
         max_num_seqs=pool.max_num_seqs,
         max_batched_tokens=pool.max_batched_tokens,
         max_waiting=pool.max_waiting,
+        prefix_caching=pool.prefix_caching,
         kv_cache_gib=pool.kv_cache_gib,
         gpu_memory_utilization=pool.gpu_memory_utilization,
+        attention=pool.attention,
+        experts=pool.experts,
+        cuda_graphs=pool.cuda_graphs,
         drain_timeout_s=config.drain_timeout_s,
     )
 

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from cluster.bench.cli import bench
+
 if TYPE_CHECKING:
     from cluster.config import ClusterConfig
 
@@ -143,7 +145,7 @@ def status(url: Annotated[str, typer.Option(help="Base URL of the HTTP API.")] =
     from rich.table import Table
     from rich.text import Text
 
-    from cluster.status import rows, summary
+    from cluster.status import engine_notes, rows, summary
 
     try:
         response = httpx.get(f"{url.rstrip('/')}/status", timeout=10.0, trust_env=False)
@@ -160,7 +162,12 @@ def status(url: Annotated[str, typer.Option(help="Base URL of the HTTP API.")] =
     except (KeyError, TypeError):
         _fail(f"no status from {url}: what answers there is no ernie cluster")
     console.print(table)
+    for note in engine_notes(body):
+        console.print(Text(note))
     raise typer.Exit(0 if body["ready"] else 1)
+
+
+app.command()(bench)
 
 
 @checkpoint_app.command("random")

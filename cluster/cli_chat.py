@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from cluster.client import DEFAULT_ADDRESS, Client, ClientError, user_message
+from cluster.client import DEFAULT_ADDRESS, Client, ClientError, generate_request, user_message
 from ernie_serving.v1 import inference_pb2
 
 EXIT_OK = 0
@@ -53,12 +53,13 @@ def run_chat(
     except UnicodeEncodeError:
         errors.print("the prompt is not UTF-8", style="red")
         return EXIT_USAGE
-    params = inference_pb2.SamplingParams(temperature=temperature, max_output_token_count=max_tokens, seed=seed)
-    request = inference_pb2.GenerateRequest(
-        model=model or "",
-        messages=[message],
-        sampling_params=params,
-        thinking_mode=_thinking_mode(think),
+    request = generate_request(
+        message,
+        model=model,
+        temperature=temperature,
+        max_tokens=max_tokens,
+        seed=seed,
+        enable_thinking=think,
         return_timings=show_timings,
     )
     try:
@@ -71,13 +72,8 @@ def run_chat(
         return EXIT_INTERRUPTED
 
 
-def _thinking_mode(think: bool | None) -> inference_pb2.ThinkingMode.ValueType:
-    if think is None:
-        return inference_pb2.THINKING_MODE_UNSPECIFIED
-    return inference_pb2.THINKING_MODE_ENABLED if think else inference_pb2.THINKING_MODE_DISABLED
-
-
 async def _chat(request: inference_pb2.GenerateRequest, address: str, timeout_s: float | None, console: Console) -> int:
+    ending = inference_pb2.ChoiceFinished()
     finished: inference_pb2.GenerationFinished | None = None
     reply = ReplyPrinter(console)
     async with (
@@ -86,16 +82,18 @@ async def _chat(request: inference_pb2.GenerateRequest, address: str, timeout_s:
     ):
         async for response in responses:
             reply.show(response)
+            if response.HasField("choice_finished"):
+                ending = response.choice_finished
             if response.HasField("finished"):
                 finished = response.finished
     reply.end()
     if finished is None:
         console.print("the reply ended early", style="red")
         return EXIT_FAILED
-    console.print(Text(usage_line(finished), style="dim"), soft_wrap=True)
+    console.print(Text(usage_line(finished.usage, ending.finish_reason), style="dim"), soft_wrap=True)
     if finished.HasField("timings"):
         console.print(timings_table(finished.timings))
-    return EXIT_FAILED if finished.finish_reason == inference_pb2.FINISH_REASON_CANCELLED else EXIT_OK
+    return EXIT_FAILED if ending.finish_reason == inference_pb2.FINISH_REASON_CANCELLED else EXIT_OK
 
 
 class ReplyPrinter:
@@ -108,11 +106,11 @@ class ReplyPrinter:
 
     def show(self, response: inference_pb2.StreamGenerateResponse) -> None:
         """Prints the text of one response, if it has any."""
-        if response.reasoning_text_delta:
+        if response.delta.reasoning_text:
             self._thought = True
-            self._write(response.reasoning_text_delta, "Thinking", "dim italic")
-        elif response.text_delta:
-            self._write(response.text_delta, "Answer", "")
+            self._write(response.delta.reasoning_text, "Thinking", "dim italic")
+        if response.delta.text:
+            self._write(response.delta.text, "Answer", "")
 
     def end(self) -> None:
         """Ends the last line."""
@@ -128,9 +126,8 @@ class ReplyPrinter:
         self._console.print(Text(text, style=style), end="", soft_wrap=True)
 
 
-def usage_line(finished: inference_pb2.GenerationFinished) -> str:
+def usage_line(usage: inference_pb2.Usage, finish_reason: inference_pb2.FinishReason.ValueType) -> str:
     """One line of token counts and, when known, the time to the first token."""
-    usage = finished.usage
     prompt = [f"{usage.media_token_count} media"] if usage.media_token_count else []
     if usage.cached_token_count:
         prompt.append(f"{usage.cached_token_count} cached")
@@ -140,7 +137,7 @@ def usage_line(finished: inference_pb2.GenerationFinished) -> str:
     line += f", {usage.output_token_count} generated"
     if usage.reasoning_token_count:
         line += f" ({usage.reasoning_token_count} thinking)"
-    reason = inference_pb2.FinishReason.Name(finished.finish_reason).removeprefix("FINISH_REASON_").lower()
+    reason = inference_pb2.FinishReason.Name(finish_reason).removeprefix("FINISH_REASON_").lower()
     line += f", ended by {reason}"
     if usage.HasField("time_to_first_token"):
         line += f", first token after {_seconds(usage.time_to_first_token.ToTimedelta().total_seconds())}"

@@ -1,15 +1,18 @@
 """Python client of ``ernie_serving.v1.InferenceService``: its stub plus deadlines, typed errors and media helpers.
 
 async with Client("127.0.0.1:9000") as client:
-    request = GenerateRequest(messages=[user_message("What is this?", images=["cat.png"])])
+    request = generate_request(user_message("What is this?", images=["cat.png"]), temperature=0, max_tokens=100)
+    response = await client.generate(request)
+    print(response.choices[0].text)
     async for response in client.stream_generate(request, timeout_s=60):
-        print(response.text_delta, end="")
+        print(response.delta.text, end="")
 """
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import AsyncGenerator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -62,9 +65,12 @@ class ClientError(Exception):
 class Client:
     """One channel to a cluster. Use as an async context manager, inside one event loop."""
 
-    def __init__(self, address: str = DEFAULT_ADDRESS) -> None:
+    def __init__(self, address: str = DEFAULT_ADDRESS, *, own_connection: bool = False) -> None:
+        """``own_connection``: do not share the connection other clients of this process have to the same address."""
         self.address = address
         options = [("grpc.max_receive_message_length", _MAX_RECEIVED_BYTES)]
+        if own_connection:
+            options.append(("grpc.use_local_subchannel_pool", 1))
         if address.rpartition(":")[0] in _LOOPBACK:
             # A proxy of the environment is not on the way to this machine.
             options.append(("grpc.enable_http_proxy", 0))
@@ -96,12 +102,12 @@ class Client:
     async def stream_generate(
         self, request: inference_pb2.GenerateRequest, *, timeout_s: float | None = None
     ) -> AsyncGenerator[inference_pb2.StreamGenerateResponse, None]:
-        """Yields the responses that carry an event or token ids. Closing the iterator cancels the request."""
+        """Yields the responses that carry an event. Closing the iterator cancels the request."""
         request, deadline_s = _with_timeout(request, timeout_s)
         call = self._stub.StreamGenerate(inference_pb2.StreamGenerateRequest(request=request), timeout=deadline_s)
         try:
             async for response in call:
-                if response.WhichOneof("event") is not None or response.token_ids:
+                if response.WhichOneof("event") is not None:
                     yield response
         except grpc.RpcError as error:
             raise _client_error(error) from None
@@ -140,6 +146,136 @@ class Client:
             return await method(request, timeout=timeout_s)
         except grpc.RpcError as error:
             raise _client_error(error) from None
+
+
+def generate_request(
+    messages: str | content_pb2.ChatMessage | Iterable[content_pb2.ChatMessage],
+    *,
+    model: str | None = None,
+    request_id: str | None = None,
+    n: int = 1,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    top_k: int | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float | None = None,
+    presence_penalty: float = 0.0,
+    frequency_penalty: float = 0.0,
+    logit_bias: Mapping[int, float] | None = None,
+    allowed_token_ids: Iterable[int] | None = None,
+    bad_words: Iterable[str] = (),
+    seed: int | None = None,
+    min_tokens: int = 0,
+    max_tokens: int | None = None,
+    reasoning_max_tokens: int | None = None,
+    stop: Iterable[str] = (),
+    stop_token_ids: Iterable[int] = (),
+    ignore_eos: bool = False,
+    logprobs: int | None = None,
+    prompt_logprobs: int | None = None,
+    json_schema: str | Mapping[str, Any] | None = None,
+    json_object: bool = False,
+    regex: str | None = None,
+    grammar: str | None = None,
+    choice: Iterable[str] | None = None,
+    enable_thinking: bool | None = None,
+    priority: int = 0,
+    cache_salt: str | None = None,
+    return_token_ids: bool = False,
+    return_timings: bool = False,
+) -> inference_pb2.GenerateRequest:
+    """A request from the names the HTTP API uses. None leaves the choice to the model or the cluster.
+
+    ``messages`` may be one question as plain text. ``logprobs`` and ``prompt_logprobs`` are counts of most likely
+    tokens. The text of a stop string must come as a list of one.
+
+    Raises:
+        ValueError: more than one structure, or something that has no wire form.
+    """
+    if isinstance(messages, str):
+        messages = [user_message(messages)]
+    elif isinstance(messages, content_pb2.ChatMessage):
+        messages = [messages]
+    for name, texts in (("stop", stop), ("bad_words", bad_words), ("choice", choice)):
+        if isinstance(texts, str):
+            raise ValueError(f"{name} must be a list of texts")
+    if n == 0:
+        raise ValueError("n must not be 0")
+    # On the wire these would say nothing.
+    allowed_token_ids = None if allowed_token_ids is None else list(allowed_token_ids)
+    for name, given in (
+        ("model", model),
+        ("request_id", request_id),
+        ("cache_salt", cache_salt),
+        ("allowed_token_ids", allowed_token_ids),
+    ):
+        if given is not None and not given:
+            raise ValueError(f"{name} must not be empty")
+    params = inference_pb2.SamplingParams(
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        logit_bias=logit_bias or {},
+        allowed_token_ids=allowed_token_ids or (),
+        bad_words=bad_words,
+        seed=seed,
+        min_output_token_count=min_tokens,
+        max_output_token_count=max_tokens,
+        max_reasoning_token_count=reasoning_max_tokens,
+        stop_sequences=stop,
+        stop_token_ids=stop_token_ids,
+        ignore_eos=ignore_eos,
+    )
+    return inference_pb2.GenerateRequest(
+        messages=messages,
+        model=model or "",
+        request_id=request_id or "",
+        sampling_params=params,
+        structured_output=_structured_output(json_schema, json_object, regex, grammar, choice),
+        choice_count=n,
+        top_logprob_count=logprobs,
+        prompt_top_logprob_count=prompt_logprobs,
+        thinking_mode=_THINKING[enable_thinking],
+        priority=priority,
+        cache_salt=cache_salt or "",
+        return_token_ids=return_token_ids,
+        return_timings=return_timings,
+    )
+
+
+_THINKING = {
+    None: inference_pb2.THINKING_MODE_UNSPECIFIED,
+    True: inference_pb2.THINKING_MODE_ENABLED,
+    False: inference_pb2.THINKING_MODE_DISABLED,
+}
+
+
+def _structured_output(
+    json_schema: str | Mapping[str, Any] | None,
+    json_object: bool,
+    regex: str | None,
+    grammar: str | None,
+    choice: Iterable[str] | None,
+) -> inference_pb2.StructuredOutput | None:
+    given = [json_schema is not None, json_object, regex is not None, grammar is not None, choice is not None]
+    if sum(given) > 1:
+        raise ValueError("give one of json_schema, json_object, regex, grammar and choice")
+    if json_schema is not None:
+        text = json_schema if isinstance(json_schema, str) else json.dumps(json_schema, ensure_ascii=False)
+        return inference_pb2.StructuredOutput(json_schema=text)
+    if json_object:
+        return inference_pb2.StructuredOutput(json_object=inference_pb2.JsonObject())
+    if regex is not None:
+        return inference_pb2.StructuredOutput(regex=regex)
+    if grammar is not None:
+        return inference_pb2.StructuredOutput(grammar=grammar)
+    if choice is not None:
+        return inference_pb2.StructuredOutput(choices=inference_pb2.TextChoices(texts=choice))
+    return None
 
 
 def user_message(text: str, *, images: Iterable[Media] = (), videos: Iterable[Media] = ()) -> content_pb2.ChatMessage:

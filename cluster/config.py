@@ -37,7 +37,9 @@ POOL_NAMES_TAKEN = ("router", "planner", "preprocessor", "vision_encoder")
 
 ENGINE_GPU_SHARE = 0.75
 ENCODER_GPU_SHARE = 0.25
-CPU_KV_CACHE_GIB = 0.5
+BLOCK_SIZE = 16
+GPU_BLOCK_SIZE = 256
+"""FlashAttention 2, which torch brings, reads pages of a multiple of this by block table."""
 
 
 class Section(BaseModel):
@@ -119,13 +121,22 @@ class EnginePool(Section):
     num_cpus: Amount = 1.0
     num_gpus: Gpus | None = None
     kv_cache_gib: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
-    """Size of the KV cache. On a GPU, unset takes what ``gpu_memory_utilization`` leaves."""
+    """Size of the KV cache. Unset takes what ``gpu_memory_utilization`` leaves of a GPU, and on a CPU an eighth of the
+    free memory, at most 4 GiB.
+    """
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9
-    block_size: Annotated[int, Field(ge=1, le=1024)] = 16
+    block_size: Annotated[int, Field(ge=1, le=1024)] | None = None
+    """Tokens per KV block; unset is 16, and 256 where there are GPUs. Engines exchange KV only if theirs are equal."""
+    attention: Literal["plain", "paged", "varlen"] | None = None
+    """Unset takes the fastest that runs; a form that cannot run is refused. Likewise below."""
+    experts: Literal["loop", "grouped", "native"] | None = None
+    cuda_graphs: bool | None = None
     max_num_seqs: Count = 64
     max_batched_tokens: Count = 2048
     max_waiting: Count = 256
     """Sequences that wait in an engine; the next is refused as overload."""
+    prefix_caching: bool = True
+    """Prompts that begin like earlier ones are not computed again."""
 
     @field_validator("expert_parallel")
     @classmethod
@@ -315,7 +326,5 @@ def _settled_pool(pool: EnginePool, gpus: int) -> EnginePool:
     num_gpus = pool.num_gpus
     if num_gpus is None:
         num_gpus = 1.0 if gpus else 0.0
-    kv_cache_gib = pool.kv_cache_gib
-    if kv_cache_gib is None and num_gpus == 0:
-        kv_cache_gib = CPU_KV_CACHE_GIB
-    return pool.model_copy(update={"num_gpus": num_gpus, "kv_cache_gib": kv_cache_gib})
+    block_size = pool.block_size or (GPU_BLOCK_SIZE if gpus else BLOCK_SIZE)
+    return pool.model_copy(update={"num_gpus": num_gpus, "block_size": block_size})

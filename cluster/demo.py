@@ -89,6 +89,7 @@ def ask_over_http(url: str, picture: Path, console: Console) -> None:
         "stream": True,
         "temperature": 0,
         "max_tokens": MAX_TOKENS,
+        "stream_options": {"include_usage": True},
         "return_timings": True,
     }
     last: dict[str, Any] = {}
@@ -100,8 +101,9 @@ def ask_over_http(url: str, picture: Path, console: Console) -> None:
         for chunk in sse_objects(response.iter_lines()):
             if "error" in chunk:
                 raise httpx.HTTPError(str(chunk["error"]["message"]))
-            delta = chunk["choices"][0]["delta"]
-            console.print(escape(delta.get("reasoning") or delta.get("content") or ""), end="", soft_wrap=True)
+            for choice in chunk["choices"]:
+                text = choice["delta"].get("reasoning", "") + choice["delta"].get("content", "")
+                console.print(escape(text), end="", soft_wrap=True)
             last = chunk
     usage = last["usage"]
     console.print(f"\n{usage['prompt_tokens']} prompt tokens, {usage['completion_tokens']} generated", style="dim")

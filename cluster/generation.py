@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Protocol
 
-from actors.types import FinishReason, Message, ThinkingMode, Timings
+from actors.types import FinishReason, Message, Structure, ThinkingMode, Timings
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,6 +25,28 @@ class GenerateCall:
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    n: int = 1
+    """Independent choices, each with the whole of ``max_tokens``."""
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """(token id, added to its logit)."""
+    allowed_token_ids: tuple[int, ...] | None = None
+    bad_words: tuple[str, ...] = ()
+    min_tokens: int = 0
+    logprobs: int | None = None
+    """Report the drawn tokens' log-probabilities and those of so many most likely tokens; None reports nothing."""
+    prompt_logprobs: int | None = None
+    """The same for the prompt, in one ``PromptScored``."""
+    structure: Structure | None = None
+    reasoning_max_tokens: int | None = None
+    """Thinking is closed after so many tokens."""
+    priority: int = 0
+    """Lower is served first, as in vLLM; ``EngineRequest.priority`` counts the other way."""
+    cache_salt: str | None = None
+    """Prefixes are shared only among requests of the same salt."""
     thinking: ThinkingMode = ThinkingMode.AUTO
     timeout_s: float | None = None
     return_token_ids: bool = False
@@ -55,26 +77,66 @@ class Started:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Delta:
-    """New text. ``token_ids`` are the tokens taken up since the last delta, only when asked for."""
+class TokenScore:
+    """One token and its log-probability, as ``actors.types.TokenLogprobs`` defines it."""
 
+    token_id: int
+    token: bytes
+    """What the token adds to the text, which may be part of a character; a special token's own spelling."""
+    logprob: float
+    rank: int
+    """1 for the most likely token."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PositionScores:
+    """Scores at one position: the token that stands there, and the most likely ones, descending."""
+
+    chosen: TokenScore
+    top: tuple[TokenScore, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PromptScored:
+    """Scores of the whole prompt, once, after Started and before the first Delta; only when asked for.
+
+    One entry per prompt token, None where it cannot be generated (media placeholders) or has no predecessor (token 0).
+    """
+
+    entries: tuple[PositionScores | None, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Delta:
+    """New text of one choice. ``token_ids`` are the tokens taken up since its last delta, only when asked for, and
+    ``logprobs`` their scores, one per token, only when asked for."""
+
+    choice: int = 0
     text: str = ""
     reasoning: str = ""
     token_ids: tuple[int, ...] = ()
+    logprobs: tuple[PositionScores, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ChoiceFinished:
+    """Last event of one choice."""
+
+    choice: int = 0
+    reason: FinishReason
+    stop_reason: str | int | None = None
+    """The stop string or stop token id that ended the choice, as in vLLM."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Finished:
-    """Last event."""
+    """Last event, after every choice's ChoiceFinished. ``usage`` sums over choices."""
 
-    reason: FinishReason
     usage: Usage
-    stop_reason: str | int | None = None
-    """The stop string or stop token id that ended the reply, as in vLLM."""
     timings: Timings | None = None
 
 
-Event = Started | Delta | Finished
+Event = Started | PromptScored | Delta | ChoiceFinished | Finished
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,7 +153,9 @@ class GenerationService(Protocol):
     """The router as facades see it. Everything raises ``ServingError`` only."""
 
     def generate(self, call: GenerateCall) -> AsyncIterator[Event]:
-        """Yields Started, Deltas and Finished; closing the iterator cancels the request everywhere."""
+        """Yields Started, PromptScored if asked for, per choice Deltas and ChoiceFinished, and Finished. Closing the
+        iterator cancels the request everywhere.
+        """
 
     async def cancel(self, request_id: str) -> None:
         """Ends a request by assigned id or alias; no effect when already over; NotFound when never seen."""

@@ -19,17 +19,9 @@ from grpc_health.v1 import health_pb2  # type: ignore[import-untyped]
 
 from actors.errors import InternalError, InvalidRequest, NotFound, ServingError
 from cluster.event_reader import EventReader
-from cluster.generation import Delta, Finished, GenerationService, Started
-from cluster.grpc_messages import (
-    STATUS_CODE,
-    generate_call,
-    messages,
-    model,
-    status,
-    stream_responses,
-    thinking_mode,
-    whole_response,
-)
+from cluster.generation import Event, Finished, GenerationService, Started
+from cluster.grpc_request import generate_call, messages, thinking_mode
+from cluster.grpc_response import STATUS_CODE, model, status, stream_response, whole_response
 from cluster.request_checks import COMPLETION_PREFIX
 from ernie_serving.v1 import inference_pb2
 
@@ -67,19 +59,15 @@ class InferenceServicer:
 
     async def _generate(self, request: inference_pb2.GenerateRequest) -> inference_pb2.GenerateResponse:
         call = generate_call(request)
-        started: Started | None = None
-        deltas: list[Delta] = []
+        events: list[Event] = []
         async with EventReader(self.router.generate(call)) as reader:
-            while True:
-                match await reader.next():
-                    case Started() as event:
-                        started = event
-                    case Delta() as event:
-                        deltas.append(event)
-                    case Finished() as event if started is not None:
-                        return whole_response(started, deltas, event)
-                    case _:
-                        raise InternalError("the request did not begin with its first event")
+            while not (events and isinstance(events[-1], Finished)):
+                event = await reader.next()
+                assert event is not None
+                events.append(event)
+        if not isinstance(events[0], Started):
+            raise InternalError("the request did not begin with its first event")
+        return whole_response(call.n, events)
 
     async def StreamGenerate(
         self, request: inference_pb2.StreamGenerateRequest, grpc_context: ServeContext
@@ -93,11 +81,7 @@ class InferenceServicer:
                 event = None
                 while not isinstance(event, Finished):
                     event = await reader.next(KEEP_ALIVE_S)
-                    if event is None:
-                        yield inference_pb2.StreamGenerateResponse()
-                        continue
-                    for response in stream_responses(event):
-                        yield response
+                    yield inference_pb2.StreamGenerateResponse() if event is None else stream_response(event)
             return
         except Exception as error:
             _report(error, grpc_context)

@@ -24,8 +24,17 @@ from starlette.types import Receive, Scope, Send
 
 from actors.errors import InternalError, InvalidRequest, NotFound, ServingError
 from cluster.event_reader import EventReader, Gone
-from cluster.generation import Delta, Event, Finished, GenerateCall, GenerationService, Started
-from cluster.openai_request import parse_chat_request, to_call
+from cluster.generation import (
+    ChoiceFinished,
+    Delta,
+    Event,
+    Finished,
+    GenerateCall,
+    GenerationService,
+    PromptScored,
+    Started,
+)
+from cluster.openai_request import ChatRequest, client_field, parse_chat_request, spelling, to_call
 from cluster.openai_response import (
     HTTP_STATUS,
     SSE_DONE,
@@ -67,10 +76,10 @@ async def chat_completions(service: GenerationService, request: Request) -> Resp
                     head.append(await reader.next(KEEP_ALIVE_S))
             except BaseException as error:
                 await reader.close()
-                if isinstance(error, ServingError) and error.field == "max_tokens" and chat.max_tokens is None:
-                    error.field = "max_completion_tokens"
+                if isinstance(error, ServingError):
+                    _name_field(error, chat)
                 raise
-            return EventStream(reader, call, head, trace)
+            return EventStream(reader, chat, call, head, trace)
         finally:
             gone.cancel()
 
@@ -151,10 +160,13 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, reader: EventReader, call: GenerateCall, head: Sequence[Event | None], trace: str) -> None:
+    def __init__(
+        self, reader: EventReader, chat: ChatRequest, call: GenerateCall, head: Sequence[Event | None], trace: str
+    ) -> None:
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
         self._reader = reader
+        self._chat = chat
         self._call = call
         self._head = head
         self._trace = trace
@@ -181,6 +193,7 @@ class EventStream(Response):
             yield SSE_DONE
         except ServingError as error:
             log.info("request %s: %s after the stream began: %r", self._trace, error.status, error.message)
+            _name_field(error, self._chat)
             yield sse(error_body(error))
         except (Gone, OSError):
             raise
@@ -191,19 +204,21 @@ class EventStream(Response):
     async def _reply(self) -> AsyncIterator[bytes]:
         chunks: Chunks | None = None
         async for event in self._events():
+            bodies: list[dict[str, Any]] = []
             match event:
                 case None:
                     yield SSE_KEEP_ALIVE
                 case Started():
-                    chunks = Chunks(int(time.time()), event, token_ids=self._call.return_token_ids)
-                    yield sse(chunks.first())
-                case Delta() if chunks is not None:
-                    yield sse(chunks.delta(event))
-                case Finished() if chunks is not None:
-                    yield sse(chunks.last(event))
-                    return
+                    chunks = Chunks(int(time.time()), self._call, event, usage=self._chat.wants_stream_usage)
+                    bodies = chunks.begin()
+                case PromptScored() | Delta() | ChoiceFinished() | Finished() if chunks is not None:
+                    bodies = chunks.of(event)
                 case _:
                     raise InternalError("the request did not begin with its first event")
+            for body in bodies:
+                yield sse(body)
+            if isinstance(event, Finished):
+                return
 
     async def _events(self) -> AsyncIterator[Event | None]:
         for event in self._head:
@@ -213,19 +228,25 @@ class EventStream(Response):
 
 
 async def _whole(reader: EventReader, call: GenerateCall) -> dict[str, Any]:
-    completion = Completion(int(time.time()), token_ids=call.return_token_ids)
+    completion = Completion(int(time.time()), call)
     started: Started | None = None
     while True:
         match await reader.next():
             case Started() as event:
                 started = event
-            case Delta() as event:
+            case PromptScored() | Delta() | ChoiceFinished() as event:
                 completion.add(event)
             case Finished() as event if started is not None:
                 await reader.close()
                 return completion.body(started, event)
             case _:
                 raise InternalError("the request did not begin with its first event")
+
+
+def _name_field(error: ServingError, chat: ChatRequest) -> None:
+    """Makes an error of a later stage name its field as this client did."""
+    if error.field is not None:
+        error.field = client_field(error.field, spelling(chat))
 
 
 async def _guarded(answer: Awaitable[Response], trace: str) -> Response:

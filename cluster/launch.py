@@ -19,11 +19,12 @@ from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from cluster.config import ClusterConfig, resolve
 from cluster.placement import claimed_cpus, lacking_gpus
 from cluster.session import Session, StartFailed
+from cluster.status import engine_notes
 
 Say = Callable[[str], None]
 
@@ -130,6 +131,8 @@ def _start(config: ClusterConfig, session: Session, signals: Signals, say: Say) 
     _announce_plan(settled, session, say)
     session.deploy(build(settled))
     _wait_ready(settled, session, say)
+    for note in engine_notes(fetch_status(http_url(settled))):
+        say(f"  {note}")
     say(f"Ready after {time.monotonic() - begin:.1f} s.")
 
 
@@ -201,6 +204,13 @@ def _wait_ready(config: ClusterConfig, session: Session, say: Say) -> None:
             say(f"Waiting: {missing}")
             told, next_tell = missing, now + TELL_PERIOD_S
         time.sleep(READY_POLL_S)
+
+
+def fetch_status(url: str) -> dict[str, Any]:
+    """What ``/status`` says."""
+    with _DIRECT.open(f"{url}/status", timeout=5.0) as response:
+        status: dict[str, Any] = json.load(response)
+        return status
 
 
 def missing_for_ready(url: str) -> str | None:

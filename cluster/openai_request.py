@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, FiniteFloat, Tag, ValidationError
+from pydantic import BeforeValidator, Discriminator, FiniteFloat, Tag, ValidationError
 from pydantic_core import ErrorDetails
 
 from actors.errors import InvalidRequest
@@ -25,16 +25,11 @@ from actors.types import (
     VideoPart,
 )
 from cluster.generation import GenerateCall
+from cluster.openai_structure import ResponseFormat, SchemaText, Strict, StructuredOutputs, find_structure
 from cluster.request_checks import check_call, check_messages, check_pixels, media_from_uri, not_supported
 
-SPELLING = {"timeout_s": "timeout", "thinking": "enable_thinking"}
-"""Attributes of GenerateCall whose OpenAI names differ."""
-
-
-class Strict(BaseModel):
-    """No unknown fields, no conversions between types."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+SPELLING = {"timeout_s": "timeout", "thinking": "enable_thinking", "bad_words_ids": "bad_words"}
+"""Names of later stages whose OpenAI names differ in every request; ``spelling`` adds what depends on the request."""
 
 
 class TextBody(Strict):
@@ -140,25 +135,55 @@ class MessageBody(Strict):
     function_call: None = None
 
 
+class StreamOptions(Strict):
+    include_usage: bool | None = None
+
+
 class ChatRequest(Strict):
     """Body of ``POST /v1/chat/completions``."""
 
     model: str | None = None
     messages: list[MessageBody]
     stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    n: int | None = None
     temperature: FiniteFloat | None = None
     top_p: FiniteFloat | None = None
     top_k: int | None = None
+    min_p: FiniteFloat | None = None
+    repetition_penalty: FiniteFloat | None = None
+    presence_penalty: FiniteFloat | None = None
+    frequency_penalty: FiniteFloat | None = None
+    logit_bias: dict[str, FiniteFloat] | None = None
+    allowed_token_ids: list[int] | None = None
+    bad_words: list[str] | None = None
     seed: int | None = None
+    min_tokens: int | None = None
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
+    reasoning_max_tokens: int | None = None
     stop: Annotated[list[str], BeforeValidator(_listed)] | None = None
     stop_token_ids: list[int] | None = None
     ignore_eos: bool | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: SchemaText | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
     enable_thinking: bool | None = None
+    priority: int | None = None
+    cache_salt: str | None = None
     timeout: FiniteFloat | None = None
     return_token_ids: bool | None = None
     return_timings: bool | None = None
+
+    @property
+    def wants_stream_usage(self) -> bool:
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
 
 
 def parse_chat_request(body: bytes) -> ChatRequest:
@@ -209,26 +234,70 @@ def to_call(chat: ChatRequest) -> GenerateCall:
             f"max_tokens {chat.max_tokens} and max_completion_tokens {chat.max_completion_tokens} differ: give one",
             field="max_completion_tokens",
         )
-    spelling = SPELLING if chat.max_tokens is not None else SPELLING | {"max_tokens": "max_completion_tokens"}
+    if chat.stream_options is not None and not chat.stream:
+        raise InvalidRequest("stream_options belongs to requests with stream", field="stream_options")
+    _, structure = find_structure(chat)
     call = GenerateCall(
         messages=tuple(_message(message, f"messages[{index}]") for index, message in enumerate(chat.messages)),
         model=chat.model,
         temperature=chat.temperature,
         top_p=chat.top_p,
         top_k=0 if chat.top_k == -1 else chat.top_k,
+        min_p=chat.min_p,
+        repetition_penalty=chat.repetition_penalty,
+        presence_penalty=chat.presence_penalty or 0.0,
+        frequency_penalty=chat.frequency_penalty or 0.0,
+        logit_bias=_logit_bias(chat.logit_bias or {}),
+        allowed_token_ids=None if chat.allowed_token_ids is None else tuple(chat.allowed_token_ids),
+        bad_words=tuple(chat.bad_words or ()),
         seed=chat.seed,
+        n=1 if chat.n is None else chat.n,
+        min_tokens=chat.min_tokens or 0,
         max_tokens=limits.pop() if limits else None,
+        reasoning_max_tokens=chat.reasoning_max_tokens,
         stop=tuple(chat.stop or ()),
         stop_token_ids=tuple(chat.stop_token_ids or ()),
         ignore_eos=bool(chat.ignore_eos),
+        logprobs=_logprobs(chat),
+        prompt_logprobs=chat.prompt_logprobs,
+        structure=structure,
         thinking=_thinking(chat.enable_thinking),
+        priority=chat.priority or 0,
+        cache_salt=chat.cache_salt,
         timeout_s=chat.timeout,
         return_token_ids=bool(chat.return_token_ids),
         return_timings=bool(chat.return_timings),
     )
     check_messages(call.messages, "content")
-    check_call(call, spelling)
+    check_call(call, spelling(chat))
     return call
+
+
+def spelling(chat: ChatRequest) -> Mapping[str, str]:
+    """The names this client used where there is a choice, for errors of ``to_call`` and of later stages."""
+    names = dict(SPELLING)
+    if chat.max_tokens is None:
+        names["max_tokens"] = "max_completion_tokens"
+    if chat.top_logprobs is not None:
+        names["logprobs"] = "top_logprobs"
+    names["structure"] = find_structure(chat)[0] or "response_format"
+    return names
+
+
+def _logprobs(chat: ChatRequest) -> int | None:
+    if chat.logprobs:
+        return chat.top_logprobs or 0
+    if chat.top_logprobs is not None:
+        raise InvalidRequest("top_logprobs needs logprobs to be true", field="top_logprobs")
+    return None
+
+
+def _logit_bias(biases: Mapping[str, float]) -> tuple[tuple[int, float], ...]:
+    """Token ids are keys of a JSON object, so they come as text."""
+    for key in biases:
+        if _TOKEN_ID.fullmatch(key) is None:
+            raise InvalidRequest(f"logit_bias has the key {key!r}, which is no token id", field="logit_bias")
+    return tuple(sorted((int(key), bias) for key, bias in biases.items()))
 
 
 def _thinking(enabled: bool | None) -> ThinkingMode:
@@ -304,9 +373,10 @@ def _image(url: str, url_field: str, low: int | None, high: int | None, field: s
 
 
 _PART = re.compile(r"^(messages\[\d+\])\.parts\b")
+_HEAD = re.compile(r"^\w+")
+_TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,9}")
 
 
-def client_field(field: str) -> str:
+def client_field(field: str, names: Mapping[str, str] = SPELLING) -> str:
     """Turns a field as a later stage names it, which may be in the terms of ``GenerateCall``, into OpenAI's terms."""
-    head, dot, rest = field.partition(".")
-    return _PART.sub(r"\1.content", SPELLING.get(head, head) + dot + rest)
+    return _PART.sub(r"\1.content", _HEAD.sub(lambda head: names.get(head[0], head[0]), field))

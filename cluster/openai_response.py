@@ -1,8 +1,8 @@
 """OpenAI-shaped responses: completions, stream chunks, errors.
 
 Thinking comes as ``reasoning`` (vLLM's present name) and once more as ``reasoning_content`` (FastDeploy, DeepSeek and
-most clients). Token ids use vLLM's names: ``prompt_token_ids`` at the top level and ``choices[].token_ids``.
-``timings`` is ours.
+most clients). Token ids and the prompt's log-probabilities use vLLM's names: ``prompt_token_ids`` and
+``prompt_logprobs`` at the top level, ``choices[].token_ids``. ``timings`` is ours.
 """
 
 from __future__ import annotations
@@ -12,9 +12,20 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from actors.errors import ContextExceeded, ServingError, Status
+from actors.errors import ContextExceeded, InternalError, ServingError, Status
 from actors.types import FinishReason, Timings
-from cluster.generation import Delta, Finished, ModelCard, Started, Usage
+from cluster.generation import (
+    ChoiceFinished,
+    Delta,
+    Finished,
+    GenerateCall,
+    ModelCard,
+    PositionScores,
+    PromptScored,
+    Started,
+    Usage,
+)
+from cluster.openai_logprobs import logprobs_body, prompt_logprobs_body
 from cluster.openai_request import client_field
 from cluster.request_checks import COMPLETION_PREFIX, told
 
@@ -111,92 +122,150 @@ def model_body(card: ModelCard) -> dict[str, Any]:
     }
 
 
+class _Choice:
+    def __init__(self) -> None:
+        self.text: list[str] = []
+        self.reasoning: list[str] = []
+        self.token_ids: list[int] = []
+        self.scores: list[PositionScores] = []
+        self.finished: ChoiceFinished | None = None
+
+
 class Completion:
-    """Gathers the events of a request into one ``chat.completion``."""
+    """Gathers the events of a request into one ``chat.completion`` object."""
 
-    def __init__(self, created: int, *, token_ids: bool) -> None:
+    def __init__(self, created: int, call: GenerateCall) -> None:
         self._created = created
-        self._wants_ids = token_ids
-        self._text: list[str] = []
-        self._reasoning: list[str] = []
-        self._token_ids: list[int] = []
+        self._call = call
+        self._choices = [_Choice() for _ in range(call.n)]
+        self._prompt_scores: PromptScored | None = None
 
-    def add(self, delta: Delta) -> None:
-        self._text.append(delta.text)
-        self._reasoning.append(delta.reasoning)
-        self._token_ids.extend(delta.token_ids)
+    def add(self, event: PromptScored | Delta | ChoiceFinished) -> None:
+        match event:
+            case PromptScored():
+                self._prompt_scores = event
+            case Delta():
+                choice = self._choices[event.choice]
+                choice.text.append(event.text)
+                choice.reasoning.append(event.reasoning)
+                choice.token_ids.extend(event.token_ids)
+                choice.scores.extend(event.logprobs)
+            case ChoiceFinished():
+                self._choices[event.choice].finished = event
 
     def body(self, started: Started, finished: Finished) -> dict[str, Any]:
         """The response after the last event."""
-        message: dict[str, Any] = {"role": "assistant", "content": "".join(self._text)}
-        message |= _reasoning("".join(self._reasoning))
-        choice: dict[str, Any] = {"index": 0, "message": message, "logprobs": None, **_ending(finished)}
         body: dict[str, Any] = {
             "id": COMPLETION_PREFIX + started.request_id,
             "object": "chat.completion",
             "created": self._created,
             "model": started.model,
-            "choices": [choice],
+            "choices": [self._choice(index, choice) for index, choice in enumerate(self._choices)],
             "usage": usage_body(finished.usage),
         }
-        if self._wants_ids:
+        if self._call.return_token_ids:
             body["prompt_token_ids"] = list(started.prompt_token_ids or ())
-            choice["token_ids"] = self._token_ids
+        if self._prompt_scores is not None:
+            body["prompt_logprobs"] = prompt_logprobs_body(self._prompt_scores.entries)
         if finished.timings is not None:
             body["timings"] = timings_body(finished.timings, finished.usage)
+        return body
+
+    def _choice(self, index: int, choice: _Choice) -> dict[str, Any]:
+        if choice.finished is None:
+            raise InternalError(f"the request ended before its choice {index}")
+        message: dict[str, Any] = {"role": "assistant", "content": "".join(choice.text)}
+        message |= _reasoning("".join(choice.reasoning))
+        scores = None if self._call.logprobs is None else logprobs_body(choice.scores)
+        body: dict[str, Any] = {"index": index, "message": message, "logprobs": scores, **_ending(choice.finished)}
+        if self._call.return_token_ids:
+            body["token_ids"] = choice.token_ids
         return body
 
 
 class Chunks:
     """Writes the events of a request as ``chat.completion.chunk`` objects.
 
-    The first has the role (and the prompt's token ids), the last the finish reason, usage and timings.
+    Every choice begins with its role (the first also with what was asked for of the prompt) and ends with its finish
+    reason. Usage, on request, and timings come in a last chunk without choices.
     """
 
-    def __init__(self, created: int, started: Started, *, token_ids: bool) -> None:
+    def __init__(self, created: int, call: GenerateCall, started: Started, *, usage: bool) -> None:
         self._created = created
+        self._call = call
         self._started = started
-        self._wants_ids = token_ids
+        self._usage = usage
+        self._begun = False
 
-    def first(self) -> dict[str, Any]:
-        chunk = self._chunk({"role": "assistant", "content": ""})
-        if self._wants_ids:
-            chunk["prompt_token_ids"] = list(self._started.prompt_token_ids or ())
-        return chunk
+    def begin(self) -> list[dict[str, Any]]:
+        """What can be told at once: nothing where the prompt's log-probabilities are to come first."""
+        return [] if self._call.prompt_logprobs is not None else self._roles(None)
 
-    def delta(self, delta: Delta) -> dict[str, Any]:
-        body: dict[str, Any] = _reasoning(delta.reasoning)
-        if delta.text:
-            body["content"] = delta.text
-        return self._chunk(body, delta.token_ids)
+    def of(self, event: PromptScored | Delta | ChoiceFinished | Finished) -> list[dict[str, Any]]:
+        """Tells one event."""
+        if isinstance(event, PromptScored):
+            return self._roles(event)
+        # A reply that was cancelled before its prompt had scores.
+        bodies = [] if self._begun else self._roles(None)
+        match event:
+            case Delta():
+                delta = _reasoning(event.reasoning) | ({"content": event.text} if event.text else {})
+                bodies.append(self._choice_chunk(event.choice, delta, event.token_ids, event.logprobs))
+            case ChoiceFinished():
+                chunk = self._choice_chunk(event.choice, {})
+                chunk["choices"][0] |= _ending(event)
+                bodies.append(chunk)
+            case Finished() if self._usage or event.timings is not None:
+                chunk = self._chunk([])
+                if self._usage:
+                    chunk["usage"] = usage_body(event.usage)
+                if event.timings is not None:
+                    chunk["timings"] = timings_body(event.timings, event.usage)
+                bodies.append(chunk)
+        return bodies
 
-    def last(self, finished: Finished) -> dict[str, Any]:
-        chunk = self._chunk({})
-        chunk["choices"][0] |= _ending(finished)
-        chunk["usage"] = usage_body(finished.usage)
-        if finished.timings is not None:
-            chunk["timings"] = timings_body(finished.timings, finished.usage)
-        return chunk
+    def _roles(self, scored: PromptScored | None) -> list[dict[str, Any]]:
+        self._begun = True
+        chunks = [self._choice_chunk(index, {"role": "assistant", "content": ""}) for index in range(self._call.n)]
+        if self._call.return_token_ids:
+            chunks[0]["prompt_token_ids"] = list(self._started.prompt_token_ids or ())
+        if scored is not None:
+            chunks[0]["prompt_logprobs"] = prompt_logprobs_body(scored.entries)
+        return chunks
 
-    def _chunk(self, delta: dict[str, Any], token_ids: tuple[int, ...] = ()) -> dict[str, Any]:
-        choice: dict[str, Any] = {"index": 0, "delta": delta, "finish_reason": None}
-        if self._wants_ids:
+    def _choice_chunk(
+        self,
+        index: int,
+        delta: dict[str, Any],
+        token_ids: tuple[int, ...] = (),
+        scores: tuple[PositionScores, ...] = (),
+    ) -> dict[str, Any]:
+        choice: dict[str, Any] = {"index": index, "delta": delta, "finish_reason": None}
+        if self._call.return_token_ids:
             choice["token_ids"] = list(token_ids)
-        return {
+        if self._call.logprobs is not None:
+            choice["logprobs"] = logprobs_body(scores) if scores else None
+        return self._chunk([choice])
+
+    def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        chunk: dict[str, Any] = {
             "id": COMPLETION_PREFIX + self._started.request_id,
             "object": "chat.completion.chunk",
             "created": self._created,
             "model": self._started.model,
-            "choices": [choice],
+            "choices": choices,
         }
+        if self._usage:
+            chunk["usage"] = None
+        return chunk
 
 
 def _reasoning(text: str) -> dict[str, Any]:
     return {"reasoning": text, "reasoning_content": text} if text else {}
 
 
-def _ending(finished: Finished) -> dict[str, Any]:
-    return {"finish_reason": _FINISH[finished.reason], "stop_reason": finished.stop_reason}
+def _ending(event: ChoiceFinished) -> dict[str, Any]:
+    return {"finish_reason": _FINISH[event.reason], "stop_reason": event.stop_reason}
 
 
 def sse(body: dict[str, Any]) -> bytes:

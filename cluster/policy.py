@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
-from actors.types import EncoderInfo, EngineInfo, LoadReport
+from actors.types import EncoderInfo, EngineInfo, KvIdentity, LoadReport
 from cluster.registry import EncoderEntry
 
 
@@ -16,6 +17,20 @@ class EngineView:
 
     info: EngineInfo
     load: LoadReport
+    cached_blocks: AbstractSet[bytes] = frozenset()
+    """Chain hashes of the blocks its prefix cache holds; the link's own set, which goes on changing."""
+
+
+PrefixHashes = Callable[[KvIdentity], Sequence[bytes]]
+"""Chain hashes of the whole blocks of a prompt, for engines of an identity."""
+
+USED_STEP = 0.1
+"""Shares of blocks in use that differ by less are about equal."""
+
+
+def no_hashes(identity: KvIdentity) -> Sequence[bytes]:
+    """Of a prompt that is to be placed by load alone."""
+    return ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,49 +49,82 @@ def _has_room(view: EngineView, token_count: int) -> bool:
     return view.load.free_blocks >= blocks_needed(token_count, view.load.block_size)
 
 
-def _pressure(view: EngineView) -> tuple[int, float]:
-    """Orders engines: queued work first, then the share of blocks in use."""
-    load = view.load
-    return load.queued_tokens, 1.0 - load.free_blocks / max(1, load.total_blocks)
+def _used(view: EngineView) -> float:
+    return 1.0 - view.load.free_blocks / max(1, view.load.total_blocks)
+
+
+def cached_tokens(view: EngineView, token_count: int, prefix_hashes: PrefixHashes) -> int:
+    """Leading tokens of a prompt whose KV an engine has. The last token is always computed."""
+    if not view.cached_blocks:
+        return 0
+    block_size = view.info.block_size
+    held = 0
+    for hash in prefix_hashes(view.info.kv_identity)[: (token_count - 1) // block_size]:
+        if hash not in view.cached_blocks:
+            break
+        held += block_size
+    return held
 
 
 def pairable(prefill: EngineInfo, decode: EngineInfo) -> bool:
     """KV may move only between engines of equal weights, element type, block size and rules."""
-    return (prefill.fingerprint, prefill.dtype, prefill.block_size, prefill.switches) == (
-        decode.fingerprint,
-        decode.dtype,
-        decode.block_size,
-        decode.switches,
-    )
+    return prefill.kv_identity == decode.kv_identity
 
 
-def pick_route(engines: Sequence[EngineView], token_count: int) -> Route | None:
-    """Picks where a prompt of ``token_count`` tokens (earlier outputs included) runs.
+def pick_route(
+    engines: Sequence[EngineView], token_count: int, prefix_hashes: PrefixHashes = no_hashes
+) -> Route | None:
+    """Picks where a prompt of ``token_count`` tokens (earlier outputs included) runs. None when no path exists at all.
 
-    Engines with room come first; among equals the least loaded prefill engine, then the least loaded decode engine
-    that may be paired with it. A colocated engine is taken when it is less loaded than any pair. None when no path
-    exists at all.
+    Engines with room come first, then those that have the least to compute before its first token: what is queued there
+    and what of this prompt they have not cached. Among equals, by tenths of the share of blocks in use, and in the same
+    tenth by how much of the prompt the decode engine holds, which need not be sent. A pair counts both its engines, and
+    a colocated engine goes before a pair that is no better.
     """
-    candidates: list[tuple[tuple[bool, int, float, bool], Route]] = []
+    cached = {view.info.incarnation: cached_tokens(view, token_count, prefix_hashes) for view in engines}
+    candidates: list[tuple[tuple[bool, int, int, int, float, bool], Route]] = []
     for first in engines:
         if not first.info.role.prefills:
             continue
-        if first.info.role.decodes:
-            full = not _has_room(first, token_count)
-            candidates.append(((full, *_pressure(first), False), Route(prefill=first.info, decode=None)))
-            continue
-        for second in engines:
-            if second.info.role.decodes and not second.info.role.prefills and pairable(first.info, second.info):
-                full = not (_has_room(first, token_count) and _has_room(second, token_count))
-                queued, used = _pressure(first)
-                pressure = (queued + second.load.queued_tokens, used + _pressure(second)[1])
-                candidates.append(((full, *pressure, True), Route(prefill=first.info, decode=second.info)))
+        lacking = token_count - cached[first.info.incarnation]
+        for second in [first] if first.info.role.decodes else _partners(first, engines):
+            split = second is not first
+            full = not (_has_room(first, token_count) and _has_room(second, token_count))
+            work = first.load.queued_tokens + split * second.load.queued_tokens + lacking
+            used = _used(first) + split * _used(second)
+            held = cached[second.info.incarnation]
+            route = Route(prefill=first.info, decode=second.info if split else None)
+            candidates.append(((full, work, int(used / USED_STEP), -held, used, split), route))
     return min(candidates, key=lambda candidate: candidate[0])[1] if candidates else None
 
 
-def route_has_room(engines: Sequence[EngineView], token_count: int) -> bool:
-    """True when some decode-capable engine could hold the sequence now."""
-    return any(view.info.role.decodes and _has_room(view, token_count) for view in engines)
+def _partners(prefill: EngineView, engines: Sequence[EngineView]) -> list[EngineView]:
+    """Engines that only decode and may take over from ``prefill``."""
+    return [
+        view
+        for view in engines
+        if view.info.role.decodes and not view.info.role.prefills and pairable(prefill.info, view.info)
+    ]
+
+
+def has_room_on(engines: Sequence[EngineView], route: Route, token_count: int) -> bool:
+    """True when all engines of a route are there and could hold the sequence now."""
+    wanted = {info.incarnation for info in (route.prefill, route.decode) if info is not None}
+    return sum(view.info.incarnation in wanted and _has_room(view, token_count) for view in engines) == len(wanted)
+
+
+def admissible(view: EngineView, waiting: Sequence[int]) -> int:
+    """How many of those who wait, counted from the first, an engine that decodes can take up now. ``waiting``: their
+    tokens. Nobody overtakes the first.
+    """
+    if not view.info.role.decodes:
+        return 0
+    free = view.load.free_blocks
+    for count, token_count in enumerate(waiting):
+        free -= blocks_needed(token_count, view.load.block_size)
+        if free < 0:
+            return count
+    return len(waiting)
 
 
 def pick_encoder(encoders: Sequence[EncoderEntry]) -> EncoderInfo | None:

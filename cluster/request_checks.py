@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import base64
 import binascii
+import json
 import math
 import re
 from collections.abc import Mapping
 
 from actors.errors import InvalidRequest
-from actors.types import MediaSource, Message, MessageRole, TextPart
+from actors.types import MediaSource, Message, MessageRole, Structure, StructureKind, TextPart
 from cluster.generation import GenerateCall
 
 MAX_TEMPERATURE = 2.0
@@ -19,6 +20,18 @@ MAX_STOP_STRINGS = 32
 MAX_STOP_STRING_LENGTH = 1024
 MAX_STOP_TOKEN_IDS = 1024
 MAX_TIMEOUT_S = 86_400.0
+MAX_CHOICES = 128
+MAX_LOGPROBS = 20
+MAX_PENALTY = 2.0
+MAX_REPETITION_PENALTY = 10.0
+MAX_LOGIT_BIAS = 100.0
+MAX_LOGIT_BIASES = 1024
+MAX_ALLOWED_TOKEN_IDS = 2**18
+MAX_BAD_WORDS = 128
+MAX_BAD_WORD_LENGTH = 128
+MAX_CACHE_SALT_LENGTH = 256
+MAX_STRUCTURE_BYTES = 64 * 1024
+MAX_STRUCTURE_CHOICES = 1024
 MAX_MESSAGES = 10_000
 
 COMPLETION_PREFIX = "chatcmpl-"
@@ -33,6 +46,9 @@ def check_call(call: GenerateCall, spelling: Mapping[str, str]) -> None:
     ``spelling`` gives the client's name of each attribute of ``GenerateCall`` that is spelt otherwise on the wire.
     """
 
+    def spelt(attribute: str) -> str:
+        return spelling.get(attribute, attribute)
+
     def bounded(attribute: str, value: float | None, low: float, high: float, *, above: bool = False) -> None:
         if value is None or (low < value <= high if above else low <= value <= high):
             return
@@ -40,17 +56,42 @@ def check_call(call: GenerateCall, spelling: Mapping[str, str]) -> None:
             wanted = f"above {low:g} and at most {high:g}"
         else:
             wanted = f"between {low} and {high}"
-        raise _wrong(spelling.get(attribute, attribute), f"must be {wanted}, not {value}")
+        raise _wrong(spelt(attribute), f"must be {wanted}, not {value}")
 
     if call.request_id is not None:
-        _check_alias(call.request_id, spelling.get("request_id", "request_id"))
+        _check_alias(call.request_id, spelt("request_id"))
     bounded("temperature", call.temperature, 0, MAX_TEMPERATURE)
     bounded("top_p", call.top_p, 0, 1, above=True)
     bounded("top_k", call.top_k, 0, MAX_INT32)
+    bounded("min_p", call.min_p, 0, 1)
+    bounded("repetition_penalty", call.repetition_penalty, 0, MAX_REPETITION_PENALTY, above=True)
+    bounded("presence_penalty", call.presence_penalty, -MAX_PENALTY, MAX_PENALTY)
+    bounded("frequency_penalty", call.frequency_penalty, -MAX_PENALTY, MAX_PENALTY)
     bounded("seed", call.seed, 0, MAX_SEED)
+    bounded("n", call.n, 1, MAX_CHOICES)
     bounded("max_tokens", call.max_tokens, 1, MAX_INT32)
+    bounded("min_tokens", call.min_tokens, 0, MAX_INT32)
+    if call.max_tokens is not None and call.min_tokens > call.max_tokens:
+        rule = f"must not be above {spelt('max_tokens')}: {call.min_tokens} > {call.max_tokens}"
+        raise _wrong(spelt("min_tokens"), rule)
+    bounded("reasoning_max_tokens", call.reasoning_max_tokens, 0, MAX_INT32)
+    bounded("logprobs", call.logprobs, 0, MAX_LOGPROBS)
+    bounded("prompt_logprobs", call.prompt_logprobs, 0, MAX_LOGPROBS)
+    bounded("priority", call.priority, -MAX_INT32, MAX_INT32)
     bounded("timeout_s", call.timeout_s, 0, MAX_TIMEOUT_S, above=True)
-    _check_stops(call, spelling)
+    if call.cache_salt is not None and not 1 <= len(call.cache_salt) <= MAX_CACHE_SALT_LENGTH:
+        rule = f"must have 1 to {MAX_CACHE_SALT_LENGTH} characters, not {len(call.cache_salt)}"
+        raise _wrong(spelt("cache_salt"), rule)
+    _check_texts(call.stop, spelt("stop"), MAX_STOP_STRINGS, MAX_STOP_STRING_LENGTH)
+    _check_texts(call.bad_words, spelt("bad_words"), MAX_BAD_WORDS, MAX_BAD_WORD_LENGTH)
+    _check_ids(call.stop_token_ids, spelt("stop_token_ids"), MAX_STOP_TOKEN_IDS)
+    _check_logit_bias(call.logit_bias, spelt("logit_bias"))
+    if call.allowed_token_ids is not None:
+        if not call.allowed_token_ids:
+            raise _wrong(spelt("allowed_token_ids"), "must not be empty")
+        _check_ids(call.allowed_token_ids, spelt("allowed_token_ids"), MAX_ALLOWED_TOKEN_IDS)
+    if call.structure is not None:
+        _check_structure(call.structure, spelt("structure"))
 
 
 def _check_alias(alias: str, field: str) -> None:
@@ -60,19 +101,64 @@ def _check_alias(alias: str, field: str) -> None:
         raise _wrong(field, f'must not begin with "{COMPLETION_PREFIX}"')
 
 
-def _check_stops(call: GenerateCall, spelling: Mapping[str, str]) -> None:
-    field = spelling.get("stop", "stop")
-    if len(call.stop) > MAX_STOP_STRINGS:
-        raise _wrong(field, f"has {len(call.stop)} strings, the limit is {MAX_STOP_STRINGS}")
-    for index, text in enumerate(call.stop):
-        if not 1 <= len(text) <= MAX_STOP_STRING_LENGTH:
-            raise _wrong(f"{field}[{index}]", f"must have 1 to {MAX_STOP_STRING_LENGTH} characters, not {len(text)}")
-    field = spelling.get("stop_token_ids", "stop_token_ids")
-    if len(call.stop_token_ids) > MAX_STOP_TOKEN_IDS:
-        raise _wrong(field, f"has {len(call.stop_token_ids)} ids, the limit is {MAX_STOP_TOKEN_IDS}")
-    for index, token_id in enumerate(call.stop_token_ids):
+def _check_texts(texts: tuple[str, ...], field: str, limit: int, length_limit: int) -> None:
+    if len(texts) > limit:
+        raise _wrong(field, f"has {len(texts)} strings, the limit is {limit}")
+    for index, text in enumerate(texts):
+        if not 1 <= len(text) <= length_limit:
+            raise _wrong(f"{field}[{index}]", f"must have 1 to {length_limit} characters, not {len(text)}")
+
+
+def _check_ids(ids: tuple[int, ...], field: str, limit: int) -> None:
+    """Which ids the model has, and which of them it can generate, is the engine's to say."""
+    if len(ids) > limit:
+        raise _wrong(field, f"has {len(ids)} ids, the limit is {limit}")
+    for index, token_id in enumerate(ids):
         if not 0 <= token_id <= MAX_INT32:
             raise _wrong(f"{field}[{index}]", f"must be between 0 and {MAX_INT32}, not {token_id}")
+
+
+def _check_logit_bias(biases: tuple[tuple[int, float], ...], field: str) -> None:
+    if len(biases) > MAX_LOGIT_BIASES:
+        raise _wrong(field, f"has {len(biases)} entries, the limit is {MAX_LOGIT_BIASES}")
+    for token_id, bias in biases:
+        if not 0 <= token_id <= MAX_INT32:
+            raise _wrong(field, f"has the token id {token_id}, ids are between 0 and {MAX_INT32}")
+        if not -MAX_LOGIT_BIAS <= bias <= MAX_LOGIT_BIAS:
+            raise _wrong(
+                f"{field}[{token_id}]", f"must be between {-MAX_LOGIT_BIAS:g} and {MAX_LOGIT_BIAS:g}, not {bias}"
+            )
+
+
+def _check_structure(structure: Structure, field: str) -> None:
+    """Size and form only: whether a schema, expression or grammar makes sense is for the engine that compiles it."""
+    size = len(structure.text.encode())
+    if size > MAX_STRUCTURE_BYTES:
+        raise _wrong(field, f"has {size} bytes, the limit is {MAX_STRUCTURE_BYTES}")
+    match structure.kind:
+        case StructureKind.JSON_OBJECT:
+            return
+        case StructureKind.JSON_SCHEMA:
+            if not isinstance(_parsed(structure.text, field), dict):
+                raise _wrong(field, "must be a JSON schema, which is an object")
+        case StructureKind.CHOICE:
+            choices = _parsed(structure.text, field)
+            if not (isinstance(choices, list) and 1 <= len(choices) <= MAX_STRUCTURE_CHOICES):
+                raise _wrong(field, f"must have 1 to {MAX_STRUCTURE_CHOICES} texts")
+            if not all(isinstance(choice, str) and choice for choice in choices):
+                raise _wrong(field, "must have texts that are not empty")
+        case _:
+            if not structure.text:
+                raise _wrong(field, "must not be empty")
+
+
+def _parsed(text: str, field: str) -> object:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise _wrong(field, f"is not valid JSON: {error}") from None
+    except RecursionError:
+        raise _wrong(field, "is nested too deeply") from None
 
 
 def check_messages(messages: tuple[Message, ...], parts: str) -> None:

@@ -24,6 +24,7 @@ def cluster_status(snapshot: Snapshot, *, model: str, active: int, missing: str 
                 "ready": entry.ready,
                 "address": entry.info.address,
                 "dtype": entry.info.dtype,
+                "notes": list(entry.info.notes),
                 "load": None
                 if entry.load is None
                 else {
@@ -34,6 +35,10 @@ def cluster_status(snapshot: Snapshot, *, model: str, active: int, missing: str 
                     "free_blocks": entry.load.free_blocks,
                     "total_blocks": entry.load.total_blocks,
                     "block_size": entry.load.block_size,
+                    "cached_blocks": entry.load.cached_blocks,
+                    "prefix_queried_tokens": entry.load.prefix_queried_tokens,
+                    "prefix_hit_tokens": entry.load.prefix_hit_tokens,
+                    "preemptions": entry.load.preemptions,
                 },
             }
             for entry in snapshot.engines
@@ -81,6 +86,13 @@ def rows(status: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str, str]]:
         yield (engine["pool"], "", engine["role"], f"loading, {done:.1f} of {total:.1f} GB", "")
 
 
+def engine_notes(status: Mapping[str, Any]) -> Iterator[str]:
+    """What the engines say of themselves: one line per engine and note."""
+    for engine in sorted(status["engines"], key=lambda item: (item["pool"], item["role"], item["id"])):
+        for note in engine["notes"]:
+            yield f"{engine['role']} {engine['id']}: {note}"
+
+
 def _by_id(item: Mapping[str, Any]) -> str:
     return str(item["id"])
 
@@ -90,4 +102,7 @@ def _load(load: Mapping[str, Any] | None) -> str:
         return ""
     used = load["total_blocks"] - load["free_blocks"]
     busy = f"{load['running']} running, {load['waiting']} waiting, {load['reserved']} reserved"
-    return f"{busy}, KV {used}/{load['total_blocks']}"
+    queried = load["prefix_queried_tokens"]
+    hits = f", prefix hits {load['prefix_hit_tokens'] / queried:.0%}" if queried else ""
+    preempted = f", {load['preemptions']} preempted" if load["preemptions"] else ""
+    return f"{busy}, KV {used}/{load['total_blocks']}{hits}{preempted}"

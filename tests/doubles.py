@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import asynccontextmanager
+import threading
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +14,19 @@ from grpc_health.v1 import health_pb2_grpc  # type: ignore[import-untyped]
 
 from actors.errors import NotFound
 from actors.types import FinishReason, Message, Stage, ThinkingMode, Timings
-from cluster.generation import Delta, Event, Finished, GenerateCall, ModelCard, Started, Usage
+from cluster.generation import (
+    ChoiceFinished,
+    Delta,
+    Event,
+    Finished,
+    GenerateCall,
+    ModelCard,
+    PositionScores,
+    PromptScored,
+    Started,
+    TokenScore,
+    Usage,
+)
 from cluster.grpc_service import InferenceServicer
 from ernie_serving.v1 import inference_pb2_grpc
 
@@ -30,15 +43,40 @@ TIMINGS = Timings(
     busy={Stage.ENCODE: 0.125, Stage.PREFILL: 0.19},
 )
 STARTED = Started(request_id="r-1", model="ernie", prompt_tokens=12, prompt_token_ids=(1, 2, 3))
-FINISHED = Finished(reason=FinishReason.STOP, usage=USAGE, stop_reason="END", timings=TIMINGS)
+ENDED = ChoiceFinished(reason=FinishReason.STOP, stop_reason="END")
+FINISHED = Finished(usage=USAGE, timings=TIMINGS)
 SCRIPT: tuple[Event, ...] = (
     STARTED,
     Delta(reasoning="hm", token_ids=(10,)),
     Delta(reasoning="m.", text="A ", token_ids=(11, 12)),
     Delta(token_ids=(13,)),
     Delta(text="cät", token_ids=(14,)),
+    ENDED,
     FINISHED,
 )
+
+
+def scores(token: bytes, *others: bytes, logprob: float = -0.5) -> PositionScores:
+    """Scores of a token that is the most likely one, ids being the sums of bytes."""
+    ranked = [
+        TokenScore(token_id=sum(text), token=text, logprob=logprob - rank, rank=rank + 1)
+        for rank, text in enumerate((token, *others))
+    ]
+    return PositionScores(chosen=ranked[0], top=tuple(ranked))
+
+
+SCORED: tuple[Event, ...] = (
+    STARTED,
+    PromptScored(entries=(None, scores(b"b", b"c"), None)),
+    Delta(choice=1, text="no", token_ids=(20,), logprobs=(scores(b"no", b"na"),)),
+    Delta(choice=0, reasoning="h", token_ids=(10,), logprobs=(scores(b"h", b"g"),)),
+    Delta(choice=0, text="cä", token_ids=(11, 12), logprobs=(scores(b"c\xc3"), scores(b"\xa4"))),
+    ChoiceFinished(choice=1, reason=FinishReason.LENGTH),
+    Delta(choice=0, text="t", token_ids=(13,), logprobs=(scores(b"t", logprob=-float("inf")),)),
+    ChoiceFinished(choice=0, reason=FinishReason.STOP, stop_reason=7),
+    FINISHED,
+)
+"""Two choices, log-probabilities of prompt and reply."""
 
 
 @dataclass
@@ -164,3 +202,25 @@ async def grpc_serving(service: ScriptedService) -> AsyncIterator[str]:
         yield f"127.0.0.1:{port}"
     finally:
         await server.stop(None)
+
+
+@contextmanager
+def grpc_serving_in_a_thread(make_service: Callable[[], ScriptedService]) -> Iterator[tuple[str, ScriptedService]]:
+    """The same on a loop of its own, for code that starts and ends its own loop in the test's thread."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+
+    async def start() -> tuple[Any, str, ScriptedService]:
+        service = make_service()
+        server = grpc_serving(service)
+        return server, await server.__aenter__(), service
+
+    server, address, service = asyncio.run_coroutine_threadsafe(start(), loop).result(30)
+    try:
+        yield address, service
+    finally:
+        asyncio.run_coroutine_threadsafe(server.__aexit__(None, None, None), loop).result(30)
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()

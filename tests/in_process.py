@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -78,9 +79,14 @@ async def in_process_cluster(
     dtype: str = "float64",
     compat: str = "original",
     kv_cache_gib: float = 0.02,
+    embedding_cache_bytes: int | None = None,
     **engine: Any,
 ) -> AsyncIterator[InProcessCluster]:
-    """Starts one preprocessor, one encoder, one router and an engine per role; ends them all."""
+    """Starts one preprocessor, one encoder, one router and an engine per role; ends them all.
+
+    ``embedding_cache_bytes``: what the encoder keeps without a lease; its default when None. ``engine``: further fields
+    of EngineReplicaConfig.
+    """
     counts = {role.value: roles.count(role) for role in set(roles)}
     config = ClusterConfig(
         model=str(model_dir),
@@ -97,6 +103,8 @@ async def in_process_cluster(
         cluster.preprocessor = await _made(Preprocessor, PreprocessorConfig(model_dir=str(model_dir)), None, HOST)
         stack.push_async_callback(cluster.preprocessor.close)
         encoder_config = VisionEncoderConfig(model_dir=str(model_dir), encoder_id="encoder", dtype=dtype)
+        if embedding_cache_bytes is not None:
+            encoder_config = replace(encoder_config, cache_bytes=embedding_cache_bytes)
         cluster.encoder = await _made(VisionEncoder, encoder_config, HOST)
         stack.push_async_callback(cluster.encoder.close)
         for renew in (

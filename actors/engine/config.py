@@ -1,10 +1,10 @@
-"""What an engine is told at start. Sizes that depend on memory are resolved elsewhere (``arena.plan_arena``)."""
+"""What an engine is told at start. Sizes that depend on memory are resolved elsewhere (``execution.memory``)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from actors.types import EngineRole
+from actors.types import PRIORITY_STEP_S, EngineRole
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -21,7 +21,11 @@ class EngineConfig:
     max_batched_tokens: int = 2048
     """Tokens per step. At least ``max_num_seqs``, so that decoding never stops a prompt from advancing."""
     max_waiting: int = 1024
-    """Attempts without blocks; one more is refused as Overloaded."""
+    """Attempts without blocks; one more is refused as Overloaded. Preempted ones wait beside them."""
+    priority_step_s: float = PRIORITY_STEP_S
+    """Each level of priority is worth so many seconds of waiting: urgent requests go first, but nobody starves."""
+    prefix_caching: bool = True
+    """Blocks are found again by what they hold."""
     reserve_margin_tokens: int = 64
     """Decode: room a reservation holds beyond the prompt."""
     reserve_wait_s: float = 30.0
@@ -37,7 +41,14 @@ class EngineConfig:
         for name in ("max_model_len", "block_size", "max_num_seqs", "max_batched_tokens", "max_waiting"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
-        for name in ("reserve_margin_tokens", "reserve_wait_s", "submit_wait_s", "ended_memory_s", "retry_after_s"):
+        for name in (
+            "priority_step_s",
+            "reserve_margin_tokens",
+            "reserve_wait_s",
+            "submit_wait_s",
+            "ended_memory_s",
+            "retry_after_s",
+        ):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} = {getattr(self, name)} must not be negative")
         if self.max_batched_tokens < self.max_num_seqs:

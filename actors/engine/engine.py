@@ -8,7 +8,6 @@ it is a defect of ours, never a request's: the engine stops for good and ``on_fa
 
 from __future__ import annotations
 
-import itertools
 import threading
 import time
 from collections import deque
@@ -18,18 +17,23 @@ from concurrent.futures import Future
 from torch import Tensor
 
 from actors.engine import events as ev
-from actors.engine.block_pool import BlockPool
 from actors.engine.config import EngineConfig
+from actors.engine.constraint_supply import ConstraintSupply
+from actors.engine.constraints.compiler import ConstraintCompiler
 from actors.engine.events import EngineSink
+from actors.engine.execution.runner import StepRunner
 from actors.engine.keys import KeyRegistry
+from actors.engine.load import measure
 from actors.engine.plan import StepPlan
-from actors.engine.runner import StepRunner
-from actors.engine.scheduler import Scheduler
-from actors.engine.sequence import Sequence
+from actors.engine.scheduling.block_hash import BlockHasher
+from actors.engine.scheduling.block_pool import BlockPool
+from actors.engine.scheduling.reservations import Reservation, Reservations
+from actors.engine.scheduling.scheduler import Scheduler
+from actors.engine.scheduling.sequence import Sequence
 from actors.engine.validation import check_request
 from actors.ernie.config import ErnieConfig, Rules
 from actors.errors import InternalError, ServingError, Unavailable
-from actors.types import AttemptMode, EngineRequest, LoadReport, MilestoneKind, SequenceKey
+from actors.types import AttemptMode, EngineRequest, KvIdentity, LoadReport, MilestoneKind, SequenceKey
 
 Command = Callable[[float], None]
 
@@ -48,6 +52,8 @@ class Engine:
         runner: StepRunner,
         sink: EngineSink,
         *,
+        identity: KvIdentity,
+        compiler: ConstraintCompiler | None = None,
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
@@ -56,9 +62,12 @@ class Engine:
         self.rules = rules
         self._runner = runner
         self._sink = sink
+        self._identity = identity
         self._clock = clock
         self._wall_clock = wall_clock
-        self._scheduler = Scheduler(config, BlockPool(runner.block_count), frozenset(model_config.eos_token_ids))
+        eos_ids = frozenset(model_config.eos_token_ids)
+        self._scheduler = Scheduler(config, BlockPool(runner.block_count), eos_ids, model_config.im_patch_id)
+        self._constraints = ConstraintSupply(compiler, self._scheduler, runner, self.fail)
         self._wake = threading.Condition()
         # Guarded by _wake:
         self._commands: deque[Command] = deque()
@@ -67,10 +76,9 @@ class Engine:
         self._stopping = False
         self._closed = False
         self._checks: set[Future[None]] = set()
-        self._load = self._measure()
+        self._load = measure(self._scheduler)
         # The step thread's own:
-        self._reservations: dict[SequenceKey, Future[list[int]]] = {}
-        self._ids = itertools.count()
+        self._reservations = Reservations(config.retry_after_s)
         self._thread = threading.Thread(target=self._main, name="engine-step", daemon=True)
 
     @property
@@ -90,6 +98,7 @@ class Engine:
             self._wake.notify_all()
         if self._thread.ident is not None and threading.current_thread() is not self._thread:
             self._thread.join()
+        self._constraints.close()
 
     def drain(self) -> None:
         """Refuses new attempts from now on; those here go on."""
@@ -108,24 +117,29 @@ class Engine:
         """Takes an attempt. A full queue is told later, by ``on_ended`` with Overloaded.
 
         Raises InvalidRequest or ContextExceeded for what the request gets wrong, AlreadyExists for an active key,
-        Unavailable with reason ENDED for one that ended or was cancelled lately, WRONG_ROLE, or DRAINING.
+        Unavailable with reason ENDED for one that ended or was cancelled lately, WRONG_ROLE, or DRAINING, Overloaded if
+        too many structures wait to be compiled. A structure that cannot be used is told by ``on_ended``.
         """
-        check_request(
-            key,
-            request,
-            mode,
-            role=self.config.role,
-            model=self.model_config,
-            max_model_len=self.max_model_len,
-        )
+        check_request(request, mode, role=self.config.role, model=self.model_config, max_model_len=self.max_model_len)
         now = self._clock()
-        deadline = now + (request.deadline_s - self._wall_clock())
+        constraint = self._constraints.order(request.sampling)
+        sequence = Sequence(
+            key=key,
+            request=request,
+            mode=mode,
+            deadline=now + (request.deadline_s - self._wall_clock()),
+            hasher=BlockHasher(self._identity, request.media, request.salt) if self.config.prefix_caching else None,
+            needs_constraint=constraint is not None,
+        )
         with self._wake:
             if not self._accepting:
                 raise Unavailable("this engine takes no new requests", reason="DRAINING")
             self._keys.claim(key, now)
-            sequence = Sequence(id=next(self._ids), key=key, request=request, mode=mode, deadline=deadline)
             self._command(lambda now: self._scheduler.submit(sequence, now))
+        if constraint is not None:
+            constraint.add_done_callback(
+                lambda made: self._send(lambda _: self._constraints.deliver(sequence, made)),
+            )
 
     def cancel(self, key: SequenceKey) -> None:
         """Ends an attempt in any state and frees all of it. A key not submitted yet will be refused. Idempotent."""
@@ -161,14 +175,15 @@ class Engine:
 
     # Transfers, decode side
 
-    def reserve(self, key: SequenceKey, token_count: int) -> Future[list[int]]:
+    def reserve(self, key: SequenceKey, token_count: int) -> Future[Reservation]:
         """Blocks for ``token_count`` tokens (prompt and earlier outputs) and a margin; waits for the attempt's Submit
         and for free blocks, each up to a bound of the config.
 
-        The future gives the block table, or fails with Unavailable and a reason: NO_BLOCKS, ENDED, UNKNOWN (no Submit),
+        The future gives the block table and how many leading tokens are in it already, shared with others and not to be
+        written; or it fails with Unavailable and a reason: NO_BLOCKS, ENDED, UNKNOWN (no Submit),
         DUPLICATE, MISMATCH (another prompt length), STOPPED. Its callbacks run on the step thread.
         """
-        future: Future[list[int]] = Future()
+        future: Future[Reservation] = Future()
         future.set_running_or_notify_cancel()
         with self._wake:
             if self._stopping or self._closed:
@@ -195,6 +210,7 @@ class Engine:
         with self._wake:
             if not self._thread.is_alive():
                 self._scheduler.check_integrity()
+                self._constraints.check_integrity()
                 return
             done: Future[None] = Future()
             self._checks.add(done)
@@ -218,8 +234,7 @@ class Engine:
             self._end_all(Unavailable("the engine was stopped", reason="STOPPED"))
         except BaseException as error:  # whatever it is, this process cannot go on serving
             self._close()
-            for future in self._reservations.values():
-                future.set_exception(Unavailable("the engine failed", reason="ENGINE_LOST"))
+            self._reservations.refuse_all("ENGINE_LOST", "the engine failed")
             self._sink.on_fatal(error)
 
     def _turn(self) -> bool:
@@ -237,11 +252,11 @@ class Engine:
         self._tell()
         if plan is not None:
             with self._wake:
-                self._load = self._measure()
+                self._load = measure(self._scheduler)
             self._step(plan)
         self._run_checks()
         with self._wake:
-            self._load = self._measure()
+            self._load = measure(self._scheduler)
             if plan is None and not (self._commands or self._checks or self._stopping):
                 wakeup = self._scheduler.next_wakeup()
                 self._wake.wait(None if wakeup is None else min(MAX_WAIT_S, max(0.0, wakeup - self._clock())))
@@ -249,10 +264,12 @@ class Engine:
 
     def _step(self, plan: StepPlan) -> None:
         started = time.perf_counter()
-        sampled = self._runner.run(plan)
-        tokens = self._scheduler.apply(plan, sampled, time.perf_counter() - started)
-        if tokens:
-            self._sink.on_tokens(tokens)
+        result = self._runner.run(plan)
+        outcome = self._scheduler.apply(plan, result, time.perf_counter() - started)
+        for piece in outcome.prompt_logprobs:
+            self._sink.on_prompt_logprobs(piece)
+        if outcome.tokens:
+            self._sink.on_tokens(outcome.tokens)
         self._tell()
 
     def _end_all(self, error: ServingError) -> None:
@@ -265,9 +282,7 @@ class Engine:
         for key in list(self._scheduler.roster.by_key):
             self._scheduler.end(key, error)
         self._tell()
-        for future in self._reservations.values():
-            future.set_exception(Unavailable(error.message, reason=error.reason))
-        self._reservations.clear()
+        self._reservations.refuse_all(error.reason, error.message)
         plan = self._scheduler.plan(now)
         if plan is not None:
             self._runner.run(plan)
@@ -278,7 +293,7 @@ class Engine:
         with self._wake:
             self._accepting = False
             self._closed = True
-            self._load = self._measure()
+            self._load = measure(self._scheduler)
             self._wake.notify_all()
         self._run_checks()
 
@@ -288,20 +303,18 @@ class Engine:
         for done in checks:
             try:
                 self._scheduler.check_integrity()
+                self._constraints.check_integrity()
             except AssertionError as error:
                 done.set_exception(error)
             else:
                 done.set_result(None)
 
-    def _reserve(self, key: SequenceKey, token_count: int, future: Future[list[int]], now: float) -> None:
+    def _reserve(self, key: SequenceKey, token_count: int, future: Future[Reservation], now: float) -> None:
         with self._wake:
             ended = self._keys.has_ended(key, now)
         if ended:
             future.set_exception(Unavailable(f"attempt {key} has ended", reason="ENDED"))
-        elif key in self._reservations:
-            future.set_exception(Unavailable(f"attempt {key} has a reservation already", reason="DUPLICATE"))
-        else:
-            self._reservations[key] = future
+        elif self._reservations.add(key, future):
             self._scheduler.reserve(key, token_count, now)
 
     def _take_embedding(self, key: SequenceKey, media_index: int, unit_index: int, embedding: Tensor) -> None:
@@ -324,53 +337,45 @@ class Engine:
         else:
             self._scheduler.end(key, InternalError(f"token 0 is {first_output_id}, which cannot be generated"))
 
-    def _measure(self) -> LoadReport:
-        scheduler, roster = self._scheduler, self._scheduler.roster
-        running = roster.running_count
-        return LoadReport(
-            step=scheduler.step,
-            running=running,
-            waiting=roster.waiting_count,
-            free_blocks=scheduler.pool.free,
-            total_blocks=scheduler.pool.total,
-            block_size=self.config.block_size,
-            queued_tokens=roster.queued_tokens,
-            reserved=len(roster.holders) - running,
-        )
-
     def _tell(self) -> None:
         for event in self._scheduler.take_events():
             self._tell_one(event)
+        changes = self._scheduler.pool.take_changes()
+        if changes.stored or changes.removed:
+            self._sink.on_blocks_changed(changes.stored, changes.removed)
 
     def _tell_one(self, event: ev.Event) -> None:
         sink = self._sink
         match event:
-            case ev.Admitted(key):
-                sink.on_admitted(key)
+            case ev.Admitted(key, cached_tokens):
+                sink.on_admitted(key, cached_tokens)
             case ev.MediaConsumed(key, media_index, unit_index):
                 sink.on_media_consumed(key, media_index, unit_index)
+            case ev.Preempted(key):
+                sink.on_preempted(key)
+            case ev.ConstraintNeeded(key):
+                self._constraints.supply(self._scheduler.roster.by_key[key])
             case ev.ReserveNeeded(key, token_count):
                 sink.on_reserve_needed(key, token_count)
             case ev.ComputedChunk():
                 sink.on_chunk(event)
             case ev.TransferCancelled(key):
                 sink.on_transfer_cancelled(key)
-            case ev.ReservationGranted(key, block_table):
-                self._reservations.pop(key).set_result(list(block_table))
+            case ev.ReservationGranted(key, block_table, held_tokens):
+                self._reservations.grant(key, block_table, held_tokens)
             case ev.ReservationFailed(key, reason, message):
-                self._reservations.pop(key).set_exception(
-                    Unavailable(message, reason=reason, retry_after_s=self.config.retry_after_s)
-                )
+                self._reservations.refuse(key, reason, message)
             case ev.ReservationDropped(key):
                 sink.on_reservation_dropped(key)
             case ev.Ended(key, error):
                 sink.on_ended(key, error)
-            case ev.Milestone(key, kind, busy_s):
+            case ev.Milestone(key, kind, busy_s, cached_tokens):
                 if kind is MilestoneKind.RELEASED:
                     self._retire(key)
-                sink.on_milestone(key, kind, busy_s)
+                sink.on_milestone(key, kind, busy_s, cached_tokens)
 
     def _retire(self, key: SequenceKey) -> None:
+        self._constraints.drop(key)
         with self._wake:
             self._keys.retire(key, self._clock())
             self._wake.notify_all()

@@ -6,14 +6,17 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from actors.errors import ServingError
-from actors.types import MilestoneKind, SequenceKey, TokenEvent
+from actors.types import MilestoneKind, PromptLogprobs, SequenceKey, TokenEvent
 
 
 @dataclass(frozen=True, slots=True)
 class Admitted:
-    """A sequence with media holds its blocks: its embeddings may be pulled now."""
+    """A sequence with media holds its blocks: embeddings may be pulled now, but of units that end by ``cached_tokens``,
+    whose KV was found in the prefix cache. Told again after ``Preempted``.
+    """
 
     key: SequenceKey
+    cached_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +26,20 @@ class MediaConsumed:
     key: SequenceKey
     media_index: int
     unit_index: int
+
+
+@dataclass(frozen=True, slots=True)
+class Preempted:
+    """A sequence lost its blocks to another and waits again; the embeddings it was given are dropped."""
+
+    key: SequenceKey
+
+
+@dataclass(frozen=True, slots=True)
+class ConstraintNeeded:
+    """After ``Preempted``: the runner forgot the constraint. A new one must be made and ``constraint_ready`` told."""
+
+    key: SequenceKey
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,10 +80,11 @@ class TransferCancelled:
 
 @dataclass(frozen=True, slots=True)
 class ReservationGranted:
-    """Decode: blocks are held for a transfer."""
+    """Decode: blocks are held for a transfer; the first ``held_tokens`` are in them already and must not be written."""
 
     key: SequenceKey
     block_table: tuple[int, ...]
+    held_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,11 +118,15 @@ class Milestone:
     key: SequenceKey
     kind: MilestoneKind
     busy_s: float
+    cached_tokens: int = 0
+    """With PREFILL_STARTED: leading prompt tokens found in the prefix cache."""
 
 
 Event = (
     Admitted
     | MediaConsumed
+    | Preempted
+    | ConstraintNeeded
     | ReserveNeeded
     | ComputedChunk
     | TransferCancelled
@@ -125,14 +147,20 @@ class EngineSink(Protocol):
     def on_ended(self, key: SequenceKey, error: ServingError) -> None:
         """The attempt ended without a last token; also for ``cancel`` (RequestCancelled)."""
 
-    def on_milestone(self, key: SequenceKey, kind: MilestoneKind, busy_s: float) -> None:
-        """RELEASED comes last for every submitted key, exactly once: nothing of it is held any more."""
+    def on_prompt_logprobs(self, piece: PromptLogprobs) -> None:
+        """Of prompt tokens computed in one step. Pieces come in order and before token 0."""
 
-    def on_admitted(self, key: SequenceKey) -> None:
+    def on_milestone(self, key: SequenceKey, kind: MilestoneKind, busy_s: float, cached_tokens: int) -> None:
+        """See ``Milestone``. RELEASED comes last for every submitted key, once: nothing of it is held any more."""
+
+    def on_admitted(self, key: SequenceKey, cached_tokens: int) -> None:
         """See ``Admitted``."""
 
     def on_media_consumed(self, key: SequenceKey, media_index: int, unit_index: int) -> None:
         """See ``MediaConsumed``."""
+
+    def on_preempted(self, key: SequenceKey) -> None:
+        """See ``Preempted``."""
 
     def on_reserve_needed(self, key: SequenceKey, token_count: int) -> None:
         """See ``ReserveNeeded``; answer with ``Engine.reserved`` or ``Engine.refused``."""
@@ -145,6 +173,9 @@ class EngineSink(Protocol):
 
     def on_reservation_dropped(self, key: SequenceKey) -> None:
         """See ``ReservationDropped``. Once this returns, nothing may write to the reservation's blocks."""
+
+    def on_blocks_changed(self, stored: tuple[bytes, ...], removed: tuple[bytes, ...]) -> None:
+        """Hashes of blocks that the prefix cache can find from now on, and of those that it cannot any more."""
 
     def on_fatal(self, error: BaseException) -> None:
         """A step failed: ours, not a request's. The engine has stopped for good; the process must end."""

@@ -6,9 +6,10 @@ Sequences are named by the small number the scheduler gave them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
-from actors.types import Grid, SamplingParams
+from actors.types import Grid, SamplingParams, TokenLogprobs
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,3 +52,17 @@ class StepPlan:
     @property
     def token_count(self) -> int:
         return sum(part.count for part in self.slices)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepResult:
+    """What a rank returns of a step, by sequence number."""
+
+    tokens: Mapping[int, int]
+    """The new token of each slice that samples."""
+    logprobs: Mapping[int, TokenLogprobs] = field(default_factory=dict)
+    """Of those tokens, where asked for."""
+    prompt_logprobs: Mapping[int, tuple[TokenLogprobs | None, ...]] = field(default_factory=dict)
+    """Where asked for: of the prompt tokens that follow each token of the slice; one that begins the prompt puts None
+    for token 0 first.
+    """

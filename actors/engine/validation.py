@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import sys
 
 import numpy as np
 import numpy.typing as npt
@@ -18,14 +20,15 @@ from actors.types import (
     MediaKind,
     MediaSpan,
     SamplingParams,
-    SequenceKey,
 )
 
 UINT64 = 1 << 64
+MAX_PENALTY = 2.0
+MAX_LOGIT_BIAS = 100.0
+MAX_LOGPROBS = 20
 
 
 def check_request(
-    key: SequenceKey,
     request: EngineRequest,
     mode: AttemptMode,
     *,
@@ -54,8 +57,6 @@ def check_request(
         )
     if not 0 <= request.seed < UINT64:
         raise InvalidRequest(f"seed = {request.seed} is not an unsigned 64-bit number", field="seed")
-    if request.choices != 1 or key.choice != 0:
-        raise InvalidRequest("only one choice per request is supported", field="n")
     if not (math.isfinite(request.arrival_s) and math.isfinite(request.deadline_s)):
         raise InvalidRequest("arrival and deadline must be finite", field="timeout")
     _check_role(role, mode, bool((prompt >= model.im_patch_id).any()))
@@ -120,14 +121,58 @@ def _check_grid(field: str, span: MediaSpan) -> None:
 
 
 def _check_sampling(params: SamplingParams, model: ErnieConfig) -> None:
-    if not (math.isfinite(params.temperature) and params.temperature >= 0):
-        raise InvalidRequest(f"temperature = {params.temperature} must be 0 or more", field="temperature")
+    _check_between("temperature", params.temperature, 0, sys.float_info.max)
     if not 0 < params.top_p <= 1:
         raise InvalidRequest(f"top_p = {params.top_p} must be in (0, 1]", field="top_p")
     if params.top_k < 0:
         raise InvalidRequest(f"top_k = {params.top_k} must be 0 (all) or more", field="top_k")
+    _check_between("min_p", params.min_p, 0, 1)
+    if not 0 < params.repetition_penalty < math.inf:
+        message = f"repetition_penalty = {params.repetition_penalty} must be above 0 and finite"
+        raise InvalidRequest(message, field="repetition_penalty")
+    _check_between("presence_penalty", params.presence_penalty, -MAX_PENALTY, MAX_PENALTY)
+    _check_between("frequency_penalty", params.frequency_penalty, -MAX_PENALTY, MAX_PENALTY)
+    _check_generable("logit_bias", tuple(token for token, _ in params.logit_bias), model)
+    for token, bias in params.logit_bias:
+        if not (abs(bias) <= MAX_LOGIT_BIAS or bias == -math.inf):
+            message = f"the bias {bias} of token {token} is not in -{MAX_LOGIT_BIAS:g}..{MAX_LOGIT_BIAS:g}"
+            raise InvalidRequest(message, field="logit_bias")
+    if params.allowed_token_ids is not None:
+        if not params.allowed_token_ids:
+            raise InvalidRequest("allowed_token_ids is empty: nothing could be generated", field="allowed_token_ids")
+        _check_generable("allowed_token_ids", params.allowed_token_ids, model)
+    for word in params.bad_words_ids:
+        if not word:
+            raise InvalidRequest("bad_words holds one without tokens", field="bad_words")
+    _ids("bad_words", tuple(itertools.chain.from_iterable(params.bad_words_ids)), model.text.vocab_size)
+    _ids("stop_token_ids", params.stop_token_ids, model.text.vocab_size)
+    _check_lengths(params)
+    for field, count in (("logprobs", params.logprobs), ("prompt_logprobs", params.prompt_logprobs)):
+        if count is not None:
+            _check_between(field, count, 0, MAX_LOGPROBS)
+    if params.structure is not None and params.ignore_eos:
+        message = "a structured reply ends where its structure does: ignore_eos cannot be set"
+        raise InvalidRequest(message, field="ignore_eos")
+
+
+def _check_lengths(params: SamplingParams) -> None:
     if params.max_tokens < 1:
         raise InvalidRequest(f"max_tokens = {params.max_tokens} must be at least 1", field="max_tokens")
-    for token in params.stop_token_ids:
-        if not 0 <= token < model.text.vocab_size:
-            raise InvalidRequest(f"stop_token_ids holds {token}, which is no token", field="stop_token_ids")
+    if not 0 <= params.min_tokens <= params.max_tokens:
+        message = f"min_tokens = {params.min_tokens} is not in 0..{params.max_tokens} (max_tokens)"
+        raise InvalidRequest(message, field="min_tokens")
+    if params.reasoning_max_tokens is not None and params.reasoning_max_tokens < 0:
+        message = f"reasoning_max_tokens = {params.reasoning_max_tokens} must be 0 or more"
+        raise InvalidRequest(message, field="reasoning_max_tokens")
+
+
+def _check_between(field: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:  # NaN too
+        raise InvalidRequest(f"{field} = {value} is not in {low:g}..{high:g}", field=field)
+
+
+def _check_generable(field: str, ids: tuple[int, ...], model: ErnieConfig) -> None:
+    array = _ids(field, ids, model.text.vocab_size)
+    if array.size and array.max() >= model.im_patch_id:
+        message = f"{field} names {array.max()}: ids from {model.im_patch_id} up are of media and never generated"
+        raise InvalidRequest(message, field=field)

@@ -17,7 +17,6 @@ import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from dataclasses import fields as dataclass_fields
 from typing import Protocol
 
 import torch
@@ -46,22 +45,6 @@ class KvTransferConfig:
     """Generations lost without an acknowledged chunk between them, after which the chunks' sequences fail."""
     pair_limit: int = 16
     """Pairs a sender keeps open; the longest idle one closes first. Busy pairs are never closed for it."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class KvIdentity:
-    """What two engines must share before KV may move between them."""
-
-    fingerprint: str
-    """Language-weights fingerprint, hexadecimal."""
-    dtype: str
-    block_size: int
-    switches: str
-    """Routing and position rules."""
-
-    def differences(self, other: KvIdentity) -> list[str]:
-        """Names of fields that differ."""
-        return [f.name for f in dataclass_fields(self) if getattr(self, f.name) != getattr(other, f.name)]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -35,10 +35,16 @@ class ReasoningParser:
 
     ``starts_thinking``: the prompt ended inside an open think block, so the output begins with reasoning. Otherwise it
     does only if it begins with ``<think>``. An output that never closes the block is all reasoning.
+
+    ``structured``: the answer is structured output and stays as it is, even if it looks like a marker.
     """
 
-    def __init__(self, starts_thinking: bool) -> None:
-        self._state = _State.REASONING_START if starts_thinking else _State.OPENING
+    def __init__(self, starts_thinking: bool, *, structured: bool = False) -> None:
+        self._structured = structured
+        if starts_thinking:
+            self._state = _State.REASONING_START
+        else:
+            self._state = _State.ANSWER if structured else _State.OPENING
         self._held = ""
 
     @property
@@ -80,7 +86,8 @@ class ReasoningParser:
             case _State.REASONING:
                 return self._until(_END_THINK, _State.ANSWER_START, final)
             case _State.ANSWER_START:
-                return self._open({_RESPONSE: _State.RESPONSE_START}, _State.ANSWER, final)
+                markers = {} if self._structured else {_RESPONSE: _State.RESPONSE_START}
+                return self._open(markers, _State.ANSWER, final)
             case _State.RESPONSE_START:
                 return self._open({}, _State.RESPONSE, final)
             case _State.RESPONSE:
@@ -129,15 +136,21 @@ class StopStrings:
             raise ValueError("a stop string must not be empty")
         self._stops = tuple(dict.fromkeys(stops))
         self._held = ""
+        self._exempt = 0
         self.matched: str | None = None
         """The stop string that ended the answer."""
 
-    def push(self, text: str) -> str:
-        """Text that is certainly before any stop string; empty once one has matched."""
+    def push(self, text: str, *, match: bool = True) -> str:
+        """Text that is certainly before any stop string; empty once one has matched.
+
+        Without ``match`` no stop string ends with this text, but one that begins in it may still end later.
+        """
         if self.matched is not None:
             return ""
         self._held += text
-        found = [(start + len(stop), start, stop) for stop in self._stops if (start := self._held.find(stop)) >= 0]
+        if not match:
+            self._exempt = len(self._held)
+        found = [(start + len(stop), start, stop) for stop in self._stops if (start := self._find(stop)) >= 0]
         if found:
             # Completed first; of those completed together, the one that began first.
             _, start, self.matched = min(found)
@@ -146,7 +159,12 @@ class StopStrings:
         keep = max((_prefix_at_end(self._held, stop) for stop in self._stops), default=0)
         cut = len(self._held) - keep
         certain, self._held = self._held[:cut], self._held[cut:]
+        self._exempt = max(0, self._exempt - cut)
         return certain
+
+    def _find(self, stop: str) -> int:
+        """Where a stop string begins that does not end in the exempt beginning of what is held."""
+        return self._held.find(stop, max(0, self._exempt + 1 - len(stop)))
 
     def flush(self) -> str:
         """What was held back, at the end of the output."""

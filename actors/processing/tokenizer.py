@@ -14,6 +14,7 @@ and the runs in between are tokenised one by one with special tokens switched of
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from actors.processing.config import ModelTokens
+from actors.processing.token_bytes import piece_reader
 
 PROTECT_START = "\U000f1e00"
 PROTECT_END = "\U000f1e01"
@@ -52,11 +54,13 @@ class TextTokenizer:
             tokenizer.no_padding()
         self._plain.encode_special_tokens = True
         added = self._tokenizer.get_added_tokens_decoder()
+        self._added = {token_id: token.content for token_id, token in added.items()}
         self._special = {token.content: token_id for token_id, token in added.items() if token.special}
         self._hidden = frozenset(token_id for text, token_id in self._special.items() if text not in MARKERS)
         longest_first = sorted(self._special, key=len, reverse=True)
         self._special_pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
         self._newline = self._plain.encode("\n", add_special_tokens=False).ids
+        self._read_piece = piece_reader(json.loads(self._tokenizer.to_str())["decoder"])
         self.vocab_size = self._tokenizer.get_vocab_size(with_added_tokens=True)
 
     @classmethod
@@ -105,6 +109,24 @@ class TextTokenizer:
         """Text of generated ids: special tokens left out, except the markers of the output grammar."""
         visible = [token_id for token_id in ids if token_id not in self._hidden]
         return self._tokenizer.decode(visible, skip_special_tokens=False)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What a token adds in the middle of a text; an added token's own spelling; nothing for an unused id."""
+        if (added := self._added.get(token_id)) is not None:
+            return added.encode()
+        piece = self.token_text(token_id)
+        return b"" if piece is None else self._read_piece(piece)
+
+    def spellings(self, text: str) -> tuple[tuple[int, ...], ...]:
+        """Ids of a text wherever it may stand in an output: at its start, after a space, inside a word. Special tokens
+        spelled in it are ordinary text.
+        """
+        forms = (
+            self._encode_run(text, first=True),
+            self._encode_run(" " + text, first=False),
+            self._encode_run(text, first=False),
+        )
+        return tuple(dict.fromkeys(tuple(ids) for ids in forms if ids))
 
     def is_hidden(self, token_id: int) -> bool:
         """Whether ``decode`` leaves the token out."""

@@ -13,9 +13,13 @@ from actors.types import (
     MediaKind,
     MediaSpan,
     MilestoneKind,
+    PromptLogprobs,
     SamplingParams,
     SequenceKey,
+    Structure,
+    StructureKind,
     TokenEvent,
+    TokenLogprobs,
 )
 from actors.wire.status import KINDS
 from ernie_serving.internal.v1 import common_pb2, engine_link_pb2
@@ -83,22 +87,67 @@ def span_from_proto(message: engine_link_pb2.MediaSpan) -> MediaSpan:
     )
 
 
+def sampling_to_proto(sampling: SamplingParams) -> engine_link_pb2.Sampling:
+    allowed, structure = sampling.allowed_token_ids, sampling.structure
+    return engine_link_pb2.Sampling(
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        min_p=sampling.min_p,
+        repetition_penalty=sampling.repetition_penalty,
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        logit_bias=[engine_link_pb2.LogitBias(token_id=token, bias=bias) for token, bias in sampling.logit_bias],
+        allowed_token_ids=None if allowed is None else engine_link_pb2.TokenIds(ids=allowed),
+        bad_words=[engine_link_pb2.TokenIds(ids=ids) for ids in sampling.bad_words_ids],
+        min_tokens=sampling.min_tokens,
+        max_tokens=sampling.max_tokens,
+        stop_token_ids=sampling.stop_token_ids,
+        ignore_eos=sampling.ignore_eos,
+        logprobs=sampling.logprobs,
+        prompt_logprobs=sampling.prompt_logprobs,
+        structure=None
+        if structure is None
+        else engine_link_pb2.Structure(kind=structure.kind.value, text=structure.text),
+        starts_thinking=sampling.starts_thinking,
+        reasoning_max_tokens=sampling.reasoning_max_tokens,
+    )
+
+
+def sampling_from_proto(message: engine_link_pb2.Sampling) -> SamplingParams:
+    structure = message.structure
+    return SamplingParams(
+        temperature=message.temperature,
+        top_p=message.top_p,
+        top_k=message.top_k,
+        min_p=message.min_p,
+        repetition_penalty=message.repetition_penalty,
+        presence_penalty=message.presence_penalty,
+        frequency_penalty=message.frequency_penalty,
+        logit_bias=tuple((entry.token_id, entry.bias) for entry in message.logit_bias),
+        allowed_token_ids=tuple(message.allowed_token_ids.ids) if message.HasField("allowed_token_ids") else None,
+        bad_words_ids=tuple(tuple(word.ids) for word in message.bad_words),
+        min_tokens=message.min_tokens,
+        max_tokens=message.max_tokens,
+        stop_token_ids=tuple(message.stop_token_ids),
+        ignore_eos=message.ignore_eos,
+        logprobs=message.logprobs if message.HasField("logprobs") else None,
+        prompt_logprobs=message.prompt_logprobs if message.HasField("prompt_logprobs") else None,
+        structure=Structure(kind=StructureKind(structure.kind), text=structure.text)
+        if message.HasField("structure")
+        else None,
+        starts_thinking=message.starts_thinking,
+        reasoning_max_tokens=message.reasoning_max_tokens if message.HasField("reasoning_max_tokens") else None,
+    )
+
+
 def request_to_proto(request: EngineRequest) -> engine_link_pb2.EngineRequest:
-    sampling = request.sampling
     return engine_link_pb2.EngineRequest(
         prompt_ids=request.prompt_ids,
         media=[span_to_proto(span) for span in request.media],
         output_ids=request.output_ids,
-        sampling=engine_link_pb2.Sampling(
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
-            max_tokens=sampling.max_tokens,
-            stop_token_ids=sampling.stop_token_ids,
-            ignore_eos=sampling.ignore_eos,
-        ),
+        sampling=sampling_to_proto(request.sampling),
         seed=request.seed,
-        choice_count=request.choices,
         salt=request.salt,
         arrival_time_seconds=request.arrival_s,
         deadline_time_seconds=request.deadline_s,
@@ -107,25 +156,53 @@ def request_to_proto(request: EngineRequest) -> engine_link_pb2.EngineRequest:
 
 
 def request_from_proto(message: engine_link_pb2.EngineRequest) -> EngineRequest:
-    sampling = message.sampling
     return EngineRequest(
         prompt_ids=tuple(message.prompt_ids),
         media=tuple(span_from_proto(span) for span in message.media),
         output_ids=tuple(message.output_ids),
-        sampling=SamplingParams(
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
-            max_tokens=sampling.max_tokens,
-            stop_token_ids=tuple(sampling.stop_token_ids),
-            ignore_eos=sampling.ignore_eos,
-        ),
+        sampling=sampling_from_proto(message.sampling),
         seed=message.seed,
-        choices=message.choice_count,
         salt=message.salt,
         arrival_s=message.arrival_time_seconds,
         deadline_s=message.deadline_time_seconds,
         priority=message.priority,
+    )
+
+
+def logprobs_to_proto(entry: TokenLogprobs | None) -> engine_link_pb2.TokenLogprobs:
+    if entry is None:
+        return engine_link_pb2.TokenLogprobs()
+    return engine_link_pb2.TokenLogprobs(
+        token_id=entry.token_id,
+        logprob=entry.logprob,
+        rank=entry.rank,
+        top_ids=[token for token, _ in entry.top],
+        top_logprobs=[logprob for _, logprob in entry.top],
+    )
+
+
+def logprobs_from_proto(message: engine_link_pb2.TokenLogprobs) -> TokenLogprobs | None:
+    if not message.rank:
+        return None
+    return TokenLogprobs(
+        token_id=message.token_id,
+        logprob=message.logprob,
+        rank=message.rank,
+        top=tuple(zip(message.top_ids, message.top_logprobs, strict=True)),
+    )
+
+
+def prompt_logprobs_to_proto(piece: PromptLogprobs) -> engine_link_pb2.PromptLogprobs:
+    return engine_link_pb2.PromptLogprobs(
+        key=key_to_proto(piece.key), first=piece.first, entries=[logprobs_to_proto(entry) for entry in piece.entries]
+    )
+
+
+def prompt_logprobs_from_proto(message: engine_link_pb2.PromptLogprobs) -> PromptLogprobs:
+    return PromptLogprobs(
+        key=key_from_proto(message.key),
+        first=message.first,
+        entries=tuple(logprobs_from_proto(entry) for entry in message.entries),
     )
 
 
@@ -136,6 +213,7 @@ def token_to_proto(event: TokenEvent) -> engine_link_pb2.Token:
         token_id=event.token_id,
         finish_reason=_FINISH[event.finish],
         busy_seconds=event.busy_s,
+        logprobs=None if event.logprobs is None else logprobs_to_proto(event.logprobs),
     )
 
 
@@ -146,6 +224,7 @@ def token_from_proto(message: engine_link_pb2.Token) -> TokenEvent:
         token_id=message.token_id,
         finish=_FINISH_OF[message.finish_reason],
         busy_s=message.busy_seconds,
+        logprobs=logprobs_from_proto(message.logprobs),
     )
 
 
@@ -179,6 +258,10 @@ def load_to_proto(report: LoadReport, role: EngineRole, epoch: int) -> engine_li
         block_size=report.block_size,
         queued_token_count=report.queued_tokens,
         reserved_count=report.reserved,
+        cached_block_count=report.cached_blocks,
+        prefix_queried_token_count=report.prefix_queried_tokens,
+        prefix_hit_token_count=report.prefix_hit_tokens,
+        preemption_count=report.preemptions,
         role=ROLES[role],
         epoch=epoch,
     )
@@ -194,4 +277,8 @@ def load_from_proto(message: engine_link_pb2.Load) -> LoadReport:
         block_size=message.block_size,
         queued_tokens=message.queued_token_count,
         reserved=message.reserved_count,
+        cached_blocks=message.cached_block_count,
+        prefix_queried_tokens=message.prefix_queried_token_count,
+        prefix_hit_tokens=message.prefix_hit_token_count,
+        preemptions=message.preemption_count,
     )

@@ -31,6 +31,7 @@ class _Pulling:
     def __init__(self, media: tuple[MediaSpan, ...]) -> None:
         self.media = media
         self.held: dict[tuple[int, int], int] = {}
+        self.consumed: set[tuple[int, int]] = set()
         self.resupplied = asyncio.Event()
         self.task: asyncio.Task[None] | None = None
 
@@ -60,9 +61,10 @@ class EmbeddingPuller:
     def held_bytes(self) -> int:
         return self._window.used
 
-    def start(self, key: SequenceKey, media: tuple[MediaSpan, ...]) -> None:
+    def start(self, key: SequenceKey, media: tuple[MediaSpan, ...], cached_tokens: int = 0) -> None:
+        """Pulls what an admitted sequence needs: not units that end by ``cached_tokens`` of its prompt."""
         state = self._active[key] = _Pulling(media)
-        state.task = asyncio.get_running_loop().create_task(self._run(key, state))
+        state.task = asyncio.get_running_loop().create_task(self._run(key, state, cached_tokens))
 
     def resupply(self, key: SequenceKey, media: tuple[MediaSpan, ...]) -> None:
         """Media that were gone were made again."""
@@ -72,11 +74,16 @@ class EmbeddingPuller:
 
     def consumed(self, key: SequenceKey, media_index: int, unit_index: int) -> None:
         """The engine dropped a unit's embedding."""
-        if (state := self._active.get(key)) is not None:
-            self._window.give(state.held.pop((media_index, unit_index)))
+        if (state := self._active.get(key)) is None:
+            return
+        size = state.held.pop((media_index, unit_index), None)
+        if size is None:  # It came from before a preemption, and need not be pulled again.
+            state.consumed.add((media_index, unit_index))
+        else:
+            self._window.give(size)
 
     def stop(self, key: SequenceKey) -> None:
-        """The sequence ended. Idempotent."""
+        """The sequence ended, or lost its blocks and the embeddings with them. Idempotent."""
         state = self._active.pop(key, None)
         if state is not None:
             if state.task is not None:
@@ -91,21 +98,27 @@ class EmbeddingPuller:
         if held > self._window.used:
             raise RuntimeError(f"{held} bytes held but {self._window.used} taken from the window")
 
-    async def _run(self, key: SequenceKey, state: _Pulling) -> None:
+    async def _run(self, key: SequenceKey, state: _Pulling, cached_tokens: int) -> None:
         """Whatever goes wrong here must end the sequence: it would wait for its embeddings until its deadline."""
         try:
-            await self._pull_all(key, state)
+            await self._pull_all(key, state, cached_tokens)
         except ServingError as error:
             self._fail(key, error)
         except Exception:
             log.exception("%s: pulling embeddings failed", key)
             self._fail(key, InternalError("pulling embeddings failed"))
 
-    async def _pull_all(self, key: SequenceKey, state: _Pulling) -> None:
+    async def _pull_all(self, key: SequenceKey, state: _Pulling, cached_tokens: int) -> None:
         for media_index, first_span in enumerate(state.media):
-            size = min(first_span.grid.tokens_per_unit * self._bytes_per_token, self._window.limit)
+            unit_tokens = first_span.grid.tokens_per_unit
+            size = min(unit_tokens * self._bytes_per_token, self._window.limit)
             for unit_index in range(first_span.grid.units):
+                if first_span.offset + (unit_index + 1) * unit_tokens <= cached_tokens:
+                    continue
                 await self._window.take(size)
+                if (media_index, unit_index) in state.consumed:
+                    self._window.give(size)
+                    continue
                 state.held[media_index, unit_index] = size
                 tensor = await self._fetch(key, state, media_index, unit_index)
                 self._supply(key, media_index, unit_index, tensor)

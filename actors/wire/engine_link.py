@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Protocol, TypeAlias
 
 import grpc
@@ -20,10 +20,12 @@ from actors.types import (
     LoadReport,
     MediaSpan,
     MilestoneKind,
+    PromptLogprobs,
     SequenceKey,
     TokenEvent,
 )
 from actors.wire import convert
+from actors.wire.cached_blocks import CachedBlocksFeed
 from ernie_serving.internal.v1 import common_pb2, engine_link_pb2, engine_link_pb2_grpc
 
 log = logging.getLogger(__name__)
@@ -31,6 +33,9 @@ log = logging.getLogger(__name__)
 LOAD_S = 0.5
 ROUTER_SILENT_S = 5.0
 """A router that says nothing for so long is gone: its attempts end."""
+
+BLOCKS_S = 0.05
+"""Changes of the prefix cache are told together, at most so often."""
 
 Context: TypeAlias = "grpc.aio.ServicerContext[engine_link_pb2.LinkRequest, engine_link_pb2.LinkResponse]"
 
@@ -67,6 +72,9 @@ class EngineLinkServicer(engine_link_pb2_grpc.EngineLinkServiceServicer):
         self._host = host
         self._info = info
         self._sessions: dict[SequenceKey, _Session] = {}
+        self._open: set[_Session] = set()
+        self._blocks = CachedBlocksFeed()
+        self._blocks_timer: asyncio.TimerHandle | None = None
 
     @property
     def attempt_count(self) -> int:
@@ -90,13 +98,36 @@ class EngineLinkServicer(engine_link_pb2_grpc.EngineLinkServiceServicer):
         if session is not None:
             session.tell_end(key, error)
 
-    def deliver_milestone(self, key: SequenceKey, kind: MilestoneKind, busy_s: float) -> None:
+    def deliver_milestone(self, key: SequenceKey, kind: MilestoneKind, busy_s: float, cached_tokens: int = 0) -> None:
         session = self._sessions.get(key)
         if session is not None:
             milestone = engine_link_pb2.Milestone(
-                key=convert.key_to_proto(key), kind=convert.MILESTONES[kind], busy_seconds=busy_s
+                key=convert.key_to_proto(key),
+                kind=convert.MILESTONES[kind],
+                busy_seconds=busy_s,
+                cached_token_count=cached_tokens,
             )
             session.outbox.put_nowait(engine_link_pb2.LinkResponse(milestone=milestone))
+
+    def deliver_prompt_logprobs(self, piece: PromptLogprobs) -> None:
+        session = self._sessions.get(piece.key)
+        if session is not None:
+            message = convert.prompt_logprobs_to_proto(piece)
+            session.outbox.put_nowait(engine_link_pb2.LinkResponse(prompt_logprobs=message))
+
+    def deliver_blocks_changed(self, stored: Iterable[bytes], removed: Iterable[bytes]) -> None:
+        """Tells every router, soon, which chain hashes the prefix cache has and which it has no more."""
+        self._blocks.note(stored, removed)
+        if self._blocks_timer is None:
+            self._blocks_timer = asyncio.get_running_loop().call_later(BLOCKS_S, self._tell_blocks)
+
+    def _tell_blocks(self) -> None:
+        if self._blocks_timer is not None:
+            self._blocks_timer.cancel()
+            self._blocks_timer = None
+        for changes in self._blocks.take_changes():
+            for session in self._open:
+                session.outbox.put_nowait(engine_link_pb2.LinkResponse(cached_blocks=changes))
 
     def deliver_need(self, key: SequenceKey, embedding_keys: tuple[bytes, ...]) -> None:
         session = self._sessions.get(key)
@@ -112,6 +143,10 @@ class EngineLinkServicer(engine_link_pb2_grpc.EngineLinkServiceServicer):
         """
         session = _Session(await self._greet(context))
         session.outbox.put_nowait(engine_link_pb2.LinkResponse(hello=self._hello()))
+        self._tell_blocks()
+        for blocks in self._blocks.snapshot():
+            session.outbox.put_nowait(engine_link_pb2.LinkResponse(cached_blocks=blocks))
+        self._open.add(session)
         tasks = [
             asyncio.create_task(self._read(context, session)),
             asyncio.create_task(self._write(context, session)),
@@ -128,6 +163,7 @@ class EngineLinkServicer(engine_link_pb2_grpc.EngineLinkServiceServicer):
         finally:
             for task in tasks:
                 task.cancel()
+            self._open.discard(session)
             for key in session.keys.copy():
                 self.forget(key)
                 self._host.cancel(key)

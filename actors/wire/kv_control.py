@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 from actors.errors import ServingError, Unavailable
-from actors.parallel.kv_transfer import KvCache, KvGeometry, KvIdentity, KvTransferConfig, Meeting
-from actors.types import SequenceKey
+from actors.parallel.kv_transfer import KvCache, KvGeometry, KvTransferConfig, Meeting
+from actors.types import KvIdentity, SequenceKey
 from actors.wire import convert
 from ernie_serving.internal.v1 import common_pb2
 from ernie_serving.internal.v1 import kv_control_pb2 as pb
@@ -62,8 +62,11 @@ class PrefillEngine(Protocol):
 class DecodeEngine(Protocol):
     """What a receiver asks of its engine. As above, but ``drop`` of the receiver may come from any thread."""
 
-    def reserve(self, key: SequenceKey, token_count: int, /) -> Future[list[int]]:
-        """Block table for a prompt. Fails with ServingError; its reason goes to the peer."""
+    def reserve(self, key: SequenceKey, token_count: int, /) -> Future[tuple[list[int], int]]:
+        """(block table, held tokens) for a prompt. Fails with ServingError; its reason goes to the peer.
+
+        The KV of the held tokens is in the first blocks already: whole blocks that others may share, not all tokens.
+        """
 
     def kv_arrived(self, key: SequenceKey, first_output_id: int, finished: bool, /) -> None:
         """Every chunk is verified and in place. ``finished``: token 0 ended the reply."""

@@ -7,8 +7,8 @@ import itertools
 from collections.abc import Callable
 
 from actors.errors import Unavailable
-from actors.parallel.kv_transfer import KvCache, KvGeometry, KvIdentity, KvTransferConfig, Meeting
-from actors.types import SequenceKey
+from actors.parallel.kv_transfer import KvCache, KvGeometry, KvTransferConfig, Meeting
+from actors.types import KvIdentity, SequenceKey
 from actors.wire import convert, status
 from actors.wire.kv_control import (
     CANCELLED,

@@ -16,12 +16,11 @@ from actors.errors import InternalError, ServingError, Unavailable
 from actors.parallel.kv_threads import ReceivingThread
 from actors.parallel.kv_transfer import (
     BlockGuard,
-    KvIdentity,
     Transport,
     TransportError,
     pair_name,
 )
-from actors.types import SequenceKey
+from actors.types import KvIdentity, SequenceKey
 from actors.wire import convert
 from actors.wire.kv_control import (
     BROKEN,
@@ -54,7 +53,10 @@ class Incoming:
     token_count: int
     pair: ReceivingPair
     guard: BlockGuard = field(default_factory=BlockGuard)
-    block_table: list[int] | None = None
+    held_tokens: int = 0
+    """Leading tokens that are not sent: their KV is here."""
+    own_blocks: list[int] | None = None
+    """Of the tokens that are; None before the reservation. Held blocks are shared, so nothing here can name them."""
     placed: dict[int, tuple[int, int]] = field(default_factory=dict)
     """First token and count of each verified chunk, by index."""
     last: pb.Sent | None = None
@@ -67,8 +69,8 @@ class Incoming:
 
     @property
     def covered(self) -> bool:
-        """The chunks are the tokens of the prompt, each once."""
-        end = 0
+        """The chunks are the tokens of the prompt that are not held, each once."""
+        end = self.held_tokens
         for first, count in sorted(self.placed.values()):
             if first != end:
                 return False
@@ -227,7 +229,7 @@ class ReceivingPair:
             else:
                 future.add_done_callback(lambda done: parts.post(lambda: self._reserved(entry, done)))
 
-    def _reserved(self, entry: Incoming, future: Future[list[int]]) -> None:
+    def _reserved(self, entry: Incoming, future: Future[tuple[list[int], int]]) -> None:
         parts = self._parts
         failure = future.exception()
         if parts.entries.get(entry.key) is not entry:
@@ -235,9 +237,18 @@ class ReceivingPair:
                 parts.engine.fail(entry.key, given_up(CANCELLED))
             return
         if failure is None:
-            entry.block_table = future.result()
+            block_table, held_tokens = future.result()
+            block_size = parts.identity.block_size
+            if held_tokens % block_size or not 0 <= held_tokens < entry.token_count:
+                log.error("%d of %d tokens of %s cannot be held", held_tokens, entry.token_count, entry.key)
+                self.give_up(entry, InternalError("a KV transfer failed", reason=PROTOCOL), tell_peer=PROTOCOL)
+                return
+            entry.held_tokens, entry.own_blocks = held_tokens, block_table[held_tokens // block_size :]
             reserved = pb.Reserved(
-                key=convert.key_to_proto(entry.key), rank=0, rendezvous_address=parts.meeting.address
+                key=convert.key_to_proto(entry.key),
+                rank=0,
+                rendezvous_address=parts.meeting.address,
+                held_token_count=held_tokens,
             )
             self._outbox.put(pb.TransferResponse(reserved=reserved))
             return
@@ -273,8 +284,10 @@ class ReceivingPair:
     def _problem(self, entry: Incoming, offer: pb.Offer) -> str | None:
         size = self._parts.geometry.message_bytes(offer.token_count)
         expected = [(layer, size) for layer in range(self._parts.geometry.num_layers)]
-        if entry.block_table is None:
+        if entry.own_blocks is None:
             return "it came before its reservation"
+        if offer.first_token < entry.held_tokens:
+            return f"token {offer.first_token} is one of {entry.held_tokens} that are here already"
         if offer.token_count == 0 or offer.first_token + offer.token_count > entry.token_count:
             return f"tokens {offer.first_token} + {offer.token_count} of {entry.token_count}"
         if offer.chunk in entry.placed:
@@ -315,7 +328,9 @@ class ReceivingPair:
             self._thread.forget()
             self._nack(offer, exchange.generation, CHECKSUM)
             return
-        scatter_s = await self._thread.scatter(entry.block_table or [], offer.first_token, entry.guard)
+        scatter_s = await self._thread.scatter(
+            entry.own_blocks or [], offer.first_token - entry.held_tokens, entry.guard
+        )
         if entry is self._own(entry.key):
             entry.busy_s += busy_s + scatter_s
             self._place(entry, offer, sent)
@@ -325,7 +340,7 @@ class ReceivingPair:
         if sent.last:
             entry.last = sent
         if entry.complete and not entry.covered:
-            log.error("chunks of %s are not its %d tokens", entry.key, entry.token_count)
+            log.error("chunks of %s are not its tokens %d .. %d", entry.key, entry.held_tokens, entry.token_count)
             self.give_up(entry, InternalError("a KV transfer failed", reason=PROTOCOL), tell_peer=PROTOCOL)
             return
         self._parts.counters.chunks += 1

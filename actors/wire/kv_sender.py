@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 from actors.engine.events import ComputedChunk
 from actors.errors import Unavailable
-from actors.parallel.kv_transfer import KvCache, KvGeometry, KvIdentity, KvTransferConfig, Meeting
-from actors.types import SequenceKey
+from actors.parallel.kv_transfer import KvCache, KvGeometry, KvTransferConfig, Meeting
+from actors.types import KvIdentity, SequenceKey
 from actors.wire.kv_control import DRAINING, OnTransferred, PrefillEngine, TransferCounters
 from actors.wire.kv_sending_pair import SenderParts, SendingPair
 

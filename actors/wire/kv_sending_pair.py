@@ -17,12 +17,11 @@ from actors.errors import InternalError, ServingError, Unavailable
 from actors.parallel.kv_threads import SendingThread
 from actors.parallel.kv_transfer import (
     BlockGuard,
-    KvIdentity,
     Transport,
     TransportError,
     pair_name,
 )
-from actors.types import SequenceKey
+from actors.types import KvIdentity, SequenceKey
 from actors.wire import convert, status
 from actors.wire.channels import open_channel
 from actors.wire.kv_control import (

@@ -6,7 +6,7 @@ import asyncio
 import secrets
 import time
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from actors.ernie.config import ErnieConfig
 from actors.processing.detokenize import IncrementalDetokenizer
 from actors.processing.parsers import ReasoningParser, StopStrings
 from actors.processing.tokenizer import TextTokenizer
-from actors.types import SamplingParams
+from actors.types import PreprocessReply, SamplingParams
 from actors.wire.audit import Audit, fetch_audit, take_audit
 from actors.wire.media_client import MediaClient
 from cluster.config import ClusterConfig
@@ -24,9 +24,10 @@ from cluster.generation import GenerateCall
 from cluster.router.fleet import Fleet, call_planner
 from cluster.router.leases import LeaseKeeper
 from cluster.router.output import OutputAssembler
-from cluster.router.request import Services
 from cluster.router.router import Router
 from cluster.router.sampling import SamplingDefaults, resolve_sampling
+from cluster.router.scores import TokenScorer
+from cluster.router.services import Services
 from cluster.router.stages import EncodeStage, PreprocessStage
 
 AUDIT_TIMEOUT_S = 2.0
@@ -53,6 +54,7 @@ class RouterParts:
         directory = Path(config.model)
         tokenizer = await asyncio.to_thread(TextTokenizer.from_dir, directory)
         text = ErnieConfig.from_dir(directory).text
+        score = TokenScorer(cache(tokenizer.token_bytes))
         context_limit = partial(fleet.context_limit, config.max_model_len or text.max_position_embeddings)
         services = Services(
             fleet=fleet,
@@ -62,8 +64,9 @@ class RouterParts:
             model_name=config.model_name,
             context_limit=context_limit,
             vocab_size=text.vocab_size,
-            resolve_sampling=partial(_resolve, SamplingDefaults.from_dir(directory), context_limit),
-            make_output=partial(_output, tokenizer),
+            resolve_sampling=partial(_resolve, SamplingDefaults.from_dir(directory), context_limit, tokenizer),
+            make_output=partial(_output, tokenizer, score),
+            score=score,
             clock=time.monotonic,
             wall_clock=time.time,
         )
@@ -106,15 +109,29 @@ async def _audit(address: str) -> Audit:
 
 
 def _resolve(
-    defaults: SamplingDefaults, context_limit: Callable[[], int], call: GenerateCall, prompt_tokens: int
+    defaults: SamplingDefaults,
+    context_limit: Callable[[], int],
+    tokenizer: TextTokenizer,
+    call: GenerateCall,
+    reply: PreprocessReply,
 ) -> SamplingParams:
-    return resolve_sampling(call, defaults, prompt_tokens=prompt_tokens, max_model_len=context_limit())
+    return resolve_sampling(
+        call,
+        defaults,
+        prompt_tokens=len(reply.prompt_ids),
+        starts_thinking=reply.starts_thinking,
+        max_model_len=context_limit(),
+        spellings=tokenizer.spellings,
+    )
 
 
-def _output(tokenizer: TextTokenizer, call: GenerateCall, starts_thinking: bool) -> OutputAssembler:
+def _output(tokenizer: TextTokenizer, score: TokenScorer, call: GenerateCall, starts_thinking: bool) -> OutputAssembler:
+    """Stop strings end answers; a structured answer is whole only if nothing cuts it."""
     return OutputAssembler(
         IncrementalDetokenizer(tokenizer),
-        ReasoningParser(starts_thinking),
-        StopStrings(call.stop),
+        ReasoningParser(starts_thinking, structured=call.structure is not None),
+        StopStrings(call.stop if call.structure is None else ()),
         stop_token_ids=call.stop_token_ids,
+        min_tokens=call.min_tokens,
+        score=None if call.logprobs is None else score,
     )

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable
+from dataclasses import dataclass
 from typing import Protocol
 
 from actors.types import EngineInfo
-from cluster.policy import EngineView, route_has_room
+from cluster.policy import EngineView, admissible
 from cluster.registry import EncoderEntry, Snapshot
 from cluster.router.link import EngineLink
 
@@ -24,6 +25,13 @@ class SnapshotSource(Protocol):
     def __call__(self, known_version: int, known_term: int, timeout_s: float) -> Awaitable[Snapshot]: ...
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Waiter:
+    rank: float
+    token_count: int
+    future: asyncio.Future[None]
+
+
 class Fleet:
     """Lives on the router's event loop. The last snapshot stays in force while the planner is away."""
 
@@ -33,7 +41,7 @@ class Fleet:
         self._lost_after_s = lost_after_s
         self._snapshot = Snapshot(term=0, version=-1)
         self._links: dict[str, EngineLink] = {}
-        self._waiting: list[tuple[float, int, asyncio.Future[None]]] = []
+        self._waiting: list[_Waiter] = []
         self._follow: asyncio.Task[None] | None = None
         self._retries: set[asyncio.Task[None]] = set()
 
@@ -60,7 +68,7 @@ class Fleet:
         finish what it has but gets nothing new."""
         ready = self._ready()
         return [
-            EngineView(info=link.info, load=link.load)
+            EngineView(info=link.info, load=link.load, cached_blocks=link.cached_blocks)
             for incarnation, link in self._links.items()
             if incarnation in ready and link.usable and link.load is not None
         ]
@@ -73,25 +81,30 @@ class Fleet:
         link = self._links.get(info.incarnation)
         return link if link is not None and link.usable else None
 
-    async def wait_for_room(self, token_count: int, arrival_s: float) -> None:
-        """Returns when some engine could hold ``token_count`` tokens and no earlier arrival waits."""
-        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        entry = (arrival_s, token_count, future)
-        self._waiting.append(entry)
-        self._waiting.sort(key=lambda item: item[0])
-        try:
-            await future
-        finally:
-            self._waiting.remove(entry)
+    def is_behind(self, rank: float) -> bool:
+        """Whether somebody of a lower rank waits for room."""
+        return any(waiter.rank < rank and not waiter.future.done() for waiter in self._waiting)
 
-    def _wake(self) -> None:
-        """Wakes the earliest waiter that fits; the next load message wakes the next one."""
-        views = self.engines()
-        for _, token_count, future in self._waiting:
-            if not future.done():
-                if route_has_room(views, token_count):
-                    future.set_result(None)
-                return
+    async def wait_for_room(self, token_count: int, rank: float) -> None:
+        """Returns when some engine that decodes could hold ``token_count`` tokens and nobody of a lower rank
+        (``service_rank``) waits.
+        """
+        waiter = _Waiter(rank, token_count, asyncio.get_running_loop().create_future())
+        self._waiting.append(waiter)
+        self._waiting.sort(key=lambda waiting: waiting.rank)
+        try:
+            await waiter.future
+        finally:
+            self._waiting.remove(waiter)
+
+    def _wake(self, link: EngineLink) -> None:
+        """Wakes the first of those who wait, as far as the engine that just told its load has room for them."""
+        if link.load is None or link.info.incarnation not in self._ready():
+            return
+        waiting = [waiter for waiter in self._waiting if not waiter.future.done()]
+        view = EngineView(info=link.info, load=link.load)
+        for waiter in waiting[: admissible(view, [waiter.token_count for waiter in waiting])]:
+            waiter.future.set_result(None)
 
     async def _follow_planner(self) -> None:
         while True:
@@ -128,7 +141,7 @@ class Fleet:
             info,
             self._router_incarnation,
             lost_after_s=self._lost_after_s,
-            on_load=lambda _: self._wake(),
+            on_load=self._wake,
             on_lost=self._lost,
         )
         self._links[info.incarnation] = link

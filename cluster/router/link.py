@@ -24,10 +24,12 @@ from actors.types import (
     LoadReport,
     MediaSpan,
     MilestoneKind,
+    PromptLogprobs,
     SequenceKey,
     TokenEvent,
 )
 from actors.wire import convert
+from actors.wire.cached_blocks import apply_cached_blocks
 from actors.wire.channels import open_channel
 from ernie_serving.internal.v1 import engine_link_pb2, engine_link_pb2_grpc
 
@@ -51,6 +53,8 @@ class Milestone:
     key: SequenceKey
     kind: MilestoneKind
     busy_s: float
+    cached_tokens: int = 0
+    """With PREFILL_STARTED: leading tokens found in the prefix cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +65,7 @@ class MediaNeed:
     embedding_keys: tuple[bytes, ...]
 
 
-AttemptEvent = TokenEvent | AttemptError | Milestone | MediaNeed
+AttemptEvent = TokenEvent | AttemptError | Milestone | MediaNeed | PromptLogprobs
 
 
 def engine_lost(info: EngineInfo, why: str) -> Unavailable:
@@ -86,6 +90,8 @@ class EngineLink:
     ) -> None:
         self.info = info
         self.load: LoadReport | None = None
+        self.cached_blocks: set[bytes] = set()
+        """Chain hashes of the blocks the engine's prefix cache holds, as last heard."""
         self._router_incarnation = router_incarnation
         self._lost_after_s = lost_after_s
         self._on_load = on_load
@@ -160,6 +166,7 @@ class EngineLink:
             why = error.details() or error.code().name if isinstance(error, grpc.aio.AioRpcError) else str(error)
         finally:
             self.load = None
+            self.cached_blocks.clear()
             lost = engine_lost(self.info, why)
             for key, events in self._attempts.items():
                 events.put_nowait(AttemptError(key, lost))
@@ -211,7 +218,13 @@ class EngineLink:
             case "milestone":
                 key = convert.key_from_proto(response.milestone.key)
                 kind = convert.MILESTONE_OF[response.milestone.kind]
-                self._deliver(key, Milestone(key, kind, response.milestone.busy_seconds))
+                milestone = response.milestone
+                self._deliver(key, Milestone(key, kind, milestone.busy_seconds, milestone.cached_token_count))
+            case "prompt_logprobs":
+                piece = convert.prompt_logprobs_from_proto(response.prompt_logprobs)
+                self._deliver(piece.key, piece)
+            case "cached_blocks":
+                apply_cached_blocks(self.cached_blocks, response.cached_blocks)
             case "media_need":
                 key = convert.key_from_proto(response.media_need.key)
                 self._deliver(key, MediaNeed(key, tuple(response.media_need.embedding_keys)))

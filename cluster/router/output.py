@@ -1,12 +1,14 @@
-"""From token ids to what the client sees: order, text, reasoning, stop strings, finish reason. Pure."""
+"""From token ids to what the client sees of one choice: order, text, reasoning, stop strings, finish reason. Pure."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from actors.types import FinishReason, TokenEvent
-from cluster.generation import Delta
+from actors.errors import InternalError
+from actors.types import FinishReason, TokenEvent, TokenLogprobs
+from cluster.generation import Delta, PositionScores
 
 if TYPE_CHECKING:
     from actors.processing.detokenize import IncrementalDetokenizer
@@ -22,7 +24,14 @@ class Ending:
 
 
 class OutputAssembler:
-    """Takes token events in any order, whichever engine sent them, and releases text in index order."""
+    """Takes the token events of one attempt after the other, whichever engine sent them, and releases text in index
+    order.
+
+    Args:
+        stop_token_ids: the caller's own.
+        min_tokens: no stop string is completed by so many first tokens.
+        score: given when the caller asked for log-probabilities.
+    """
 
     def __init__(
         self,
@@ -31,29 +40,55 @@ class OutputAssembler:
         stop: StopStrings,
         *,
         stop_token_ids: tuple[int, ...],
+        min_tokens: int = 0,
+        score: Callable[[TokenLogprobs], PositionScores] | None = None,
     ) -> None:
         self._detokenizer = detokenizer
         self._reasoning = reasoning
         self._stop = stop
         self._stop_token_ids = frozenset(stop_token_ids)
+        self._min_tokens = min_tokens
+        self._score = score
         self._early: dict[int, TokenEvent] = {}
+        self._first = 0
         self.token_ids: list[int] = []
         self.reasoning_tokens = 0
         self.ending: Ending | None = None
         self.engine_finished = False
 
+    def begin_attempt(self) -> None:
+        """From here on tokens come of another attempt, which goes on behind those taken. All else stays as it is."""
+        self._early.clear()
+        self._first = len(self.token_ids)
+
     def push(self, events: list[TokenEvent]) -> Delta:
-        """Returns the text that became certain. Duplicates are dropped; after ``ending`` is set nothing changes."""
+        """Returns the text that became certain. Known indices are dropped; after ``ending`` is set nothing changes.
+
+        Raises:
+            InternalError: a token is missing that should have come before. Only an attempt's first may be late: it
+                comes from the prefill engine.
+        """
         for event in events:
             if event.index >= len(self.token_ids):
                 self._early[event.index] = event
         first = len(self.token_ids)
         text = thought = ""
+        scores: list[PositionScores] = []
         while self.ending is None and len(self.token_ids) in self._early:
-            more_text, more_thought = self._take(self._early.pop(len(self.token_ids)))
+            event = self._early.pop(len(self.token_ids))
+            more_text, more_thought = self._take(event)
             text += more_text
             thought += more_thought
-        return Delta(text=text, reasoning=thought, token_ids=tuple(self.token_ids[first:]))
+            if self._score is not None:
+                scores.append(self._scored(event))
+        if self.ending is None and self._early and len(self.token_ids) != self._first:
+            raise InternalError(f"token {len(self.token_ids)} is missing before token {min(self._early)}")
+        return Delta(text=text, reasoning=thought, token_ids=tuple(self.token_ids[first:]), logprobs=tuple(scores))
+
+    def _scored(self, event: TokenEvent) -> PositionScores:
+        if event.logprobs is None or self._score is None:
+            raise InternalError(f"token {event.index} came without its log-probability")
+        return self._score(event.logprobs)
 
     def _take(self, event: TokenEvent) -> tuple[str, str]:
         self.token_ids.append(event.token_id)
@@ -67,7 +102,7 @@ class OutputAssembler:
         if event.finish is not None:
             late_thought, late_answer = self._reasoning.flush()
             thought, answer = thought + late_thought, answer + late_answer
-        text = self._stop.push(answer)
+        text = self._stop.push(answer, match=len(self.token_ids) > self._min_tokens)
         if self._stop.matched is not None:
             self.ending = Ending(reason=FinishReason.STOP, stop_reason=self._stop.matched)
         elif event.finish is not None:

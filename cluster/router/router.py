@@ -23,7 +23,8 @@ from actors.types import Message, PreprocessRequest, ThinkingMode
 from cluster.generation import Event, Finished, GenerateCall, ModelCard
 from cluster.policy import pick_encoder, pick_route
 from cluster.registry import LoadingEntry
-from cluster.router.request import RequestRun, Services
+from cluster.router.request import RequestRun
+from cluster.router.services import Services
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +67,7 @@ class Router:
         return len(self._active)
 
     async def generate(self, call: GenerateCall) -> AsyncIterator[Event]:
-        """Yields Started, Deltas and Finished; closing the iterator cancels the request everywhere."""
+        """See ``GenerationService``; closing the iterator cancels the request everywhere."""
         run, task = self._admit(call)
         try:
             while True:

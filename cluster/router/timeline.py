@@ -40,3 +40,34 @@ class Timeline:
     def finish(self) -> Timings:
         self.enter(Stage.FINISHED)
         return self._timings
+
+
+class Progress:
+    """The stage of a request of several choices: that of the live choice which is furthest, since that one's client
+    sees progress.
+    """
+
+    def __init__(self, timeline: Timeline) -> None:
+        self._timeline = timeline
+        self._stages: dict[int, Stage] = {}
+
+    def stage(self, choice: int) -> Stage:
+        return self._stages.get(choice, Stage.QUEUED)
+
+    def enter(self, choice: int, stage: Stage) -> None:
+        """A choice passed a milestone, or fell back."""
+        self._stages[choice] = stage
+        self._update()
+
+    def leave(self, choice: int) -> None:
+        """A choice ended."""
+        self._stages.pop(choice, None)
+        self._update()
+
+    def _update(self) -> None:
+        furthest = max(self._stages.values(), key=_ORDER.__getitem__, default=self._timeline.stage)
+        if furthest is not self._timeline.stage:
+            self._timeline.enter(furthest)
+
+
+_ORDER = {stage: index for index, stage in enumerate(Stage)}

@@ -93,18 +93,19 @@ async def test_http_and_grpc_give_the_tokens_of_one_process(cluster: LaunchedClu
     assert {"preprocess", "encode", "prefill", "transfer", "decode"} <= whole["timings"]["exposed"].keys()
     async with Client(cluster.grpc_address) as client:
         response = await client.generate(request(tokens=24), timeout_s=60)
-        assert list(response.token_ids) == ids
+        (choice,) = response.choices
+        assert list(choice.token_ids) == ids
         assert list(response.prompt_token_ids) == whole["prompt_token_ids"]
-        assert response.text == whole["choices"][0]["message"]["content"]
+        assert choice.text == whole["choices"][0]["message"]["content"]
         streamed = [
             token
             async for event in client.stream_generate(request(tokens=24), timeout_s=60)
-            for token in event.token_ids
+            for token in event.delta.token_ids
         ]
         assert streamed == ids
         drawn = {"temperature": 0.8, "seed": 5, "top_p": 0.9}
         sampled = await client.generate(request(tokens=24, **drawn), timeout_s=60)
-    assert list(sampled.token_ids) == await expected_ids(24, **drawn) != ids
+    assert list(sampled.choices[0].token_ids) == await expected_ids(24, **drawn) != ids
 
 
 async def test_the_openai_sdk_streams_and_raises(cluster: LaunchedCluster) -> None:
@@ -120,7 +121,7 @@ async def test_the_openai_sdk_streams_and_raises(cluster: LaunchedCluster) -> No
         await client.chat.completions.create(model="other", **body)
     assert missing.value.code == "model_not_found"
     with pytest.raises(openai.BadRequestError, match="logit_bias"):
-        await client.chat.completions.create(model="tiny", logit_bias={"5": 1}, **body)
+        await client.chat.completions.create(model="tiny", logit_bias={"5": 101}, **body)
 
 
 def test_a_video_is_answered(http: httpx.Client) -> None:
@@ -159,7 +160,17 @@ BAD = {
     "too long": ({"messages": [{"role": "user", "content": "many words " * 4000}]}, "messages"),
     "max_tokens": ({"max_tokens": 10**6}, "max_tokens"),
     "temperature": ({"temperature": -1}, "temperature"),
-    "unknown": ({"n": 2}, "n"),
+    "unknown": ({"best_of": 2}, "best_of"),
+    "n": ({"n": 0}, "n"),
+    "schema": (
+        {
+            "response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "nothing"}}},
+            "ignore_eos": False,
+        },
+        "response_format.json_schema.schema",
+    ),
+    "grammar": ({"guided_grammar": "start: (", "ignore_eos": False}, "guided_grammar"),
+    "bias": ({"logit_bias": {"99999999": 1}}, "logit_bias"),
 }
 
 
@@ -261,11 +272,11 @@ async def test_cancel_generation_from_another_connection(cluster: LaunchedCluste
         wanted.request_id = "mine"
         reasons = []
         async for event in one.stream_generate(wanted, timeout_s=60):
-            if event.WhichOneof("event") == "text_delta" and not reasons:
+            if event.delta.text and not reasons:
                 reasons.append("asked")
                 await other.cancel("mine")
-            if event.WhichOneof("event") == "finished":
-                reasons.append(inference_pb2.FinishReason.Name(event.finished.finish_reason))
+            if event.WhichOneof("event") == "choice_finished":
+                reasons.append(inference_pb2.FinishReason.Name(event.choice_finished.finish_reason))
         assert reasons == ["asked", "FINISH_REASON_CANCELLED"]
         with pytest.raises(ClientError) as caught:
             await other.cancel("never seen")
@@ -333,7 +344,7 @@ async def test_a_killed_engine_ends_its_calls_at_once_and_is_replaced(
                 assert error.code is grpc.StatusCode.UNAVAILABLE, error
                 assert time.monotonic() < deadline
                 await asyncio.sleep(0.2)
-    assert list(reply.token_ids) == (await expected_ids(24))[:8]
+    assert list(reply.choices[0].token_ids) == (await expected_ids(24))[:8]
     await wait_clean(cluster, 5.0)
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from actors.config import EngineReplicaConfig
+from actors.engine.execution import memory
 from actors.engine_rank import load_rank
 from actors.ernie.weights import Checkpoint
 from actors.types import EngineRole
@@ -60,6 +61,46 @@ def test_memory_that_holds_no_block_is_refused() -> None:
         load_rank(replace(CONFIG, kv_cache_gib=1e-9), EngineRole.PREFILL)
 
 
-def test_a_cpu_needs_the_size_of_its_kv_cache() -> None:
-    with pytest.raises(ValueError, match="kv_cache_gib"):
-        replace(CONFIG, kv_cache_gib=None)
+def test_a_cpu_takes_a_share_of_its_free_memory_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "available_host_bytes", lambda: 80 << 20)
+    arena = load_rank(replace(CONFIG, kv_cache_gib=None), EngineRole.PREFILL).arena.plan
+    assert arena.blocks_beside_bank == (10 << 20) // arena.block_bytes
+
+
+def test_a_configured_length_that_does_not_fit_is_refused_and_the_checkpoints_own_is_bounded(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    small = replace(CONFIG, kv_cache_gib=0.0005)
+    with caplog.at_level("WARNING"):
+        held = load_rank(small, EngineRole.PREFILL).runner.block_count * 16
+    assert f"bounded by {held} tokens" in caplog.text and "give more with kv_cache_gib" in caplog.text
+    load_rank(replace(small, max_model_len=held), EngineRole.PREFILL)
+    with pytest.raises(ValueError, match=rf"^max_model_len: .* set it to {held} or less, or give more with kv_cache_g"):
+        load_rank(replace(small, max_model_len=held + 1), EngineRole.PREFILL)
+
+
+def test_start_says_what_runs_and_what_fits(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        load_rank(CONFIG, EngineRole.DECODE)
+    assert "attention: paged" in caplog.text and "decode steps: eager" in caplog.text
+    assert "KV arena of 0.0" in caplog.text and "beside 0.00 GiB of vision experts" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"attention": "varlen"}, "attention: varlen cannot run here: the device is a cpu"),
+        ({"cuda_graphs": True}, "cuda_graphs: they cannot run here: the device is a cpu"),
+        ({"experts": "native"}, "native"),
+    ],
+)
+def test_forms_that_were_named_and_cannot_run_are_refused(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_rank(replace(CONFIG, **changes), EngineRole.DECODE)  # type: ignore[arg-type]
+
+
+def test_forms_that_were_named_run() -> None:
+    rank = load_rank(replace(CONFIG, attention="plain", experts="loop", cuda_graphs=False), EngineRole.DECODE)
+    assert rank.runner.attention == "plain" and rank.runner.model.experts_form == "loop"
+    with pytest.raises(ValueError, match=r"EngineReplicaConfig.attention must be one of plain, paged, varlen, got 'x'"):
+        replace(CONFIG, attention="x")

@@ -161,6 +161,12 @@ class GenerateRequest(_message.Message):
     TIMEOUT_FIELD_NUMBER: _builtins.int
     RETURN_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     RETURN_TIMINGS_FIELD_NUMBER: _builtins.int
+    CHOICE_COUNT_FIELD_NUMBER: _builtins.int
+    STRUCTURED_OUTPUT_FIELD_NUMBER: _builtins.int
+    TOP_LOGPROB_COUNT_FIELD_NUMBER: _builtins.int
+    PROMPT_TOP_LOGPROB_COUNT_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
+    CACHE_SALT_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Name of the model. May be empty when one model is served."""
     thinking_mode: Global___ThinkingMode.ValueType
@@ -173,6 +179,18 @@ class GenerateRequest(_message.Message):
     """Returns the token ids of the prompt and of the reply."""
     return_timings: _builtins.bool
     """Returns where the time went."""
+    choice_count: _builtins.int
+    """Independent replies to make, at most 128; 0 makes one. Sampled ones differ by their index, greedy ones are equal."""
+    top_logprob_count: _builtins.int
+    """Returns log-probabilities: of every generated token, and of so many most likely ones beside it, 0 to 20."""
+    prompt_top_logprob_count: _builtins.int
+    """The same for every prompt token but the first; at most 262144 log-probabilities in all. The whole prompt is then
+    computed: no cached prefix is used.
+    """
+    priority: _builtins.int
+    """Requests of lower priority values are served first."""
+    cache_salt: _builtins.str
+    """Cached prefixes are shared only among requests of the same salt. At most 256 characters."""
     @_builtins.property
     def messages(self) -> _containers.RepeatedCompositeFieldContainer[_content_pb2.ChatMessage]:
         """The conversation, oldest first."""
@@ -189,6 +207,10 @@ class GenerateRequest(_message.Message):
     def timeout(self) -> _duration_pb2.Duration:
         """Time the whole request may take. The client library copies its deadline here: proxies do not pass it on."""
 
+    @_builtins.property
+    def structured_output(self) -> Global___StructuredOutput:
+        """What the answer must match. It begins after any thinking, and stop sequences do not cut it."""
+
     def __init__(
         self,
         *,
@@ -201,44 +223,109 @@ class GenerateRequest(_message.Message):
         timeout: _duration_pb2.Duration | None = ...,
         return_token_ids: _builtins.bool = ...,
         return_timings: _builtins.bool = ...,
+        choice_count: _builtins.int = ...,
+        structured_output: Global___StructuredOutput | None = ...,
+        top_logprob_count: _builtins.int | None = ...,
+        prompt_top_logprob_count: _builtins.int | None = ...,
+        priority: _builtins.int = ...,
+        cache_salt: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["sampling_params", b"sampling_params", "timeout", b"timeout"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_prompt_top_logprob_count", b"_prompt_top_logprob_count", "_top_logprob_count", b"_top_logprob_count", "prompt_top_logprob_count", b"prompt_top_logprob_count", "sampling_params", b"sampling_params", "structured_output", b"structured_output", "timeout", b"timeout", "top_logprob_count", b"top_logprob_count"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["messages", b"messages", "model", b"model", "request_id", b"request_id", "return_timings", b"return_timings", "return_token_ids", b"return_token_ids", "sampling_params", b"sampling_params", "thinking_mode", b"thinking_mode", "timeout", b"timeout", "tools", b"tools"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_prompt_top_logprob_count", b"_prompt_top_logprob_count", "_top_logprob_count", b"_top_logprob_count", "cache_salt", b"cache_salt", "choice_count", b"choice_count", "messages", b"messages", "model", b"model", "priority", b"priority", "prompt_top_logprob_count", b"prompt_top_logprob_count", "request_id", b"request_id", "return_timings", b"return_timings", "return_token_ids", b"return_token_ids", "sampling_params", b"sampling_params", "structured_output", b"structured_output", "thinking_mode", b"thinking_mode", "timeout", b"timeout", "tools", b"tools", "top_logprob_count", b"top_logprob_count"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__prompt_top_logprob_count: _TypeAlias = _typing.Literal["prompt_top_logprob_count"]  # noqa: Y015
+    _WhichOneofArgType__prompt_top_logprob_count: _TypeAlias = _typing.Literal["_prompt_top_logprob_count", b"_prompt_top_logprob_count"]  # noqa: Y015
+    _WhichOneofReturnType__top_logprob_count: _TypeAlias = _typing.Literal["top_logprob_count"]  # noqa: Y015
+    _WhichOneofArgType__top_logprob_count: _TypeAlias = _typing.Literal["_top_logprob_count", b"_top_logprob_count"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__prompt_top_logprob_count) -> _WhichOneofReturnType__prompt_top_logprob_count | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__top_logprob_count) -> _WhichOneofReturnType__top_logprob_count | None: ...
 
 Global___GenerateRequest: _TypeAlias = GenerateRequest  # noqa: Y015
 
 @_typing.final
 class SamplingParams(_message.Message):
-    """How tokens are drawn. Unset fields take the model's defaults."""
+    """How tokens are drawn. Unset fields take the model's defaults. Token ids from the model's image placeholder upwards can
+    never be generated: naming one is INVALID_ARGUMENT.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class LogitBiasEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.int
+        value: _builtins.float
+        def __init__(
+            self,
+            *,
+            key: _builtins.int = ...,
+            value: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
 
     TEMPERATURE_FIELD_NUMBER: _builtins.int
     TOP_P_FIELD_NUMBER: _builtins.int
     TOP_K_FIELD_NUMBER: _builtins.int
+    MIN_P_FIELD_NUMBER: _builtins.int
     REPETITION_PENALTY_FIELD_NUMBER: _builtins.int
+    PRESENCE_PENALTY_FIELD_NUMBER: _builtins.int
+    FREQUENCY_PENALTY_FIELD_NUMBER: _builtins.int
+    LOGIT_BIAS_FIELD_NUMBER: _builtins.int
+    ALLOWED_TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    BAD_WORDS_FIELD_NUMBER: _builtins.int
+    MIN_OUTPUT_TOKEN_COUNT_FIELD_NUMBER: _builtins.int
     MAX_OUTPUT_TOKEN_COUNT_FIELD_NUMBER: _builtins.int
+    MAX_REASONING_TOKEN_COUNT_FIELD_NUMBER: _builtins.int
     STOP_SEQUENCES_FIELD_NUMBER: _builtins.int
-    SEED_FIELD_NUMBER: _builtins.int
     STOP_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     IGNORE_EOS_FIELD_NUMBER: _builtins.int
+    SEED_FIELD_NUMBER: _builtins.int
     temperature: _builtins.float
     """0 is greedy; at most 2."""
     top_p: _builtins.float
     """Nucleus mass in (0, 1]."""
     top_k: _builtins.int
     """0 keeps the whole vocabulary."""
+    min_p: _builtins.float
+    """Keeps tokens at least this fraction as likely as the most likely one, in [0, 1]."""
     repetition_penalty: _builtins.float
-    """Multiplicative penalty; 1 is off. Not supported yet: INVALID_ARGUMENT when set."""
+    """Divides positive and multiplies negative logits of tokens in the prompt or the reply, in (0, 10]; 1 is off."""
+    presence_penalty: _builtins.float
+    """Subtracted once from logits of tokens in the reply, in [-2, 2]."""
+    frequency_penalty: _builtins.float
+    """Subtracted from logits once per occurrence in the reply, in [-2, 2]."""
+    min_output_token_count: _builtins.int
+    """No end token, stop token or stop sequence ends the reply before so many generated tokens."""
     max_output_token_count: _builtins.int
     """Bound on generated tokens."""
-    seed: _builtins.int
-    """Makes a run repeatable on one engine version. Not negative."""
+    max_reasoning_token_count: _builtins.int
+    """Bound on thinking tokens: thinking is closed there and the answer follows."""
     ignore_eos: _builtins.bool
     """Goes on after the model's own end tokens."""
+    seed: _builtins.int
+    """Makes a run repeatable on one engine version. Not negative."""
+    @_builtins.property
+    def logit_bias(self) -> _containers.ScalarMap[_builtins.int, _builtins.float]:
+        """Added to logits, by token id, in [-100, 100]. At most 1024 entries."""
+
+    @_builtins.property
+    def allowed_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Only these may be generated; empty allows all."""
+
+    @_builtins.property
+    def bad_words(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Words that must not be generated. At most 128, of at most 128 characters each."""
+
     @_builtins.property
     def stop_sequences(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Strings that end the reply and are not part of it."""
@@ -253,19 +340,31 @@ class SamplingParams(_message.Message):
         temperature: _builtins.float | None = ...,
         top_p: _builtins.float | None = ...,
         top_k: _builtins.int | None = ...,
+        min_p: _builtins.float | None = ...,
         repetition_penalty: _builtins.float | None = ...,
+        presence_penalty: _builtins.float = ...,
+        frequency_penalty: _builtins.float = ...,
+        logit_bias: _abc.Mapping[_builtins.int, _builtins.float] | None = ...,
+        allowed_token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        bad_words: _abc.Iterable[_builtins.str] | None = ...,
+        min_output_token_count: _builtins.int = ...,
         max_output_token_count: _builtins.int | None = ...,
+        max_reasoning_token_count: _builtins.int | None = ...,
         stop_sequences: _abc.Iterable[_builtins.str] | None = ...,
-        seed: _builtins.int | None = ...,
         stop_token_ids: _abc.Iterable[_builtins.int] | None = ...,
         ignore_eos: _builtins.bool = ...,
+        seed: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_output_token_count", b"_max_output_token_count", "_repetition_penalty", b"_repetition_penalty", "_seed", b"_seed", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "max_output_token_count", b"max_output_token_count", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_output_token_count", b"_max_output_token_count", "_max_reasoning_token_count", b"_max_reasoning_token_count", "_min_p", b"_min_p", "_repetition_penalty", b"_repetition_penalty", "_seed", b"_seed", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "max_output_token_count", b"max_output_token_count", "max_reasoning_token_count", b"max_reasoning_token_count", "min_p", b"min_p", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_output_token_count", b"_max_output_token_count", "_repetition_penalty", b"_repetition_penalty", "_seed", b"_seed", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "ignore_eos", b"ignore_eos", "max_output_token_count", b"max_output_token_count", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "stop_sequences", b"stop_sequences", "stop_token_ids", b"stop_token_ids", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_output_token_count", b"_max_output_token_count", "_max_reasoning_token_count", b"_max_reasoning_token_count", "_min_p", b"_min_p", "_repetition_penalty", b"_repetition_penalty", "_seed", b"_seed", "_temperature", b"_temperature", "_top_k", b"_top_k", "_top_p", b"_top_p", "allowed_token_ids", b"allowed_token_ids", "bad_words", b"bad_words", "frequency_penalty", b"frequency_penalty", "ignore_eos", b"ignore_eos", "logit_bias", b"logit_bias", "max_output_token_count", b"max_output_token_count", "max_reasoning_token_count", b"max_reasoning_token_count", "min_output_token_count", b"min_output_token_count", "min_p", b"min_p", "presence_penalty", b"presence_penalty", "repetition_penalty", b"repetition_penalty", "seed", b"seed", "stop_sequences", b"stop_sequences", "stop_token_ids", b"stop_token_ids", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__max_output_token_count: _TypeAlias = _typing.Literal["max_output_token_count"]  # noqa: Y015
     _WhichOneofArgType__max_output_token_count: _TypeAlias = _typing.Literal["_max_output_token_count", b"_max_output_token_count"]  # noqa: Y015
+    _WhichOneofReturnType__max_reasoning_token_count: _TypeAlias = _typing.Literal["max_reasoning_token_count"]  # noqa: Y015
+    _WhichOneofArgType__max_reasoning_token_count: _TypeAlias = _typing.Literal["_max_reasoning_token_count", b"_max_reasoning_token_count"]  # noqa: Y015
+    _WhichOneofReturnType__min_p: _TypeAlias = _typing.Literal["min_p"]  # noqa: Y015
+    _WhichOneofArgType__min_p: _TypeAlias = _typing.Literal["_min_p", b"_min_p"]  # noqa: Y015
     _WhichOneofReturnType__repetition_penalty: _TypeAlias = _typing.Literal["repetition_penalty"]  # noqa: Y015
     _WhichOneofArgType__repetition_penalty: _TypeAlias = _typing.Literal["_repetition_penalty", b"_repetition_penalty"]  # noqa: Y015
     _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
@@ -278,6 +377,10 @@ class SamplingParams(_message.Message):
     _WhichOneofArgType__top_p: _TypeAlias = _typing.Literal["_top_p", b"_top_p"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_output_token_count) -> _WhichOneofReturnType__max_output_token_count | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_reasoning_token_count) -> _WhichOneofReturnType__max_reasoning_token_count | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__min_p) -> _WhichOneofReturnType__min_p | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__repetition_penalty) -> _WhichOneofReturnType__repetition_penalty | None: ...
     @_typing.overload
@@ -292,46 +395,122 @@ class SamplingParams(_message.Message):
 Global___SamplingParams: _TypeAlias = SamplingParams  # noqa: Y015
 
 @_typing.final
+class StructuredOutput(_message.Message):
+    """What an answer must match. Texts have at most 64 KiB."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JSON_SCHEMA_FIELD_NUMBER: _builtins.int
+    JSON_OBJECT_FIELD_NUMBER: _builtins.int
+    REGEX_FIELD_NUMBER: _builtins.int
+    GRAMMAR_FIELD_NUMBER: _builtins.int
+    CHOICES_FIELD_NUMBER: _builtins.int
+    json_schema: _builtins.str
+    """A JSON schema, as JSON text."""
+    regex: _builtins.str
+    """A regular expression for the whole answer."""
+    grammar: _builtins.str
+    """A context-free grammar in Lark syntax."""
+    @_builtins.property
+    def json_object(self) -> Global___JsonObject:
+        """Any JSON object."""
+
+    @_builtins.property
+    def choices(self) -> Global___TextChoices:
+        """One of several texts."""
+
+    def __init__(
+        self,
+        *,
+        json_schema: _builtins.str = ...,
+        json_object: Global___JsonObject | None = ...,
+        regex: _builtins.str = ...,
+        grammar: _builtins.str = ...,
+        choices: Global___TextChoices | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["choices", b"choices", "grammar", b"grammar", "json_object", b"json_object", "json_schema", b"json_schema", "regex", b"regex", "structure", b"structure"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["choices", b"choices", "grammar", b"grammar", "json_object", b"json_object", "json_schema", b"json_schema", "regex", b"regex", "structure", b"structure"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_structure: _TypeAlias = _typing.Literal["json_schema", "json_object", "regex", "grammar", "choices"]  # noqa: Y015
+    _WhichOneofArgType_structure: _TypeAlias = _typing.Literal["structure", b"structure"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_structure) -> _WhichOneofReturnType_structure | None: ...
+
+Global___StructuredOutput: _TypeAlias = StructuredOutput  # noqa: Y015
+
+@_typing.final
+class JsonObject(_message.Message):
+    """Any JSON object."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___JsonObject: _TypeAlias = JsonObject  # noqa: Y015
+
+@_typing.final
+class TextChoices(_message.Message):
+    """Texts an answer may be."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TEXTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def texts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """At least one, none of them empty."""
+
+    def __init__(
+        self,
+        *,
+        texts: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["texts", b"texts"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TextChoices: _TypeAlias = TextChoices  # noqa: Y015
+
+@_typing.final
 class GenerateResponse(_message.Message):
     """Response of Generate."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     REQUEST_ID_FIELD_NUMBER: _builtins.int
-    TEXT_FIELD_NUMBER: _builtins.int
-    REASONING_TEXT_FIELD_NUMBER: _builtins.int
-    FINISH_REASON_FIELD_NUMBER: _builtins.int
-    USAGE_FIELD_NUMBER: _builtins.int
     MODEL_FIELD_NUMBER: _builtins.int
-    STOP_CAUSE_FIELD_NUMBER: _builtins.int
+    CHOICES_FIELD_NUMBER: _builtins.int
+    USAGE_FIELD_NUMBER: _builtins.int
     PROMPT_TOKEN_IDS_FIELD_NUMBER: _builtins.int
-    TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
     TIMINGS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Assigned."""
-    text: _builtins.str
-    """The answer."""
-    reasoning_text: _builtins.str
-    """The thinking, without its markers."""
-    finish_reason: Global___FinishReason.ValueType
-    """Why generation stopped."""
     model: _builtins.str
     """The model that replied."""
     @_builtins.property
-    def usage(self) -> Global___Usage:
-        """Token accounting."""
+    def choices(self) -> _containers.RepeatedCompositeFieldContainer[Global___Choice]:
+        """The replies, in order; exactly one unless choice_count asked for more."""
 
     @_builtins.property
-    def stop_cause(self) -> Global___StopCause:
-        """What ended the reply, when a stop sequence or a stop token did."""
+    def usage(self) -> Global___Usage:
+        """Token accounting over all choices."""
 
     @_builtins.property
     def prompt_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Token ids of the prompt, placeholders of media included. Only on request."""
 
     @_builtins.property
-    def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """All generated token ids. Only on request."""
+    def prompt_logprobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___PositionLogprobs]:
+        """Log-probabilities of the prompt, one entry per token. Only on request."""
 
     @_builtins.property
     def timings(self) -> Global___Timings:
@@ -341,23 +520,140 @@ class GenerateResponse(_message.Message):
         self,
         *,
         request_id: _builtins.str = ...,
-        text: _builtins.str = ...,
-        reasoning_text: _builtins.str = ...,
-        finish_reason: Global___FinishReason.ValueType = ...,
-        usage: Global___Usage | None = ...,
         model: _builtins.str = ...,
-        stop_cause: Global___StopCause | None = ...,
+        choices: _abc.Iterable[Global___Choice] | None = ...,
+        usage: Global___Usage | None = ...,
         prompt_token_ids: _abc.Iterable[_builtins.int] | None = ...,
-        token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        prompt_logprobs: _abc.Iterable[Global___PositionLogprobs] | None = ...,
         timings: Global___Timings | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["stop_cause", b"stop_cause", "timings", b"timings", "usage", b"usage"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["timings", b"timings", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["finish_reason", b"finish_reason", "model", b"model", "prompt_token_ids", b"prompt_token_ids", "reasoning_text", b"reasoning_text", "request_id", b"request_id", "stop_cause", b"stop_cause", "text", b"text", "timings", b"timings", "token_ids", b"token_ids", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["choices", b"choices", "model", b"model", "prompt_logprobs", b"prompt_logprobs", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "timings", b"timings", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GenerateResponse: _TypeAlias = GenerateResponse  # noqa: Y015
+
+@_typing.final
+class Choice(_message.Message):
+    """One reply."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INDEX_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    REASONING_TEXT_FIELD_NUMBER: _builtins.int
+    FINISH_REASON_FIELD_NUMBER: _builtins.int
+    STOP_CAUSE_FIELD_NUMBER: _builtins.int
+    TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    LOGPROBS_FIELD_NUMBER: _builtins.int
+    index: _builtins.int
+    """Position among the choices."""
+    text: _builtins.str
+    """The answer."""
+    reasoning_text: _builtins.str
+    """The thinking, without its markers."""
+    finish_reason: Global___FinishReason.ValueType
+    """Why generation stopped."""
+    @_builtins.property
+    def stop_cause(self) -> Global___StopCause:
+        """What ended the reply, when a stop sequence or a stop token did."""
+
+    @_builtins.property
+    def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """All generated token ids, thinking included. Only on request."""
+
+    @_builtins.property
+    def logprobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___PositionLogprobs]:
+        """Log-probabilities, one entry per generated token. Only on request."""
+
+    def __init__(
+        self,
+        *,
+        index: _builtins.int = ...,
+        text: _builtins.str = ...,
+        reasoning_text: _builtins.str = ...,
+        finish_reason: Global___FinishReason.ValueType = ...,
+        stop_cause: Global___StopCause | None = ...,
+        token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        logprobs: _abc.Iterable[Global___PositionLogprobs] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["stop_cause", b"stop_cause"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["finish_reason", b"finish_reason", "index", b"index", "logprobs", b"logprobs", "reasoning_text", b"reasoning_text", "stop_cause", b"stop_cause", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Choice: _TypeAlias = Choice  # noqa: Y015
+
+@_typing.final
+class PositionLogprobs(_message.Message):
+    """Log-probabilities at one position, before penalties, masks, biases and temperature, over the tokens that can be
+    generated.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHOSEN_FIELD_NUMBER: _builtins.int
+    TOP_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def chosen(self) -> Global___TokenLogprob:
+        """The token that stands there. Unset in a prompt where there is none to tell: at its first token and at media
+        placeholders.
+        """
+
+    @_builtins.property
+    def top(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenLogprob]:
+        """The most likely tokens, descending."""
+
+    def __init__(
+        self,
+        *,
+        chosen: Global___TokenLogprob | None = ...,
+        top: _abc.Iterable[Global___TokenLogprob] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["chosen", b"chosen"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chosen", b"chosen", "top", b"top"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PositionLogprobs: _TypeAlias = PositionLogprobs  # noqa: Y015
+
+@_typing.final
+class TokenLogprob(_message.Message):
+    """Log-probability of one token."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKEN_ID_FIELD_NUMBER: _builtins.int
+    TOKEN_FIELD_NUMBER: _builtins.int
+    LOGPROB_FIELD_NUMBER: _builtins.int
+    RANK_FIELD_NUMBER: _builtins.int
+    token_id: _builtins.int
+    """The token."""
+    token: _builtins.bytes
+    """Its text, which may be part of a UTF-8 character."""
+    logprob: _builtins.float
+    """Natural logarithm of its probability."""
+    rank: _builtins.int
+    """1 for the most likely token."""
+    def __init__(
+        self,
+        *,
+        token_id: _builtins.int = ...,
+        token: _builtins.bytes = ...,
+        logprob: _builtins.float = ...,
+        rank: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["logprob", b"logprob", "rank", b"rank", "token", b"token", "token_id", b"token_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TokenLogprob: _TypeAlias = TokenLogprob  # noqa: Y015
 
 @_typing.final
 class StopCause(_message.Message):
@@ -515,47 +811,52 @@ Global___StreamGenerateRequest: _TypeAlias = StreamGenerateRequest  # noqa: Y015
 
 @_typing.final
 class StreamGenerateResponse(_message.Message):
-    """One event of a stream: started, then deltas, then finished. A response without an event carries only token ids, or
-    keeps a silent connection alive, or comes right before an error status: read its token ids and go on.
+    """One event of a stream: started, then prompt_scored if asked for, then deltas and a choice_finished for every choice,
+    then finished. Events of several choices come interleaved. A response without an event keeps a silent connection alive
+    or comes right before an error status: skip it.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
 
     STARTED_FIELD_NUMBER: _builtins.int
-    TEXT_DELTA_FIELD_NUMBER: _builtins.int
-    REASONING_TEXT_DELTA_FIELD_NUMBER: _builtins.int
+    PROMPT_SCORED_FIELD_NUMBER: _builtins.int
+    DELTA_FIELD_NUMBER: _builtins.int
+    CHOICE_FINISHED_FIELD_NUMBER: _builtins.int
     FINISHED_FIELD_NUMBER: _builtins.int
-    TOKEN_IDS_FIELD_NUMBER: _builtins.int
-    text_delta: _builtins.str
-    """More answer text."""
-    reasoning_text_delta: _builtins.str
-    """More thinking text."""
     @_builtins.property
     def started(self) -> Global___GenerationStarted:
         """The first event."""
 
     @_builtins.property
-    def finished(self) -> Global___GenerationFinished:
-        """The last event."""
+    def prompt_scored(self) -> Global___PromptScored:
+        """Log-probabilities of the prompt. Only on request."""
 
     @_builtins.property
-    def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Tokens taken up since the last response that carried any. Only on request. Their text may come later."""
+    def delta(self) -> Global___ChoiceDelta:
+        """More of a choice."""
+
+    @_builtins.property
+    def choice_finished(self) -> Global___ChoiceFinished:
+        """The last event of a choice."""
+
+    @_builtins.property
+    def finished(self) -> Global___GenerationFinished:
+        """The last event."""
 
     def __init__(
         self,
         *,
         started: Global___GenerationStarted | None = ...,
-        text_delta: _builtins.str = ...,
-        reasoning_text_delta: _builtins.str = ...,
+        prompt_scored: Global___PromptScored | None = ...,
+        delta: Global___ChoiceDelta | None = ...,
+        choice_finished: Global___ChoiceFinished | None = ...,
         finished: Global___GenerationFinished | None = ...,
-        token_ids: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "finished", b"finished", "reasoning_text_delta", b"reasoning_text_delta", "started", b"started", "text_delta", b"text_delta"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["choice_finished", b"choice_finished", "delta", b"delta", "event", b"event", "finished", b"finished", "prompt_scored", b"prompt_scored", "started", b"started"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "finished", b"finished", "reasoning_text_delta", b"reasoning_text_delta", "started", b"started", "text_delta", b"text_delta", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["choice_finished", b"choice_finished", "delta", b"delta", "event", b"event", "finished", b"finished", "prompt_scored", b"prompt_scored", "started", b"started"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["started", "text_delta", "reasoning_text_delta", "finished"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["started", "prompt_scored", "delta", "choice_finished", "finished"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
@@ -598,24 +899,114 @@ class GenerationStarted(_message.Message):
 Global___GenerationStarted: _TypeAlias = GenerationStarted  # noqa: Y015
 
 @_typing.final
+class PromptScored(_message.Message):
+    """Log-probabilities of a prompt."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LOGPROBS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def logprobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___PositionLogprobs]:
+        """One entry per prompt token."""
+
+    def __init__(
+        self,
+        *,
+        logprobs: _abc.Iterable[Global___PositionLogprobs] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["logprobs", b"logprobs"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PromptScored: _TypeAlias = PromptScored  # noqa: Y015
+
+@_typing.final
+class ChoiceDelta(_message.Message):
+    """More of a choice. Thinking comes before the answer, also inside one delta."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHOICE_INDEX_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    REASONING_TEXT_FIELD_NUMBER: _builtins.int
+    TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    LOGPROBS_FIELD_NUMBER: _builtins.int
+    choice_index: _builtins.int
+    """Position among the choices; 0 where one was asked for."""
+    text: _builtins.str
+    """More answer text."""
+    reasoning_text: _builtins.str
+    """More thinking text."""
+    @_builtins.property
+    def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Tokens taken up since the choice's last delta that carried any. Only on request. Their text may come later."""
+
+    @_builtins.property
+    def logprobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___PositionLogprobs]:
+        """Log-probabilities of the same tokens. Only on request."""
+
+    def __init__(
+        self,
+        *,
+        choice_index: _builtins.int = ...,
+        text: _builtins.str = ...,
+        reasoning_text: _builtins.str = ...,
+        token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        logprobs: _abc.Iterable[Global___PositionLogprobs] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["choice_index", b"choice_index", "logprobs", b"logprobs", "reasoning_text", b"reasoning_text", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ChoiceDelta: _TypeAlias = ChoiceDelta  # noqa: Y015
+
+@_typing.final
+class ChoiceFinished(_message.Message):
+    """Last event of a choice."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CHOICE_INDEX_FIELD_NUMBER: _builtins.int
+    FINISH_REASON_FIELD_NUMBER: _builtins.int
+    STOP_CAUSE_FIELD_NUMBER: _builtins.int
+    choice_index: _builtins.int
+    """Position among the choices."""
+    finish_reason: Global___FinishReason.ValueType
+    """Why generation stopped."""
+    @_builtins.property
+    def stop_cause(self) -> Global___StopCause:
+        """What ended the reply, when a stop sequence or a stop token did."""
+
+    def __init__(
+        self,
+        *,
+        choice_index: _builtins.int = ...,
+        finish_reason: Global___FinishReason.ValueType = ...,
+        stop_cause: Global___StopCause | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["stop_cause", b"stop_cause"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["choice_index", b"choice_index", "finish_reason", b"finish_reason", "stop_cause", b"stop_cause"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ChoiceFinished: _TypeAlias = ChoiceFinished  # noqa: Y015
+
+@_typing.final
 class GenerationFinished(_message.Message):
     """Last event of a stream."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    FINISH_REASON_FIELD_NUMBER: _builtins.int
     USAGE_FIELD_NUMBER: _builtins.int
-    STOP_CAUSE_FIELD_NUMBER: _builtins.int
     TIMINGS_FIELD_NUMBER: _builtins.int
-    finish_reason: Global___FinishReason.ValueType
-    """Why generation stopped."""
     @_builtins.property
     def usage(self) -> Global___Usage:
-        """Token accounting."""
-
-    @_builtins.property
-    def stop_cause(self) -> Global___StopCause:
-        """What ended the reply, when a stop sequence or a stop token did."""
+        """Token accounting over all choices."""
 
     @_builtins.property
     def timings(self) -> Global___Timings:
@@ -624,14 +1015,12 @@ class GenerationFinished(_message.Message):
     def __init__(
         self,
         *,
-        finish_reason: Global___FinishReason.ValueType = ...,
         usage: Global___Usage | None = ...,
-        stop_cause: Global___StopCause | None = ...,
         timings: Global___Timings | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["stop_cause", b"stop_cause", "timings", b"timings", "usage", b"usage"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["timings", b"timings", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["finish_reason", b"finish_reason", "stop_cause", b"stop_cause", "timings", b"timings", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["timings", b"timings", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

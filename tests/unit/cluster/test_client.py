@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 from contextlib import aclosing
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
 from google.protobuf.duration_pb2 import Duration
 
 from actors.errors import InvalidRequest, Overloaded
-from cluster.client import Client, ClientError, media_source, user_message
+from cluster.client import Client, ClientError, generate_request, media_source, user_message
 from cluster.generation import ModelCard
 from ernie_serving.v1 import content_pb2, inference_pb2
 from tests.doubles import SCRIPT, Pause, ScriptedService, grpc_serving
@@ -22,8 +23,8 @@ ASK = inference_pb2.GenerateRequest(messages=[user_message("hello")])
 async def test_whole_and_streamed_replies_agree() -> None:
     async with grpc_serving(ScriptedService()) as address, Client(address) as client:
         whole = await client.generate(ASK)
-        text = "".join([response.text_delta async for response in client.stream_generate(ASK)])
-    assert text == whole.text == "A cät"
+        text = "".join([response.delta.text async for response in client.stream_generate(ASK)])
+    assert text == whole.choices[0].text == "A cät"
 
 
 @pytest.mark.parametrize(("own", "given", "sent"), [(None, None, None), (4, None, 4), (None, 3, 3), (4, 3, 3)])
@@ -45,7 +46,7 @@ async def test_a_proxy_of_the_environment_is_not_on_the_way_to_this_machine(monk
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
     async with grpc_serving(ScriptedService()) as address, Client(address) as client:
-        assert (await client.generate(ASK, timeout_s=10)).text == "A cät"
+        assert (await client.generate(ASK, timeout_s=10)).choices[0].text == "A cät"
 
 
 async def test_a_missed_deadline_cancels_the_request() -> None:
@@ -96,8 +97,8 @@ async def test_responses_without_content_are_skipped() -> None:
         with pytest.raises(ClientError):
             async for response in client.stream_generate(ASK):
                 seen.append(response)
-    assert all(response.WhichOneof("event") or response.token_ids for response in seen)
-    assert [token for response in seen for token in response.token_ids] == [10, 11, 12, 13]
+    assert all(response.WhichOneof("event") for response in seen)
+    assert [token for response in seen for token in response.delta.token_ids] == [10, 11, 12, 13]
 
 
 async def test_cancel_count_and_models() -> None:
@@ -128,3 +129,32 @@ def test_user_message_puts_media_before_the_text(tmp_path: Path) -> None:
 def test_missing_files_are_reported(tmp_path: Path) -> None:
     with pytest.raises(OSError, match=r"none\.png"):
         media_source(tmp_path / "none.png")
+
+
+def test_a_request_from_plain_text() -> None:
+    request = generate_request("hi", n=2, temperature=0, stop=["END"], enable_thinking=False, logprobs=0)
+    assert [part.text for part in request.messages[0].parts] == ["hi"]
+    assert (request.choice_count, list(request.sampling_params.stop_sequences)) == (2, ["END"])
+    assert request.HasField("top_logprob_count") and not request.HasField("prompt_top_logprob_count")
+    assert request.sampling_params.HasField("temperature") and not request.sampling_params.HasField("top_p")
+    assert request.thinking_mode == inference_pb2.THINKING_MODE_DISABLED
+    assert not request.HasField("structured_output")
+
+
+@pytest.mark.parametrize(
+    ("fields", "wrong"),
+    [
+        ({"json_object": True, "regex": "a"}, "give one of"),
+        ({"stop": "END"}, "stop must be a list"),
+        ({"choice": "a"}, "choice must be a list"),
+        ({"top_k": 2**40}, "range"),
+        ({"n": 0}, "n must not be 0"),
+        ({"allowed_token_ids": []}, "allowed_token_ids must not be empty"),
+        ({"cache_salt": ""}, "cache_salt must not be empty"),
+        ({"model": ""}, "model must not be empty"),
+        ({"request_id": ""}, "request_id must not be empty"),
+    ],
+)
+def test_requests_that_have_no_wire_form(fields: dict[str, Any], wrong: str) -> None:
+    with pytest.raises(ValueError, match=wrong):
+        generate_request("hi", **fields)

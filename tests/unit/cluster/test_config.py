@@ -84,7 +84,7 @@ def test_without_a_gpu_prefill_and_decode_are_split() -> None:
     assert pool.replicas == 2
     assert config.dtype == "float32"
     assert engine_claim(pool)["num_gpus"] == encoder_claim(config)["num_gpus"] == 0
-    assert pool.kv_cache_gib is not None
+    assert pool.block_size == 16
 
 
 def test_one_gpu_is_shared_by_a_colocated_engine_and_the_encoder() -> None:
@@ -93,7 +93,7 @@ def test_one_gpu_is_shared_by_a_colocated_engine_and_the_encoder() -> None:
     assert pool.role_counts() == {EngineRole.COLOCATED: 1}
     assert config.dtype == "bfloat16"
     assert engine_claim(pool)["num_gpus"] + encoder_claim(config)["num_gpus"] == 1
-    assert pool.kv_cache_gib is None
+    assert pool.block_size == 256
 
 
 @pytest.mark.parametrize(("gpus", "prefills", "decodes"), [(2, 1, 1), (3, 1, 2), (8, 4, 4)])
@@ -114,12 +114,12 @@ def test_what_is_written_wins_over_what_would_be_picked() -> None:
             dtype="float64",
             served_model_name="ernie",
             vision_encoder={"num_gpus": 1},
-            engines=[{"name": "all", "roles": {"colocated": 2}, "num_gpus": 2, "kv_cache_gib": 3}],
+            engines=[{"name": "all", "roles": {"colocated": 2}, "num_gpus": 2, "block_size": 8}],
         ),
         gpus=8,
     )
     assert (config.dtype, config.model_name, encoder_claim(config)["num_gpus"]) == ("float64", "ernie", 1)
-    assert [(pool.name, pool.num_gpus, pool.kv_cache_gib) for pool in config.pools] == [("all", 2, 3)]
+    assert [(pool.name, pool.num_gpus, pool.block_size) for pool in config.pools] == [("all", 2, 8)]
     assert resolve(config, gpus=0) == config
 
 

@@ -54,7 +54,8 @@ async def test_whole_reply() -> None:
     service = ScriptedService()
     async with stubs(service) as stub:
         reply = await stub.Generate(ASK)
-    assert (reply.text, reply.reasoning_text, reply.request_id) == ("A cät", "hmm.", "r-1")
+    (choice,) = reply.choices
+    assert (choice.text, choice.reasoning_text, reply.request_id) == ("A cät", "hmm.", "r-1")
     assert await service.ended.get() == "finished"
 
 
@@ -63,7 +64,7 @@ async def test_stream() -> None:
     async with stubs(service) as stub:
         responses = [response async for response in stub.StreamGenerate(STREAM)]
     assert responses[0].HasField("started") and responses[-1].HasField("finished")
-    assert "".join(response.text_delta for response in responses) == "A cät"
+    assert "".join(response.delta.text for response in responses) == "A cät"
     assert await service.ended.get() == "finished"
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import httpx
 import openai
+import pydantic
 import pytest
 import uvicorn
 
@@ -28,10 +29,10 @@ from actors.errors import (
     ServingError,
     Unavailable,
 )
-from actors.types import FinishReason, ThinkingMode
+from actors.types import FinishReason, StructureKind, ThinkingMode
 from cluster import http_api
-from cluster.generation import Delta, Finished, Started
-from tests.doubles import SCRIPT, STARTED, USAGE, Pause, ScriptedService
+from cluster.generation import ChoiceFinished, Delta, Finished, Started
+from tests.doubles import FINISHED, SCORED, SCRIPT, STARTED, USAGE, Pause, ScriptedService
 
 ASK: list[Any] = [{"role": "user", "content": "What is this?"}]
 CHAT = "/v1/chat/completions"
@@ -105,7 +106,8 @@ async def test_extras_are_absent_unless_asked_for() -> None:
         script=(
             Started(request_id="r", model="m", prompt_tokens=1),
             Delta(text="x"),
-            Finished(reason=FinishReason.LENGTH, usage=USAGE),
+            ChoiceFinished(reason=FinishReason.LENGTH),
+            Finished(usage=USAGE),
         )
     )
     async with plain(service) as client:
@@ -128,19 +130,32 @@ async def test_stream() -> None:
             extra_body={"return_token_ids": True, "return_timings": True},
         )
         chunks = [chunk.model_dump() async for chunk in stream]
-    first, last = chunks[0], chunks[-1]
+    first, *_, last = chunks
     assert first["choices"][0]["delta"]["role"] == "assistant"
     assert first["prompt_token_ids"] == [1, 2, 3]
     assert {chunk["id"] for chunk in chunks} == {"chatcmpl-r-1"}
-    deltas = [chunk["choices"][0] for chunk in chunks]
+    deltas = [chunk["choices"][0] for chunk in chunks[:-1]]
     assert "".join(choice["delta"].get("content") or "" for choice in deltas) == "A cät"
     assert "".join(choice["delta"].get("reasoning") or "" for choice in deltas) == "hmm."
     assert "".join(choice["delta"].get("reasoning_content") or "" for choice in deltas) == "hmm."
     assert [token for choice in deltas for token in choice["token_ids"]] == [10, 11, 12, 13, 14]
     assert [choice["finish_reason"] for choice in deltas] == [None] * 5 + ["stop"]
-    assert last["usage"]["completion_tokens"] == 5
-    assert last["timings"]["exposed"]["decode"] == 1.5
-    assert [chunk.get("usage") for chunk in chunks[:-1]] == [None] * 5
+    assert last["choices"] == [] and last["timings"]["exposed"]["decode"] == 1.5
+    assert all(chunk.get("usage") is None for chunk in chunks)
+
+
+@pytest.mark.parametrize("timings", [False, True])
+async def test_usage_comes_in_a_last_chunk_on_request(timings: bool) -> None:
+    script = SCRIPT if timings else (*SCRIPT[:-1], Finished(usage=USAGE))
+    async with sdk(ScriptedService(script=script)) as client:
+        stream = await client.chat.completions.create(
+            model="ernie", messages=ASK, stream=True, stream_options={"include_usage": True}
+        )
+        *chunks, last = [chunk async for chunk in stream]
+    assert last.choices == [] and last.usage is not None
+    assert (last.usage.prompt_tokens, last.usage.completion_tokens) == (12, 5)
+    assert last.usage.prompt_tokens_details is not None and last.usage.prompt_tokens_details.cached_tokens == 4
+    assert all(chunk.choices and chunk.usage is None for chunk in chunks)
 
 
 async def test_stream_on_the_wire() -> None:
@@ -256,13 +271,118 @@ async def test_a_service_that_breaks_its_contract_is_an_error(script: Any, strea
     assert '"code":"internal"' in response.text and "[DONE]" not in response.text
 
 
+SCORING: dict[str, Any] = {
+    "n": 2,
+    "logprobs": True,
+    "top_logprobs": 2,
+    "extra_body": {"prompt_logprobs": 2, "return_token_ids": True},
+}
+
+
+def entry(token: str, raw: bytes, logprob: float) -> dict[str, Any]:
+    return {"token": token, "logprob": logprob, "bytes": list(raw)}
+
+
+async def test_choices_and_log_probabilities() -> None:
+    async with sdk(ScriptedService(script=SCORED)) as client:
+        reply = await client.chat.completions.create(model="m", messages=ASK, **SCORING)
+    assert [(choice.index, choice.message.content, choice.finish_reason) for choice in reply.choices] == [
+        (0, "cät", "stop"),
+        (1, "no", "length"),
+    ]
+    first, second = reply.choices
+    assert first.logprobs is not None and first.logprobs.content is not None
+    assert b"".join(bytes(item.bytes or ()) for item in first.logprobs.content) == "hcät".encode()
+    assert [item.token for item in first.logprobs.content] == ["h", "c\ufffd", "\ufffd", "t"]
+    assert first.logprobs.content[-1].logprob == -9999
+    assert second.logprobs is not None
+    assert second.logprobs.model_dump() == {
+        "content": [entry("no", b"no", -0.5) | {"top_logprobs": [entry("no", b"no", -0.5), entry("na", b"na", -1.5)]}],
+        "refusal": None,
+    }
+    body = reply.model_dump()
+    assert [choice["token_ids"] for choice in body["choices"]] == [[10, 11, 12, 13], [20]]
+    assert body["choices"][0]["stop_reason"] == 7
+    assert body["prompt_logprobs"] == [
+        None,
+        {
+            "98": {"logprob": -0.5, "rank": 1, "decoded_token": "b"},
+            "99": {"logprob": -1.5, "rank": 2, "decoded_token": "c"},
+        },
+        None,
+    ]
+
+
+async def test_choices_are_interleaved_in_a_stream() -> None:
+    service = ScriptedService(script=SCORED)
+    async with sdk(service) as client:
+        whole = (await client.chat.completions.create(model="m", messages=ASK, **SCORING)).model_dump()
+        stream = await client.chat.completions.create(model="m", messages=ASK, stream=True, **SCORING)
+        chunks = [chunk.model_dump() async for chunk in stream]
+    assert [choice["index"] for chunk in chunks for choice in chunk["choices"]] == [0, 1, 1, 0, 0, 1, 0, 0]
+    assert [chunk.get("prompt_logprobs") for chunk in chunks[:2]] == [whole["prompt_logprobs"], None]
+    for expected in whole["choices"]:
+        pieces = [choice for chunk in chunks for choice in chunk["choices"] if choice["index"] == expected["index"]]
+        assert pieces[0]["delta"]["role"] == "assistant"
+        assert "".join(piece["delta"].get("content") or "" for piece in pieces) == expected["message"]["content"]
+        assert [token for piece in pieces for token in piece["token_ids"]] == expected["token_ids"]
+        content = [item for piece in pieces if piece["logprobs"] for item in piece["logprobs"]["content"]]
+        assert content == expected["logprobs"]["content"]
+        assert [piece["finish_reason"] for piece in pieces][-1] == expected["finish_reason"]
+
+
+class Animal(pydantic.BaseModel):
+    name: str
+    legs: int
+
+
+async def test_openais_client_parses_structured_answers() -> None:
+    text = Delta(text='{"name": "cat", "legs": 4}')
+    service = ScriptedService(script=(STARTED, text, ChoiceFinished(reason=FinishReason.STOP), FINISHED))
+    async with sdk(service) as client:
+        reply = await client.chat.completions.parse(model="m", messages=ASK, response_format=Animal)
+        async with client.chat.completions.stream(model="m", messages=ASK, response_format=Animal) as stream:
+            streamed = await stream.get_final_completion()
+    assert reply.choices[0].message.parsed == streamed.choices[0].message.parsed == Animal(name="cat", legs=4)
+    for call in service.calls:
+        assert call.structure is not None and call.structure.kind is StructureKind.JSON_SCHEMA
+        assert list(json.loads(call.structure.text)["properties"]) == ["name", "legs"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("at", [0, 2])
+@pytest.mark.parametrize(
+    ("fields", "ours", "theirs"),
+    [
+        ({"guided_regex": "["}, "structure", "guided_regex"),
+        ({"response_format": {"type": "json_object"}}, "structure", "response_format"),
+        ({"logprobs": True, "top_logprobs": 2}, "logprobs", "top_logprobs"),
+        ({"bad_words": ["x"]}, "bad_words_ids", "bad_words"),
+    ],
+)
+async def test_engines_fields_are_named_as_the_client_did(
+    fields: dict[str, Any], ours: str, theirs: str, stream: bool, at: int
+) -> None:
+    script = (*SCRIPT[:at], InvalidRequest("no", field=ours))
+    async with plain(ScriptedService(script=script)) as client:
+        text = (await client.post(CHAT, json={"messages": ASK, "stream": stream, **fields})).text
+    assert f'"message":"{theirs}: no"' in text and f'"param":"{theirs}"' in text
+
+
 async def test_unknown_fields_are_named() -> None:
     service = ScriptedService()
     async with sdk(service) as client:
-        for extra in ({"stream_options": {"include_usage": True}, "stream": True}, {"n": 1}, {"user": "u"}):
+        for field, extra in (
+            (
+                "stream_options.continuous_usage_stats",
+                {"stream_options": {"continuous_usage_stats": True}, "stream": True},
+            ),
+            ("tools", {"tools": [{"type": "function", "function": {"name": "f"}}]}),
+            ("user", {"user": "u"}),
+        ):
             with pytest.raises(openai.BadRequestError) as caught:
                 await client.chat.completions.create(model="m", messages=ASK, **extra)
-            assert caught.value.param == next(iter(extra))
+            assert caught.value.param == field
     assert service.calls == []
 
 
@@ -296,7 +416,7 @@ async def test_openais_client_skips_comments(monkeypatch: pytest.MonkeyPatch) ->
     async with sdk(service) as client:
         stream = await client.chat.completions.create(model="m", messages=ASK, stream=True)
         service.resume.set()
-        assert len([chunk async for chunk in stream]) == 6
+        assert len([chunk async for chunk in stream]) == 7
 
 
 Leave = Callable[[httpx.AsyncClient, ScriptedService], Awaitable[None]]
@@ -335,10 +455,25 @@ async def test_leaving_cancels_the_request(leave: Leave, script: Any) -> None:
 
 
 async def test_cancelled_elsewhere_ends_with_abort() -> None:
-    cancelled = Finished(reason=FinishReason.CANCELLED, usage=USAGE)
-    async with plain(ScriptedService(script=(STARTED, cancelled))) as client:
+    cancelled = ChoiceFinished(reason=FinishReason.CANCELLED)
+    async with plain(ScriptedService(script=(STARTED, cancelled, FINISHED))) as client:
         body = (await client.post(CHAT, json={"messages": ASK})).json()
     assert body["choices"][0]["finish_reason"] == "abort"
+
+
+async def test_a_stream_cancelled_before_its_prompt_was_scored_still_begins_with_roles() -> None:
+    cancelled = [ChoiceFinished(choice=choice, reason=FinishReason.CANCELLED) for choice in range(2)]
+    async with sdk(ScriptedService(script=(STARTED, *cancelled, FINISHED))) as client:
+        stream = await client.chat.completions.create(
+            model="m", messages=ASK, n=2, stream=True, extra_body={"prompt_logprobs": 1}
+        )
+        choices = [choice async for chunk in stream for choice in chunk.choices]
+    assert [(choice.index, choice.delta.role, choice.finish_reason) for choice in choices] == [
+        (0, "assistant", None),
+        (1, "assistant", None),
+        (0, None, "abort"),
+        (1, None, "abort"),
+    ]
 
 
 async def test_models() -> None:

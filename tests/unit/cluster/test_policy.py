@@ -3,7 +3,7 @@ from __future__ import annotations
 import dataclasses
 
 from actors.types import EncoderInfo, EngineInfo, EngineRole, LoadReport
-from cluster.policy import EngineView, blocks_needed, pick_encoder, pick_route, route_has_room
+from cluster.policy import EngineView, admissible, blocks_needed, has_room_on, pick_encoder, pick_route
 from cluster.registry import EncoderEntry
 
 
@@ -66,11 +66,24 @@ def test_only_engines_of_equal_weights_dtype_blocks_and_rules_are_paired() -> No
         assert names([prefill, decode]) is None
 
 
-def test_room_is_counted_in_whole_blocks_of_engines_that_decode() -> None:
+def test_those_who_wait_are_taken_up_in_order_while_whole_blocks_last() -> None:
     assert blocks_needed(17, 16) == 2
-    assert route_has_room([view("d", D, free=2)], 32)
-    assert not route_has_room([view("d", D, free=2)], 33)
-    assert not route_has_room([view("p", P, free=100)], 1)
+    decode = view("d", D, free=4)
+    assert admissible(decode, [32, 17, 1]) == 2
+    assert admissible(decode, [32, 32]) == 2
+    assert admissible(decode, [65, 1]) == 0
+    assert admissible(decode, []) == 0
+    assert admissible(view("p", P), [1]) == 0
+    assert admissible(view("c", C), [1]) == 1
+
+
+def test_a_route_has_room_where_all_of_its_engines_do() -> None:
+    engines = [view("p", P, free=2), view("d", D, free=3), view("c", C, free=4)]
+    split, alone = pick_route(engines[:2], 1), pick_route(engines[2:], 1)
+    assert split is not None and alone is not None
+    assert has_room_on(engines, split, 32) and not has_room_on(engines, split, 33)
+    assert has_room_on(engines, alone, 64) and not has_room_on(engines, alone, 65)
+    assert not has_room_on(engines[1:], split, 1)
 
 
 def test_the_encoder_with_the_shortest_queue_is_picked() -> None:

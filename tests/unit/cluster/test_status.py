@@ -6,7 +6,7 @@ import json
 
 from actors.types import EncoderInfo, EngineInfo, EngineRole, LoadReport
 from cluster.registry import EncoderEntry, EngineEntry, LoadingEntry, PreprocessorEntry, Snapshot
-from cluster.status import cluster_status, rows, summary
+from cluster.status import cluster_status, engine_notes, rows, summary
 
 ENGINE = EngineInfo(
     engine_id="engine-1",
@@ -19,9 +19,20 @@ ENGINE = EngineInfo(
     block_size=16,
     switches="s",
     max_model_len=512,
+    notes=("KV arena of 1 GiB", "experts: loop"),
 )
 LOAD = LoadReport(
-    step=1, running=2, waiting=3, free_blocks=90, total_blocks=100, block_size=16, queued_tokens=7, reserved=1
+    step=1,
+    running=2,
+    waiting=3,
+    free_blocks=90,
+    total_blocks=100,
+    block_size=16,
+    queued_tokens=7,
+    reserved=1,
+    prefix_queried_tokens=200,
+    prefix_hit_tokens=50,
+    preemptions=4,
 )
 SNAPSHOT = Snapshot(
     term=1,
@@ -43,9 +54,16 @@ def test_every_worker_has_a_row() -> None:
     assert list(rows(status)) == [
         ("preprocessor", "01234567", "preprocess", "10.0.0.3:3", ""),
         ("vision_encoder", "e1", "encode", "10.0.0.2:2", "5 patches queued"),
-        ("engine", "engine-1", "decode", "10.0.0.1:1", "2 running, 3 waiting, 1 reserved, KV 10/100"),
+        (
+            "engine",
+            "engine-1",
+            "decode",
+            "10.0.0.1:1",
+            "2 running, 3 waiting, 1 reserved, KV 10/100, prefix hits 25%, 4 preempted",
+        ),
         ("engine", "", "prefill", "loading, 1.0 of 57.0 GB", ""),
     ]
+    assert list(engine_notes(status)) == ["decode engine-1: KV arena of 1 GiB", "decode engine-1: experts: loop"]
     assert summary(status) == "m: not ready: no prefill engine, 2 requests active"
 
 

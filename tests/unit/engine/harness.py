@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from actors.engine.config import EngineConfig
+from actors.engine.constraints.compiler import ConstraintCompiler
 from actors.engine.engine import Engine
 from actors.engine.events import ComputedChunk
-from actors.engine.kv_cache import KvCache, KvLayout
-from actors.engine.runner import Runner
+from actors.engine.execution.forms import AttentionForm
+from actors.engine.execution.kv_cache import KvCache, KvLayout
+from actors.engine.execution.runner import Runner
 from actors.ernie.config import ErnieConfig, Rules, TextConfig
 from actors.ernie.text import LanguageModel
 from actors.errors import ServingError
@@ -22,18 +23,20 @@ from actors.types import (
     EngineRequest,
     EngineRole,
     FinishReason,
-    Grid,
-    MediaKind,
-    MediaSpan,
+    KvIdentity,
     MilestoneKind,
-    SamplingParams,
+    PromptLogprobs,
     SequenceKey,
     TokenEvent,
 )
 from tests.small_models import language_model, text_config, vision_config
-
-IMAGE, VIDEO = 100, 127
-EOS = 2
+from tests.unit.engine.engine_requests import EOS as EOS
+from tests.unit.engine.engine_requests import IMAGE as IMAGE
+from tests.unit.engine.engine_requests import VIDEO as VIDEO
+from tests.unit.engine.engine_requests import key as key
+from tests.unit.engine.engine_requests import media_request as media_request
+from tests.unit.engine.engine_requests import request as request
+from tests.unit.engine.engine_requests import span as span
 
 
 def ernie_config(text: TextConfig | None = None, **changes: Any) -> ErnieConfig:
@@ -51,57 +54,6 @@ def ernie_config(text: TextConfig | None = None, **changes: Any) -> ErnieConfig:
     return ErnieConfig(**(fields | changes))
 
 
-def key(name: str | int, attempt: int = 0) -> SequenceKey:
-    return SequenceKey(str(name), attempt, 0)
-
-
-def request(
-    prompt: Sequence[int],
-    *,
-    max_tokens: int = 8,
-    media: Sequence[MediaSpan] = (),
-    outputs: Sequence[int] = (),
-    arrival_s: float = 0.0,
-    deadline_s: float = 4e9,
-    priority: int = 0,
-    seed: int = 7,
-    choices: int = 1,
-    **sampling: Any,
-) -> EngineRequest:
-    sampling = {"temperature": 0.0, "ignore_eos": True} | sampling
-    return EngineRequest(
-        prompt_ids=tuple(prompt),
-        media=tuple(media),
-        output_ids=tuple(outputs),
-        sampling=SamplingParams(max_tokens=max_tokens, **sampling),
-        seed=seed,
-        choices=choices,
-        arrival_s=arrival_s,
-        deadline_s=deadline_s,
-        priority=priority,
-    )
-
-
-def span(kind: MediaKind, offset: int, grid: Grid) -> MediaSpan:
-    keys = tuple(bytes([i]) * 32 for i in range(grid.units))
-    return MediaSpan(kind=kind, offset=offset, grid=grid, embedding_keys=keys, encoder_address="")
-
-
-def media_request(content: int, **options: Any) -> tuple[EngineRequest, dict[tuple[int, int], torch.Tensor]]:
-    """Text, an image of 2 x 3 tokens, text, a video of 3 pairs of 2 x 2 tokens, text; and its embeddings."""
-    generator = torch.Generator().manual_seed(content)
-    text = torch.randint(3, IMAGE, (12,), generator=generator).tolist()
-    image, video = Grid(1, 4, 6), Grid(6, 4, 4)
-    prompt = [*text[:3], 110, *[IMAGE] * image.tokens, 111, *text[3:6], 112, *[VIDEO] * video.tokens, 113, *text[6:]]
-    spans = [span(MediaKind.IMAGE, 4, image), span(MediaKind.VIDEO, 4 + image.tokens + 5, video)]
-    embeddings = {
-        (media, unit): torch.randn(grid.tokens_per_unit, 48, generator=generator, dtype=torch.float64)
-        for media, grid in enumerate((image, video))
-        for unit in range(grid.units)
-    }
-    return request(prompt, media=spans, **options), embeddings
-
-
 class Recorder:
     """A sink that remembers everything and answers what it was told to answer."""
 
@@ -112,6 +64,10 @@ class Recorder:
         self.ended: dict[SequenceKey, ServingError] = {}
         self.released: list[SequenceKey] = []
         self.milestones: list[tuple[SequenceKey, MilestoneKind, float]] = []
+        self.cached: dict[SequenceKey, int] = {}
+        self.prompt_logprobs: dict[SequenceKey, list[PromptLogprobs]] = defaultdict(list)
+        self.preempted: list[SequenceKey] = []
+        self.findable: set[bytes] = set()
         self.calls: list[tuple[Any, ...]] = []
         self.chunks: dict[SequenceKey, list[ComputedChunk]] = defaultdict(list)
         self.fatal: BaseException | None = None
@@ -131,15 +87,24 @@ class Recorder:
             self.ended[key] = error
             self.changed.notify_all()
 
-    def on_milestone(self, key: SequenceKey, kind: MilestoneKind, busy_s: float) -> None:
+    def on_prompt_logprobs(self, piece: PromptLogprobs) -> None:
+        with self.changed:
+            assert not self.tokens[piece.key], "a prompt's log-probabilities come before its first token"
+            self.prompt_logprobs[piece.key].append(piece)
+            self.changed.notify_all()
+
+    def on_milestone(self, key: SequenceKey, kind: MilestoneKind, busy_s: float, cached_tokens: int) -> None:
         with self.changed:
             self.milestones.append((key, kind, busy_s))
+            if kind is MilestoneKind.PREFILL_STARTED:
+                assert key not in self.cached, f"{key} started twice"
+                self.cached[key] = cached_tokens
             if kind is MilestoneKind.RELEASED:
                 assert key not in self.released, f"{key} released twice"
                 self.released.append(key)
             self.changed.notify_all()
 
-    def on_admitted(self, key: SequenceKey) -> None:
+    def on_admitted(self, key: SequenceKey, cached_tokens: int) -> None:
         self.note("admitted", key)
         assert self.engine is not None
         for (media, unit), embedding in self.embeddings.get(key, {}).items():
@@ -147,6 +112,17 @@ class Recorder:
 
     def on_media_consumed(self, key: SequenceKey, media_index: int, unit_index: int) -> None:
         self.note("consumed", key, media_index, unit_index)
+
+    def on_preempted(self, key: SequenceKey) -> None:
+        with self.changed:
+            self.preempted.append(key)
+            self.changed.notify_all()
+
+    def on_blocks_changed(self, stored: tuple[bytes, ...], removed: tuple[bytes, ...]) -> None:
+        with self.changed:
+            assert not self.findable & set(stored) and self.findable >= set(removed)
+            self.findable |= set(stored)
+            self.findable -= set(removed)
 
     def on_reserve_needed(self, key: SequenceKey, token_count: int) -> None:
         self.note("reserve_needed", key, token_count)
@@ -213,6 +189,7 @@ class Rig:
         cache: KvCache | None = None,
         sink: Recorder | None = None,
         batched_decode: bool = True,
+        compiler: ConstraintCompiler | None = None,
         **options: Any,
     ) -> None:
         fields: dict[str, Any] = {
@@ -228,9 +205,15 @@ class Rig:
         self.cache = cache or KvCache.allocate(
             kv_layout(self.model, engine_config.block_size), blocks, self.model.device
         )
-        self.runner = Runner(self.model, self.config, self.rules, self.cache, batched_decode=batched_decode)
+        attention = AttentionForm.PAGED if batched_decode else AttentionForm.PLAIN
+        self.runner = Runner(self.model, self.config, self.rules, self.cache, attention=attention)
         self.sink = sink or Recorder()
-        self.engine = Engine(engine_config, self.config, self.rules, self.runner, self.sink)
+        identity = KvIdentity(
+            fingerprint="00", dtype="float64", block_size=engine_config.block_size, switches=self.rules.switches
+        )
+        self.engine = Engine(
+            engine_config, self.config, self.rules, self.runner, self.sink, identity=identity, compiler=compiler
+        )
         self.sink.engine = self.engine
 
     def __enter__(self) -> Rig:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 
-from actors.engine.sampler import Draw
+from actors.engine.sampling import batch as sampling_batch
+from actors.engine.sampling.drawing import stream_keys, uniforms
 from actors.ernie.attention import PackedAttention
 from actors.ernie.config import ErnieConfig, Rules
 from actors.ernie.positions import prompt_positions
@@ -134,21 +134,6 @@ def test_resumed_reply_goes_on_as_if_nothing_had_happened(split: int, alone: lis
             assert rig.sink.tokens[key(0)][0].index == split
 
 
-def test_preempted_attempt_ends_and_the_rest_is_unharmed(alone: list[list[int]]) -> None:
-    wanted = [request(prompt, max_tokens=30, arrival_s=float(i)) for i, prompt in enumerate(prompts(3, seed=4))]
-    with Rig() as rig:
-        want = rig.run(*wanted)
-    with Rig(blocks=20, max_model_len=80) as rig:
-        names = [rig.submit(i, one) for i, one in enumerate(wanted)]
-        rig.wait_released(*names)
-        assert rig.sink.ended.keys() <= {key(1), key(2)}
-        assert {error.reason for error in rig.sink.ended.values()} == {"PREEMPTED"}
-        for number, name in enumerate(names):
-            got = rig.sink.ids(name)
-            assert got == want[number][: len(got)]
-            assert name in rig.sink.ended or len(got) == 30
-
-
 def test_seed_decides() -> None:
     prompt = prompts(1)[0]
     with Rig() as rig:
@@ -208,15 +193,15 @@ def test_memory_bounds_the_context() -> None:
         assert len(rig.run(request([5] * 4, max_tokens=100))[0]) == 8
 
 
-def test_randomness_is_keyed_by_seed_choice_and_output_index() -> None:
+def test_randomness_is_keyed_by_seed_choice_and_output_index(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, int]] = []
+
+    def watched(keys: Any, indices: Any) -> Any:
+        seen.extend(zip(keys.tolist(), indices.tolist(), strict=True))
+        return uniforms(keys, indices)
+
+    monkeypatch.setattr(sampling_batch, "uniforms", watched)
     with Rig() as rig:
-        seen: list[tuple[int, int, int]] = []
-        sample = rig.runner.sampler.sample
-
-        def watched(logits_NV: torch.Tensor, draws: Sequence[Draw]) -> list[int]:
-            seen.extend((draw.seed, draw.choice, draw.index) for draw in draws)
-            return sample(logits_NV, draws)
-
-        rig.runner.sampler.sample = watched  # type: ignore[method-assign]
         rig.run(request([5] * 9, outputs=[6, 7], max_tokens=5, temperature=1.0, seed=77))
-        assert seen == [(77, 0, 2), (77, 0, 3), (77, 0, 4)]
+    (stream,) = stream_keys([77], [0]).tolist()
+    assert seen == [(stream, 2), (stream, 3), (stream, 4)]

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from actors.engine.arena import Arena, ArenaPlan, arena_bytes
-from actors.engine.kv_cache import KvCache
+from actors.engine.execution.arena import Arena, ArenaPlan, arena_bytes
+from actors.engine.execution.kv_cache import KvCache
 from actors.ernie.bank import vision_bank_bytes
 from actors.ernie.config import ErnieConfig, Rules
 from actors.ernie.text import LanguageModel

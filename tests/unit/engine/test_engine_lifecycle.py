@@ -8,9 +8,9 @@ from collections.abc import Mapping
 import pytest
 import torch
 
+from actors.engine.execution.runner import Runner
 from actors.engine.keys import KeyRegistry
 from actors.engine.plan import StepPlan
-from actors.engine.runner import Runner
 from actors.errors import AlreadyExists, DeadlineExceeded, InvalidRequest, Overloaded, RequestCancelled, Unavailable
 from tests.unit.engine.harness import Rig, key, media_request, request
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from actors.engine.events import ComputedChunk
+from actors.engine.scheduling.reservations import Reservation
 from actors.errors import DeadlineExceeded, RequestCancelled, ServingError, Unavailable
 from actors.types import AttemptMode, EngineRequest, EngineRole, FinishReason, MilestoneKind, SequenceKey
 from tests.small_models import language_model, text_config
@@ -31,13 +32,13 @@ class PrefillSide(Recorder):
         super().on_reserve_needed(key, token_count)
         self.peer.engine.reserve(key, token_count).add_done_callback(lambda future: self.answer(key, future))
 
-    def answer(self, key: SequenceKey, future: Future[list[int]]) -> None:
+    def answer(self, key: SequenceKey, future: Future[Reservation]) -> None:
         assert self.engine is not None
         error = future.exception()
         if error is None:
             with self.peer.sink.tables_lock:  # type: ignore[attr-defined]
-                self.peer.sink.tables[key] = future.result()  # type: ignore[attr-defined]
-            self.engine.reserved(key, 0)
+                self.peer.sink.tables[key], held_tokens = future.result()  # type: ignore[attr-defined]
+            self.engine.reserved(key, held_tokens)
         else:
             assert isinstance(error, ServingError)
             self.engine.refused(key, error.reason)
@@ -83,13 +84,14 @@ class DecodeSide(Recorder):
 class Pair:
     """Decode has no vision bank, other blocks and other batches than prefill."""
 
-    def __init__(self, *, decode_blocks: int = 90, **options: Any) -> None:
+    def __init__(
+        self, *, decode_blocks: int = 90, decode_options: dict[str, Any] | None = None, **options: Any
+    ) -> None:
         self.sender = PrefillSide()
         self.prefill = Rig(role=EngineRole.PREFILL, sink=self.sender, max_batched_tokens=CUT, **options)
         bankless = language_model(text_config(), bank=False)
-        self.decode = Rig(
-            bankless, role=EngineRole.DECODE, sink=DecodeSide(), blocks=decode_blocks, reserve_wait_s=60.0
-        )
+        fields = {"reserve_wait_s": 60.0} | (decode_options or {})
+        self.decode = Rig(bankless, role=EngineRole.DECODE, sink=DecodeSide(), blocks=decode_blocks, **fields)
         self.sender.peer, self.sender.cache = self.decode, self.prefill.cache
 
     def __enter__(self) -> Pair:
@@ -160,6 +162,7 @@ def test_reply_of_one_token_never_decodes() -> None:
 
 
 def test_reservations_wait_for_room_and_all_replies_come() -> None:
+    """Text that lost its blocks while decoding is computed anew there; one that lost them before its KV came ends."""
     wanted = [request(prompt, max_tokens=12) for prompt in prompts(6, seed=5)]
     with Rig() as rig:
         want = rig.run(*wanted)
@@ -171,6 +174,52 @@ def test_reservations_wait_for_room_and_all_replies_come() -> None:
             ended = pair.decode.sink.ended.get(name) or pair.prefill.sink.ended.get(name)
             assert got == expected or (ended is not None and ended.reason in ("PREEMPTED", "STAGE_LOST"))
         assert sum(got == expected for got, expected in zip(whole, want, strict=True)) >= 2
+
+
+def test_text_is_recomputed_by_a_decode_engine_that_ran_out_of_blocks() -> None:
+    wanted = [request(prompt, max_tokens=40, arrival_s=float(i)) for i, prompt in enumerate(prompts(3, seed=4))]
+    with Rig() as rig:
+        want = rig.run(*wanted)
+    with Pair(decode_blocks=30, decode_options={"reserve_margin_tokens": 1}) as pair:
+        names = [pair.submit(number, one) for number, one in enumerate(wanted)]
+        pair.wait_released(*names)
+        assert pair.decode.engine.load().preemptions >= 1
+        assert pair.decode.sink.preempted and not pair.decode.sink.ended
+        assert [pair.prefill.sink.ids(name) + pair.decode.sink.ids(name) for name in names] == want
+        assert {kind for _, kind, _ in pair.decode.sink.milestones} == {MilestoneKind.RELEASED}
+
+
+def test_media_sequences_go_back_to_the_router() -> None:
+    first = (request(prompts(1, seed=4)[0], max_tokens=60), None)
+    shown = media_request(3, max_tokens=60, arrival_s=1.0)
+    with Pair(decode_blocks=26, decode_options={"reserve_margin_tokens": 1, "max_model_len": 100}) as pair:
+        names = [pair.submit(number, *one) for number, one in enumerate((first, shown))]
+        pair.wait_released(*names)
+        assert list(pair.decode.sink.ended) == [names[1]]
+        assert pair.decode.sink.ended[names[1]].reason == "PREEMPTED"
+        assert not pair.decode.sink.preempted
+
+
+@pytest.mark.parametrize(("there", "here"), [(True, True), (True, False), (False, True)])
+def test_only_what_the_decode_engine_lacks_is_sent(there: bool, here: bool) -> None:
+    """Whichever of the two engines knows the prompt from before."""
+    wanted, embeddings = mixed_requests()[-1]
+    prompt = len(wanted.prompt_ids)
+    with Rig() as rig:
+        want = rig.run((wanted, embeddings))[0]
+    with Pair(prefix_caching=here, decode_options={"prefix_caching": there}) as pair:
+        names = []
+        for number in range(2):
+            names.append(pair.submit(number, wanted, embeddings))
+            pair.wait_released(names[-1])
+        held = (prompt - 1) // 4 * 4
+        for number, name in enumerate(names):
+            assert pair.prefill.sink.ids(name) + pair.decode.sink.ids(name) == want
+            chunks = pair.sender.chunks[name]
+            assert chunks[0].first_token == (held if number and there else 0)
+            assert sum(chunk.token_count for chunk in chunks) == prompt - chunks[0].first_token
+            assert pair.prefill.sink.cached[name] == (held if number and here else 0)
+        assert (pair.decode.engine.load().prefix_hit_tokens > 0) == there
 
 
 def test_refused_transfer_ends_the_prefill_side_with_its_reason() -> None:
@@ -215,7 +264,7 @@ def test_cancelled_reservation_lets_nothing_be_written() -> None:
         assert not pair.decode.sink.tokens[name]
 
 
-def reservation_error(future: Future[list[int]]) -> str:
+def reservation_error(future: Future[Reservation]) -> str:
     error = future.exception(20)
     assert isinstance(error, Unavailable)
     return error.reason
@@ -234,7 +283,7 @@ def test_reservation_errors() -> None:
         assert reservation_error(waiting) == "ENDED"
         name = pair.decode.submit(0, request([5] * 6), mode=AttemptMode.DECODE)
         assert reservation_error(engine.reserve(name, 5)) == "MISMATCH"
-        assert len(engine.reserve(name, 6).result(20)) == 18
+        assert len(engine.reserve(name, 6).result(20)[0]) == 18
         assert reservation_error(engine.reserve(name, 6)) == "DUPLICATE"
         engine.kv_arrived(name, 101)
         pair.decode.wait_released(name)

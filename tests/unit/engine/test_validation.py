@@ -8,11 +8,10 @@ import pytest
 
 from actors.engine.validation import check_request
 from actors.errors import ContextExceeded, InvalidRequest, ServingError, Unavailable
-from actors.types import AttemptMode, EngineRequest, EngineRole, Grid, MediaKind, SequenceKey
-from tests.unit.engine.harness import IMAGE, VIDEO, ernie_config, key, media_request, request, span
+from actors.types import AttemptMode, EngineRequest, EngineRole, Grid, MediaKind, Structure, StructureKind
+from tests.unit.engine.harness import IMAGE, VIDEO, ernie_config, media_request, request, span
 
 CONFIG = ernie_config()
-KEY = key(0)
 IMAGE_SPAN = span(MediaKind.IMAGE, 1, Grid(1, 2, 4))
 PROMPT = (5, IMAGE, IMAGE, 6)
 
@@ -21,9 +20,8 @@ def check(
     wanted: EngineRequest,
     mode: AttemptMode = AttemptMode.COLOCATED,
     role: EngineRole = EngineRole.COLOCATED,
-    name: SequenceKey = KEY,
 ) -> None:
-    check_request(name, wanted, mode, role=role, model=CONFIG, max_model_len=100)
+    check_request(wanted, mode, role=role, model=CONFIG, max_model_len=100)
 
 
 def refusal(wanted: EngineRequest, **options: Any) -> ServingError:
@@ -37,6 +35,25 @@ def test_good_requests_pass() -> None:
     check(request(range(99)))
     check(
         request([99, 101, 126], outputs=[99], max_tokens=2, temperature=0.3, top_k=4, top_p=1.0, stop_token_ids=(127,))
+    )
+    check(
+        request(
+            [1],
+            max_tokens=5,
+            min_p=1.0,
+            repetition_penalty=1e-9,
+            presence_penalty=-2.0,
+            frequency_penalty=2.0,
+            logit_bias=((99, -100.0), (0, 100.0), (1, -math.inf)),
+            allowed_token_ids=(0, 99),
+            bad_words_ids=((1, 2), (127,)),
+            min_tokens=5,
+            logprobs=0,
+            prompt_logprobs=20,
+            reasoning_max_tokens=0,
+            structure=Structure(kind=StructureKind.JSON_OBJECT),
+            ignore_eos=False,
+        )
     )
     check(media_request(0)[0])
     check(request(PROMPT, media=[IMAGE_SPAN]))
@@ -64,9 +81,36 @@ def test_good_requests_pass() -> None:
         (request([1], top_k=-1), "top_k"),
         (request([1], stop_token_ids=(128,)), "stop_token_ids"),
         (request([1], stop_token_ids=(-1,)), "stop_token_ids"),
+        (request([1], min_p=-0.1), "min_p"),
+        (request([1], min_p=1.1), "min_p"),
+        (request([1], min_p=math.nan), "min_p"),
+        (request([1], repetition_penalty=0.0), "repetition_penalty"),
+        (request([1], repetition_penalty=math.inf), "repetition_penalty"),
+        (request([1], repetition_penalty=math.nan), "repetition_penalty"),
+        (request([1], presence_penalty=2.1), "presence_penalty"),
+        (request([1], presence_penalty=math.nan), "presence_penalty"),
+        (request([1], frequency_penalty=-2.1), "frequency_penalty"),
+        (request([1], logit_bias=((100, 1.0),)), "logit_bias"),
+        (request([1], logit_bias=((-1, 1.0),)), "logit_bias"),
+        (request([1], logit_bias=((2**70, 1.0),)), "logit_bias"),
+        (request([1], logit_bias=((1, 100.5),)), "logit_bias"),
+        (request([1], logit_bias=((1, math.inf),)), "logit_bias"),
+        (request([1], logit_bias=((1, math.nan),)), "logit_bias"),
+        (request([1], allowed_token_ids=()), "allowed_token_ids"),
+        (request([1], allowed_token_ids=(1, 100)), "allowed_token_ids"),
+        (request([1], allowed_token_ids=(-1,)), "allowed_token_ids"),
+        (request([1], bad_words_ids=((1,), ())), "bad_words"),
+        (request([1], bad_words_ids=((1, 128),)), "bad_words"),
+        (request([1], min_tokens=-1), "min_tokens"),
+        (request([1], min_tokens=6, max_tokens=5), "min_tokens"),
+        (request([1], logprobs=-1), "logprobs"),
+        (request([1], logprobs=21), "logprobs"),
+        (request([1], prompt_logprobs=21), "prompt_logprobs"),
+        (request([1], prompt_logprobs=-1), "prompt_logprobs"),
+        (request([1], reasoning_max_tokens=-1), "reasoning_max_tokens"),
+        (request([1], structure=Structure(kind=StructureKind.JSON_OBJECT), ignore_eos=True), "ignore_eos"),
         (request([1], seed=-1), "seed"),
         (request([1], seed=2**64), "seed"),
-        (request([1], choices=2), "n"),
         (request([1], deadline_s=math.nan), "timeout"),
         (request([1], arrival_s=math.inf), "timeout"),
     ],
@@ -101,10 +145,6 @@ def test_media_must_lie_exactly_on_their_placeholders(prompt: Any, media: Any, f
     error = refusal(request(prompt, media=media))
     assert isinstance(error, InvalidRequest)
     assert error.field == field
-
-
-def test_only_the_first_choice_exists_yet() -> None:
-    assert refusal(request([1]), name=SequenceKey("r", 0, 1)).field == "n"
 
 
 def test_context_counts_earlier_outputs_and_one_more() -> None:

@@ -13,7 +13,6 @@ from torch import Tensor
 from actors.parallel.kv_transfer import (
     BlockGuard,
     KvGeometry,
-    KvIdentity,
     KvTransferConfig,
     Staging,
     Transport,
@@ -26,6 +25,7 @@ from actors.parallel.kv_transfer import (
     send_chunk,
 )
 from actors.parallel.torch_pairs import TorchMeeting, join_address, split_address
+from actors.types import KvIdentity
 
 GEOMETRY = KvGeometry(num_layers=3, num_kv_heads=2, head_dim=4, dtype=torch.float32, device=torch.device("cpu"))
 CONFIG = KvTransferConfig(data_timeout_s=10.0, join_timeout_s=10.0)

@@ -65,6 +65,23 @@ def test_cuts_never_matter(text: str, cuts: list[int], starts: bool) -> None:
     assert parse(starts, *pieces(text, cuts)) == parse(starts, text)
 
 
+@pytest.mark.parametrize(
+    ("starts", "text", "reasoning", "answer"),
+    [
+        (False, "<response>a</response>", "", "<response>a</response>"),
+        (False, "<think>a</think>", "", "<think>a</think>"),
+        (False, "\n\n{}", "", "\n\n{}"),
+        (True, "hm</think>\n\n<response>a</response>\n", "hm", "<response>a</response>\n"),
+        (True, "hm</think><think>", "hm", "<think>"),
+    ],
+)
+def test_a_structured_answer_stays_as_it_is(starts: bool, text: str, reasoning: str, answer: str) -> None:
+    for cut in range(len(text) + 1):
+        parser = ReasoningParser(starts, structured=True)
+        pieces = [parser.push(text[:cut]), parser.push(text[cut:]), parser.flush()]
+        assert ("".join(r for r, _ in pieces), "".join(a for _, a in pieces)) == (reasoning, answer)
+
+
 def test_only_what_could_be_a_marker_is_held_back() -> None:
     parser = ReasoningParser(True)
     assert parser.push("because") == ("because", "")
@@ -131,6 +148,18 @@ def test_nothing_after_a_match_and_partial_held_back() -> None:
     assert matcher.matched == "</s>"
     assert matcher.push("four") == ""
     assert matcher.flush() == ""
+
+
+def test_a_stop_string_that_may_not_end_yet() -> None:
+    matcher = StopStrings(["ab", "xabc", "b1"])
+    assert matcher.push("ab xab", match=False) == "ab "
+    assert matcher.push("z") == "xabz"  # "ab" ended where none may
+    assert matcher.push("xab", match=False) == ""
+    assert matcher.push("c") == ""
+    assert matcher.matched == "xabc"
+    begun = StopStrings(["ab", "b1"])
+    assert begun.push("ab", match=False) == "a"
+    assert (begun.push("1"), begun.matched) == ("", "b1")
 
 
 def test_empty_stop_string() -> None:

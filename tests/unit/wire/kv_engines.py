@@ -14,9 +14,9 @@ from torch import Tensor
 
 from actors.engine.events import ComputedChunk
 from actors.errors import ServingError, Unavailable
-from actors.parallel.kv_transfer import KvGeometry, KvIdentity, KvTransferConfig, Meeting, Transport
+from actors.parallel.kv_transfer import KvGeometry, KvTransferConfig, Meeting, Transport
 from actors.parallel.torch_pairs import TorchMeeting
-from actors.types import SequenceKey
+from actors.types import KvIdentity, SequenceKey
 from actors.wire.channels import make_server
 from actors.wire.kv_receiver import KvReceiver
 from actors.wire.kv_sender import KvSender
@@ -104,11 +104,13 @@ class DecodeDouble(Recorder):
         super().__init__()
         self.free = list(range(blocks))
         self.tables: dict[SequenceKey, list[int]] = {}
-        self.waiting: dict[SequenceKey, tuple[int, Future[list[int]]]] = {}
+        self.held: dict[SequenceKey, list[int]] = {}
+        """Blocks at the beginning of a sequence's table that are there already; set before its reservation."""
+        self.waiting: dict[SequenceKey, tuple[int, Future[tuple[list[int], int]]]] = {}
         self.wait_for_submit = False
 
-    def reserve(self, key: SequenceKey, token_count: int) -> Future[list[int]]:
-        future: Future[list[int]] = Future()
+    def reserve(self, key: SequenceKey, token_count: int) -> Future[tuple[list[int], int]]:
+        future: Future[tuple[list[int], int]] = Future()
         self.waiting[key] = (token_count, future)
         self.tell("reserve", key, token_count)
         if not self.wait_for_submit:
@@ -117,12 +119,13 @@ class DecodeDouble(Recorder):
 
     def submit(self, key: SequenceKey) -> None:
         tokens, future = self.waiting.pop(key)
-        need = -(-tokens // BLOCK_SIZE)
+        held = self.held.get(key, [])
+        need = -(-tokens // BLOCK_SIZE) - len(held)
         if need > len(self.free):
             future.set_exception(Unavailable("no blocks", reason="NO_BLOCKS"))
             return
-        self.tables[key] = [self.free.pop() for _ in range(need)]
-        future.set_result(self.tables[key])
+        self.tables[key] = [*held, *(self.free.pop() for _ in range(need))]
+        future.set_result((self.tables[key], len(held) * BLOCK_SIZE))
 
     def kv_arrived(self, key: SequenceKey, first_output_id: int, finished: bool) -> None:
         self.tell("kv_arrived", key, first_output_id, finished)

@@ -165,3 +165,48 @@ async def test_media_that_are_gone_again_and_again_end_the_sequence() -> None:
     await settle()
     assert [(key, error.reason) for key, error in place.failed] == [(A, "STAGE_LOST")]
     assert place.needs.empty()
+
+
+async def test_units_inside_a_cached_prefix_are_not_pulled() -> None:
+    place = Place(window_bytes=9 * UNIT_BYTES)
+    place.open(b"1", b"2", b"3", b"4")
+    media = (span(b"1", offset=1), span(b"2", b"3", frames=4, offset=5), span(b"4", offset=13))
+    place.puller.start(A, media, 9)
+    await settle()
+    assert place.supplied == [(A, 1, 1, b"3"), (A, 2, 0, b"4")]
+    assert place.puller.held_bytes == 2 * UNIT_BYTES
+    place.puller.stop(A)
+    place.puller.start(B, media, 8)
+    await settle()
+    assert [item[3] for item in place.supplied[2:]] == [b"2", b"3", b"4"]
+    place.puller.stop(B)
+
+
+async def test_a_preempted_sequence_gives_its_window_back_and_pulls_again() -> None:
+    place = Place(window_bytes=UNIT_BYTES)
+    place.open(b"1", b"2")
+    place.puller.start(A, (span(b"1", b"2", frames=4),))
+    await settle()
+    place.puller.stop(A)
+    assert place.puller.held_bytes == 0
+    place.puller.start(A, (span(b"1", b"2", frames=4),))
+    await settle()
+    assert place.supplied == [(A, 0, 0, b"1")] * 2
+    place.puller.consumed(A, 0, 0)
+    await settle()
+    assert place.supplied[2:] == [(A, 0, 1, b"2")]
+    place.puller.consumed(A, 0, 1)
+    assert place.puller.held_bytes == 0
+
+
+async def test_what_was_consumed_from_before_a_preemption_is_not_pulled_again() -> None:
+    place = Place(window_bytes=UNIT_BYTES)
+    place.open(b"1", b"2", b"3")
+    place.puller.start(A, (span(b"1", b"2", b"3", frames=6),))
+    place.puller.consumed(A, 0, 1)
+    await settle()
+    place.puller.consumed(A, 0, 0)
+    await settle()
+    assert [item[3] for item in place.supplied] == [b"1", b"3"]
+    place.puller.consumed(A, 0, 2)
+    assert place.puller.held_bytes == 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 
@@ -23,9 +23,11 @@ from actors.types import (
     MediaKind,
     MediaSpan,
     MilestoneKind,
+    PromptLogprobs,
     SamplingParams,
     SequenceKey,
     TokenEvent,
+    TokenLogprobs,
 )
 from actors.wire import convert
 from actors.wire.channels import make_server, open_channel
@@ -94,6 +96,12 @@ class Pair:
             on_load=lambda _: self.loaded.set(),
             on_lost=lambda _: self.lost.set(),
         )
+
+    async def until(self, condition: Callable[[], bool]) -> bool:
+        async with asyncio.timeout(5):
+            while not condition():
+                await asyncio.sleep(0.01)
+        return True
 
     async def event(self) -> AttemptEvent:
         return await asyncio.wait_for(self.events.get(), 5)
@@ -279,3 +287,52 @@ async def test_a_link_that_does_not_begin_with_a_hello_is_refused(monkeypatch: p
         with pytest.raises(grpc.aio.AioRpcError) as refusal:
             await asyncio.wait_for(call.read(), 5)
         assert refusal.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+
+
+def block(number: int) -> bytes:
+    return number.to_bytes(32, "little")
+
+
+async def test_every_router_knows_the_blocks_an_engine_holds() -> None:
+    async with engine() as pair:
+        pair.servicer.deliver_blocks_changed([block(1), block(2)], [])
+        assert await pair.until(lambda: pair.link.cached_blocks == {block(1), block(2)})
+        pair.servicer.deliver_blocks_changed([block(3)], [block(1)])
+        late = pair.connect(pair.info)
+        late.start()
+        assert await pair.until(lambda: pair.link.cached_blocks == late.cached_blocks == {block(2), block(3)})
+        pair.servicer.deliver_blocks_changed([], [block(2)])
+        assert await pair.until(lambda: pair.link.cached_blocks == late.cached_blocks == {block(3)})
+        await late.close()
+
+
+async def test_many_blocks_travel_in_several_messages() -> None:
+    async with engine() as pair:
+        blocks = {block(number) for number in range(140_000)}
+        pair.servicer.deliver_blocks_changed(blocks, [])
+        assert await pair.until(lambda: pair.link.cached_blocks == blocks)
+        late = pair.connect(pair.info)
+        late.start()
+        assert await pair.until(lambda: late.cached_blocks == blocks)
+        await late.close()
+
+
+async def test_a_lost_link_knows_nothing() -> None:
+    async with engine() as pair:
+        pair.servicer.deliver_blocks_changed([block(1)], [])
+        assert await pair.until(lambda: pair.link.cached_blocks == {block(1)})
+        await pair.link.close()
+        assert pair.link.cached_blocks == set()
+        assert await pair.until(lambda: not pair.servicer._open)
+
+
+async def test_what_was_cached_and_prompt_logprobs_reach_their_attempt() -> None:
+    async with engine() as pair:
+        pair.link.submit(KEY, REQUEST, AttemptMode.COLOCATED, None, pair.events)
+        await pair.call()
+        pair.servicer.deliver_milestone(KEY, MilestoneKind.PREFILL_STARTED, 0.0, 48)
+        assert await pair.event() == Milestone(KEY, MilestoneKind.PREFILL_STARTED, 0.0, 48)
+        entry = TokenLogprobs(token_id=5, logprob=-0.5, rank=2, top=((7, -0.25), (5, -0.5)))
+        piece = PromptLogprobs(key=KEY, first=3, entries=(None, entry))
+        pair.servicer.deliver_prompt_logprobs(piece)
+        assert await pair.event() == piece

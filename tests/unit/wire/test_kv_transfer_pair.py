@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from actors.engine.events import ComputedChunk
-from actors.parallel.kv_transfer import KvIdentity, KvTransferConfig
+from actors.parallel.kv_transfer import KvTransferConfig
+from actors.types import KvIdentity
 from tests.unit.wire.kv_engines import IDENTITY, decode_side, geometry_of, key_of, prefill_side, same_bytes
 
 

@@ -158,6 +158,8 @@ class LinkResponse(_message.Message):
     MEDIA_NEED_FIELD_NUMBER: _builtins.int
     LOAD_FIELD_NUMBER: _builtins.int
     MILESTONE_FIELD_NUMBER: _builtins.int
+    PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
+    CACHED_BLOCKS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___EngineHello:
         """First message of a stream."""
@@ -182,6 +184,14 @@ class LinkResponse(_message.Message):
     def milestone(self) -> Global___Milestone:
         """An attempt passed a milestone."""
 
+    @_builtins.property
+    def prompt_logprobs(self) -> Global___PromptLogprobs:
+        """Log-probabilities of prompt tokens."""
+
+    @_builtins.property
+    def cached_blocks(self) -> Global___CachedBlocks:
+        """What the prefix cache holds, for routing."""
+
     def __init__(
         self,
         *,
@@ -191,12 +201,14 @@ class LinkResponse(_message.Message):
         media_need: Global___MediaNeed | None = ...,
         load: Global___Load | None = ...,
         milestone: Global___Milestone | None = ...,
+        prompt_logprobs: Global___PromptLogprobs | None = ...,
+        cached_blocks: Global___CachedBlocks | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["attempt_ended", b"attempt_ended", "hello", b"hello", "load", b"load", "media_need", b"media_need", "message", b"message", "milestone", b"milestone", "step_output", b"step_output"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["attempt_ended", b"attempt_ended", "cached_blocks", b"cached_blocks", "hello", b"hello", "load", b"load", "media_need", b"media_need", "message", b"message", "milestone", b"milestone", "prompt_logprobs", b"prompt_logprobs", "step_output", b"step_output"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt_ended", b"attempt_ended", "hello", b"hello", "load", b"load", "media_need", b"media_need", "message", b"message", "milestone", b"milestone", "step_output", b"step_output"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt_ended", b"attempt_ended", "cached_blocks", b"cached_blocks", "hello", b"hello", "load", b"load", "media_need", b"media_need", "message", b"message", "milestone", b"milestone", "prompt_logprobs", b"prompt_logprobs", "step_output", b"step_output"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "step_output", "attempt_ended", "media_need", "load", "milestone"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "step_output", "attempt_ended", "media_need", "load", "milestone", "prompt_logprobs", "cached_blocks"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -374,15 +386,12 @@ class EngineRequest(_message.Message):
     OUTPUT_IDS_FIELD_NUMBER: _builtins.int
     SAMPLING_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
-    CHOICE_COUNT_FIELD_NUMBER: _builtins.int
     SALT_FIELD_NUMBER: _builtins.int
     ARRIVAL_TIME_SECONDS_FIELD_NUMBER: _builtins.int
     DEADLINE_TIME_SECONDS_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
     seed: _builtins.int
     """Key of the counter-based randomness."""
-    choice_count: _builtins.int
-    """Number of choices."""
     salt: _builtins.bytes
     """Separates tenants in block hashes."""
     arrival_time_seconds: _builtins.float
@@ -415,7 +424,6 @@ class EngineRequest(_message.Message):
         output_ids: _abc.Iterable[_builtins.int] | None = ...,
         sampling: Global___Sampling | None = ...,
         seed: _builtins.int = ...,
-        choice_count: _builtins.int = ...,
         salt: _builtins.bytes = ...,
         arrival_time_seconds: _builtins.float = ...,
         deadline_time_seconds: _builtins.float = ...,
@@ -423,7 +431,7 @@ class EngineRequest(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["arrival_time_seconds", b"arrival_time_seconds", "choice_count", b"choice_count", "deadline_time_seconds", b"deadline_time_seconds", "media", b"media", "output_ids", b"output_ids", "priority", b"priority", "prompt_ids", b"prompt_ids", "salt", b"salt", "sampling", b"sampling", "seed", b"seed"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arrival_time_seconds", b"arrival_time_seconds", "deadline_time_seconds", b"deadline_time_seconds", "media", b"media", "output_ids", b"output_ids", "priority", b"priority", "prompt_ids", b"prompt_ids", "salt", b"salt", "sampling", b"sampling", "seed", b"seed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -483,6 +491,19 @@ class Sampling(_message.Message):
     MAX_TOKENS_FIELD_NUMBER: _builtins.int
     STOP_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     IGNORE_EOS_FIELD_NUMBER: _builtins.int
+    MIN_P_FIELD_NUMBER: _builtins.int
+    REPETITION_PENALTY_FIELD_NUMBER: _builtins.int
+    PRESENCE_PENALTY_FIELD_NUMBER: _builtins.int
+    FREQUENCY_PENALTY_FIELD_NUMBER: _builtins.int
+    LOGIT_BIAS_FIELD_NUMBER: _builtins.int
+    ALLOWED_TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    BAD_WORDS_FIELD_NUMBER: _builtins.int
+    MIN_TOKENS_FIELD_NUMBER: _builtins.int
+    LOGPROBS_FIELD_NUMBER: _builtins.int
+    PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
+    STRUCTURE_FIELD_NUMBER: _builtins.int
+    STARTS_THINKING_FIELD_NUMBER: _builtins.int
+    REASONING_MAX_TOKENS_FIELD_NUMBER: _builtins.int
     temperature: _builtins.float
     """0 is greedy."""
     top_p: _builtins.float
@@ -493,9 +514,43 @@ class Sampling(_message.Message):
     """Bound on generated tokens."""
     ignore_eos: _builtins.bool
     """End tokens do not end the reply."""
+    min_p: _builtins.float
+    """Keeps tokens at least this fraction as likely as the most likely one."""
+    repetition_penalty: _builtins.float
+    """Over prompt and output; 1 is off."""
+    presence_penalty: _builtins.float
+    """Once per distinct output token."""
+    frequency_penalty: _builtins.float
+    """Per occurrence in the output."""
+    min_tokens: _builtins.int
+    """No end or stop token before so many outputs."""
+    logprobs: _builtins.int
+    """Most likely tokens to report with each drawn one."""
+    prompt_logprobs: _builtins.int
+    """The same for prompt tokens."""
+    starts_thinking: _builtins.bool
+    """The prompt ends inside an open think block."""
+    reasoning_max_tokens: _builtins.int
+    """Thinking is closed after so many tokens."""
     @_builtins.property
     def stop_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Besides the checkpoint's end tokens."""
+
+    @_builtins.property
+    def logit_bias(self) -> _containers.RepeatedCompositeFieldContainer[Global___LogitBias]:
+        """Added to logits."""
+
+    @_builtins.property
+    def allowed_token_ids(self) -> Global___TokenIds:
+        """Only these may be drawn, when set."""
+
+    @_builtins.property
+    def bad_words(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenIds]:
+        """Sequences that must not be completed."""
+
+    @_builtins.property
+    def structure(self) -> Global___Structure:
+        """What the answer must match."""
 
     def __init__(
         self,
@@ -506,14 +561,114 @@ class Sampling(_message.Message):
         max_tokens: _builtins.int = ...,
         stop_token_ids: _abc.Iterable[_builtins.int] | None = ...,
         ignore_eos: _builtins.bool = ...,
+        min_p: _builtins.float = ...,
+        repetition_penalty: _builtins.float = ...,
+        presence_penalty: _builtins.float = ...,
+        frequency_penalty: _builtins.float = ...,
+        logit_bias: _abc.Iterable[Global___LogitBias] | None = ...,
+        allowed_token_ids: Global___TokenIds | None = ...,
+        bad_words: _abc.Iterable[Global___TokenIds] | None = ...,
+        min_tokens: _builtins.int = ...,
+        logprobs: _builtins.int | None = ...,
+        prompt_logprobs: _builtins.int | None = ...,
+        structure: Global___Structure | None = ...,
+        starts_thinking: _builtins.bool = ...,
+        reasoning_max_tokens: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "_prompt_logprobs", b"_prompt_logprobs", "_reasoning_max_tokens", b"_reasoning_max_tokens", "allowed_token_ids", b"allowed_token_ids", "logprobs", b"logprobs", "prompt_logprobs", b"prompt_logprobs", "reasoning_max_tokens", b"reasoning_max_tokens", "structure", b"structure"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs", "_prompt_logprobs", b"_prompt_logprobs", "_reasoning_max_tokens", b"_reasoning_max_tokens", "allowed_token_ids", b"allowed_token_ids", "bad_words", b"bad_words", "frequency_penalty", b"frequency_penalty", "ignore_eos", b"ignore_eos", "logit_bias", b"logit_bias", "logprobs", b"logprobs", "max_tokens", b"max_tokens", "min_p", b"min_p", "min_tokens", b"min_tokens", "presence_penalty", b"presence_penalty", "prompt_logprobs", b"prompt_logprobs", "reasoning_max_tokens", b"reasoning_max_tokens", "repetition_penalty", b"repetition_penalty", "starts_thinking", b"starts_thinking", "stop_token_ids", b"stop_token_ids", "structure", b"structure", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__logprobs: _TypeAlias = _typing.Literal["logprobs"]  # noqa: Y015
+    _WhichOneofArgType__logprobs: _TypeAlias = _typing.Literal["_logprobs", b"_logprobs"]  # noqa: Y015
+    _WhichOneofReturnType__prompt_logprobs: _TypeAlias = _typing.Literal["prompt_logprobs"]  # noqa: Y015
+    _WhichOneofArgType__prompt_logprobs: _TypeAlias = _typing.Literal["_prompt_logprobs", b"_prompt_logprobs"]  # noqa: Y015
+    _WhichOneofReturnType__reasoning_max_tokens: _TypeAlias = _typing.Literal["reasoning_max_tokens"]  # noqa: Y015
+    _WhichOneofArgType__reasoning_max_tokens: _TypeAlias = _typing.Literal["_reasoning_max_tokens", b"_reasoning_max_tokens"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__logprobs) -> _WhichOneofReturnType__logprobs | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__prompt_logprobs) -> _WhichOneofReturnType__prompt_logprobs | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__reasoning_max_tokens) -> _WhichOneofReturnType__reasoning_max_tokens | None: ...
+
+Global___Sampling: _TypeAlias = Sampling  # noqa: Y015
+
+@_typing.final
+class TokenIds(_message.Message):
+    """A list of token ids."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    IDS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The ids."""
+
+    def __init__(
+        self,
+        *,
+        ids: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ignore_eos", b"ignore_eos", "max_tokens", b"max_tokens", "stop_token_ids", b"stop_token_ids", "temperature", b"temperature", "top_k", b"top_k", "top_p", b"top_p"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ids", b"ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___Sampling: _TypeAlias = Sampling  # noqa: Y015
+Global___TokenIds: _TypeAlias = TokenIds  # noqa: Y015
+
+@_typing.final
+class LogitBias(_message.Message):
+    """Added to one logit."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKEN_ID_FIELD_NUMBER: _builtins.int
+    BIAS_FIELD_NUMBER: _builtins.int
+    token_id: _builtins.int
+    """The token."""
+    bias: _builtins.float
+    """Added."""
+    def __init__(
+        self,
+        *,
+        token_id: _builtins.int = ...,
+        bias: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bias", b"bias", "token_id", b"token_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LogitBias: _TypeAlias = LogitBias  # noqa: Y015
+
+@_typing.final
+class Structure(_message.Message):
+    """What an answer must match."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KIND_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    kind: _builtins.str
+    """actors.types.StructureKind."""
+    text: _builtins.str
+    """Schema, expression, grammar or list of choices."""
+    def __init__(
+        self,
+        *,
+        kind: _builtins.str = ...,
+        text: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "text", b"text"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Structure: _TypeAlias = Structure  # noqa: Y015
 
 @_typing.final
 class Cancel(_message.Message):
@@ -580,6 +735,7 @@ class Token(_message.Message):
     TOKEN_ID_FIELD_NUMBER: _builtins.int
     FINISH_REASON_FIELD_NUMBER: _builtins.int
     BUSY_SECONDS_FIELD_NUMBER: _builtins.int
+    LOGPROBS_FIELD_NUMBER: _builtins.int
     index: _builtins.int
     """Counts from 0 over all attempts."""
     token_id: _builtins.int
@@ -592,6 +748,10 @@ class Token(_message.Message):
     def key(self) -> _common_pb2.SequenceKey:
         """The attempt."""
 
+    @_builtins.property
+    def logprobs(self) -> Global___TokenLogprobs:
+        """When asked for."""
+
     def __init__(
         self,
         *,
@@ -600,14 +760,125 @@ class Token(_message.Message):
         token_id: _builtins.int = ...,
         finish_reason: Global___FinishReason.ValueType = ...,
         busy_seconds: _builtins.float = ...,
+        logprobs: Global___TokenLogprobs | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["key", b"key"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "logprobs", b"logprobs"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["busy_seconds", b"busy_seconds", "finish_reason", b"finish_reason", "index", b"index", "key", b"key", "token_id", b"token_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["busy_seconds", b"busy_seconds", "finish_reason", b"finish_reason", "index", b"index", "key", b"key", "logprobs", b"logprobs", "token_id", b"token_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Token: _TypeAlias = Token  # noqa: Y015
+
+@_typing.final
+class TokenLogprobs(_message.Message):
+    """Log-probabilities at one position."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKEN_ID_FIELD_NUMBER: _builtins.int
+    LOGPROB_FIELD_NUMBER: _builtins.int
+    RANK_FIELD_NUMBER: _builtins.int
+    TOP_IDS_FIELD_NUMBER: _builtins.int
+    TOP_LOGPROBS_FIELD_NUMBER: _builtins.int
+    token_id: _builtins.int
+    """The token drawn, or of the prompt."""
+    logprob: _builtins.float
+    """Its log-probability."""
+    rank: _builtins.int
+    """1 for the most likely token; 0: this position has none."""
+    @_builtins.property
+    def top_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Most likely tokens, descending."""
+
+    @_builtins.property
+    def top_logprobs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """Their log-probabilities."""
+
+    def __init__(
+        self,
+        *,
+        token_id: _builtins.int = ...,
+        logprob: _builtins.float = ...,
+        rank: _builtins.int = ...,
+        top_ids: _abc.Iterable[_builtins.int] | None = ...,
+        top_logprobs: _abc.Iterable[_builtins.float] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["logprob", b"logprob", "rank", b"rank", "token_id", b"token_id", "top_ids", b"top_ids", "top_logprobs", b"top_logprobs"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TokenLogprobs: _TypeAlias = TokenLogprobs  # noqa: Y015
+
+@_typing.final
+class PromptLogprobs(_message.Message):
+    """Log-probabilities of a run of prompt tokens."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KEY_FIELD_NUMBER: _builtins.int
+    FIRST_FIELD_NUMBER: _builtins.int
+    ENTRIES_FIELD_NUMBER: _builtins.int
+    first: _builtins.int
+    """Index of the first token."""
+    @_builtins.property
+    def key(self) -> _common_pb2.SequenceKey:
+        """The attempt."""
+
+    @_builtins.property
+    def entries(self) -> _containers.RepeatedCompositeFieldContainer[Global___TokenLogprobs]:
+        """One per token."""
+
+    def __init__(
+        self,
+        *,
+        key: _common_pb2.SequenceKey | None = ...,
+        first: _builtins.int = ...,
+        entries: _abc.Iterable[Global___TokenLogprobs] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["key", b"key"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["entries", b"entries", "first", b"first", "key", b"key"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PromptLogprobs: _TypeAlias = PromptLogprobs  # noqa: Y015
+
+@_typing.final
+class CachedBlocks(_message.Message):
+    """Changes of a prefix cache."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SNAPSHOT_FIELD_NUMBER: _builtins.int
+    STORED_HASHES_FIELD_NUMBER: _builtins.int
+    REMOVED_HASHES_FIELD_NUMBER: _builtins.int
+    snapshot: _builtins.bool
+    """The whole of what is held, not a change; set on the first message of a link."""
+    @_builtins.property
+    def stored_hashes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """Chain hashes of blocks that can be found now."""
+
+    @_builtins.property
+    def removed_hashes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """Chain hashes of blocks that cannot be found any more."""
+
+    def __init__(
+        self,
+        *,
+        snapshot: _builtins.bool = ...,
+        stored_hashes: _abc.Iterable[_builtins.bytes] | None = ...,
+        removed_hashes: _abc.Iterable[_builtins.bytes] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["removed_hashes", b"removed_hashes", "snapshot", b"snapshot", "stored_hashes", b"stored_hashes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CachedBlocks: _TypeAlias = CachedBlocks  # noqa: Y015
 
 @_typing.final
 class StepOutput(_message.Message):
@@ -723,6 +994,10 @@ class Load(_message.Message):
     EPOCH_FIELD_NUMBER: _builtins.int
     RESERVED_COUNT_FIELD_NUMBER: _builtins.int
     BLOCK_SIZE_FIELD_NUMBER: _builtins.int
+    CACHED_BLOCK_COUNT_FIELD_NUMBER: _builtins.int
+    PREFIX_QUERIED_TOKEN_COUNT_FIELD_NUMBER: _builtins.int
+    PREFIX_HIT_TOKEN_COUNT_FIELD_NUMBER: _builtins.int
+    PREEMPTION_COUNT_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     """Steps since start: frozen while the step thread is stuck."""
     running_count: _builtins.int
@@ -743,6 +1018,14 @@ class Load(_message.Message):
     """Sequences that hold blocks for a transfer."""
     block_size: _builtins.int
     """Tokens per block."""
+    cached_block_count: _builtins.int
+    """Of the free blocks, those that still hold a known prefix."""
+    prefix_queried_token_count: _builtins.int
+    """Prompt tokens looked up in the prefix cache since start."""
+    prefix_hit_token_count: _builtins.int
+    """Of these, found in the prefix cache."""
+    preemption_count: _builtins.int
+    """Sequences that lost their blocks to another since start."""
     def __init__(
         self,
         *,
@@ -756,10 +1039,14 @@ class Load(_message.Message):
         epoch: _builtins.int = ...,
         reserved_count: _builtins.int = ...,
         block_size: _builtins.int = ...,
+        cached_block_count: _builtins.int = ...,
+        prefix_queried_token_count: _builtins.int = ...,
+        prefix_hit_token_count: _builtins.int = ...,
+        preemption_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "epoch", b"epoch", "free_block_count", b"free_block_count", "queued_token_count", b"queued_token_count", "reserved_count", b"reserved_count", "role", b"role", "running_count", b"running_count", "step", b"step", "total_block_count", b"total_block_count", "waiting_count", b"waiting_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "cached_block_count", b"cached_block_count", "epoch", b"epoch", "free_block_count", b"free_block_count", "preemption_count", b"preemption_count", "prefix_hit_token_count", b"prefix_hit_token_count", "prefix_queried_token_count", b"prefix_queried_token_count", "queued_token_count", b"queued_token_count", "reserved_count", b"reserved_count", "role", b"role", "running_count", b"running_count", "step", b"step", "total_block_count", b"total_block_count", "waiting_count", b"waiting_count"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -774,10 +1061,13 @@ class Milestone(_message.Message):
     KEY_FIELD_NUMBER: _builtins.int
     KIND_FIELD_NUMBER: _builtins.int
     BUSY_SECONDS_FIELD_NUMBER: _builtins.int
+    CACHED_TOKEN_COUNT_FIELD_NUMBER: _builtins.int
     kind: Global___MilestoneKind.ValueType
     """The point."""
     busy_seconds: _builtins.float
     """Seconds this engine worked on the milestone, where it measures that."""
+    cached_token_count: _builtins.int
+    """With PREFILL_STARTED: leading tokens found in the prefix cache."""
     @_builtins.property
     def key(self) -> _common_pb2.SequenceKey:
         """The attempt."""
@@ -788,10 +1078,11 @@ class Milestone(_message.Message):
         key: _common_pb2.SequenceKey | None = ...,
         kind: Global___MilestoneKind.ValueType = ...,
         busy_seconds: _builtins.float = ...,
+        cached_token_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["key", b"key"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["busy_seconds", b"busy_seconds", "key", b"key", "kind", b"kind"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["busy_seconds", b"busy_seconds", "cached_token_count", b"cached_token_count", "key", b"key", "kind", b"kind"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -211,7 +211,6 @@ class Reserve(_message.Message):
     KEY_FIELD_NUMBER: _builtins.int
     LAYOUT_FIELD_NUMBER: _builtins.int
     TOKEN_COUNT_FIELD_NUMBER: _builtins.int
-    BLOCK_HASHES_FIELD_NUMBER: _builtins.int
     token_count: _builtins.int
     """Tokens of the prompt, earlier outputs included."""
     @_builtins.property
@@ -222,21 +221,16 @@ class Reserve(_message.Message):
     def layout(self) -> _common_pb2.KvLayout:
         """Must equal the receiver's."""
 
-    @_builtins.property
-    def block_hashes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
-        """Chain hashes of its whole blocks."""
-
     def __init__(
         self,
         *,
         key: _common_pb2.SequenceKey | None = ...,
         layout: _common_pb2.KvLayout | None = ...,
         token_count: _builtins.int = ...,
-        block_hashes: _abc.Iterable[_builtins.bytes] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "layout", b"layout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_hashes", b"block_hashes", "key", b"key", "layout", b"layout", "token_count", b"token_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "layout", b"layout", "token_count", b"token_count"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

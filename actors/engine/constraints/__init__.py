@@ -1,0 +1,1 @@
+"""Bounds what may be drawn: structured output and the thinking budget."""

@@ -1,0 +1,156 @@
+"""What a caller writes as a structure, as a grammar for llguidance.
+
+* JSON schemas are draft 2020-12 and older. Properties come in the order of the schema; between the parts of a document
+  stands at most ``WHITESPACE``, so that no model can pad for ever. Keywords that cannot be enforced are refused.
+* Regular expressions have the syntax of Rust's regex crate, without look-around and back references, and match the
+  whole answer. There and in JSON schemas ``\\d`` and ``\\w`` stand for ASCII, as in ECMA 262.
+* Grammars are llguidance's variant of Lark, and consist of text: special tokens are refused.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from llguidance import LLMatcher
+
+from actors.errors import InvalidRequest
+from actors.types import Structure, StructureKind
+
+MAX_BYTES = 64 * 1024
+"""Of a structure's text. Compiling takes milliseconds as a rule; the worst of this size found took 10 s."""
+WHITESPACE = r"[ \n\r\t]{1,64}"
+MAX_MESSAGE = 300
+
+
+def check_size(structure: Structure) -> None:
+    """Raises InvalidRequest if it is over ``MAX_BYTES`` or no text at all."""
+    try:
+        size = len(structure.text.encode())
+    except UnicodeEncodeError:
+        raise refused("it holds half of a surrogate pair") from None
+    if size > MAX_BYTES:
+        raise refused(f"it has {size} bytes, the limit is {MAX_BYTES}")
+
+
+def grammar_of(structure: Structure) -> str:
+    """Raises InvalidRequest."""
+    match structure.kind:
+        case StructureKind.JSON_SCHEMA:
+            return _schema(structure.text)
+        case StructureKind.JSON_OBJECT:
+            return _schema('{"type": "object"}')
+        case StructureKind.REGEX:
+            if not structure.text:
+                raise refused("the regular expression is empty")
+            return LLMatcher.grammar_from_regex(_with_ascii_classes(structure.text))
+        case StructureKind.GRAMMAR:
+            _check_lark(structure.text)
+            return json.dumps({"grammars": [{"lark_grammar": structure.text}]})
+        case StructureKind.CHOICE:
+            return LLMatcher.grammar_from_regex("|".join(map(_literal, _choices(structure.text))))
+
+
+def _schema(text: str) -> str:
+    schema = _json(text, "the JSON schema")
+    if schema is True:
+        schema = {}
+    if not isinstance(schema, dict):
+        raise refused("the JSON schema must be an object")
+    if "x-guidance" in schema:
+        raise refused("x-guidance is not supported in the JSON schema")
+    options: Any = {"lenient": False, "whitespace_pattern": WHITESPACE}
+    try:
+        return LLMatcher.grammar_from_json_schema(json.dumps(_with_ascii_patterns(schema)), overrides=options)
+    except (ValueError, RecursionError) as error:
+        raise refused(str(error)) from None
+
+
+_VALUES = frozenset(("const", "enum", "default", "examples"))
+_SCHEMAS_BY_NAME = frozenset(("properties", "patternProperties", "$defs", "definitions", "dependentSchemas"))
+
+
+def _with_ascii_patterns(schema: Any) -> Any:
+    if isinstance(schema, list):
+        return [_with_ascii_patterns(part) for part in schema]
+    if not isinstance(schema, Mapping):
+        return schema
+    result: dict[str, Any] = {}
+    for key, value in schema.items():
+        if key in _VALUES:
+            result[key] = value
+        elif key in _SCHEMAS_BY_NAME and isinstance(value, Mapping):
+            patterns = key == "patternProperties"
+            result[key] = {
+                _with_ascii_classes(name) if patterns else name: _with_ascii_patterns(part)
+                for name, part in value.items()
+            }
+        elif key == "pattern" and isinstance(value, str):
+            result[key] = _with_ascii_classes(value)
+        else:
+            result[key] = _with_ascii_patterns(value)
+    return result
+
+
+_CLASS_PARTS = re.compile(r"\\[pP]\{[^}]*\}|\\.|\[\^?\]?|\]|.", re.DOTALL)
+_ASCII = {r"\d": "[0-9]", r"\w": "[0-9A-Za-z_]"}
+
+
+def _with_ascii_classes(pattern: str) -> str:
+    """Narrows ``\\d`` and ``\\w`` to what they mean everywhere; in a negated class that would widen it."""
+    negated: list[bool] = []
+    result = ""
+    for part in _CLASS_PARTS.findall(pattern):
+        if part.startswith("["):
+            negated.append(part.startswith("[^"))
+        elif part == "]" and negated:
+            negated.pop()
+        elif part in _ASCII and not any(negated):
+            part = _ASCII[part]
+        result += part
+    return result
+
+
+_LARK_TEXTS = re.compile(r'"(?:\\.|[^"\\\n])*"|/(?:\\.|[^/\\\n])+/|(?:#|//)[^\n]*', re.DOTALL)
+_LARK_UNSUPPORTED = re.compile(r"<[^<>\s]+>|%llguidance")
+
+
+def _check_lark(text: str) -> None:
+    if not text.strip():
+        raise refused("the grammar is empty")
+    found = _LARK_UNSUPPORTED.search(_LARK_TEXTS.sub(" ", text))
+    if found is not None:
+        what = "options" if found.group().startswith("%") else "special tokens"
+        raise refused(f"{found.group()} stands in the grammar: {what} are not supported")
+
+
+def _choices(text: str) -> list[str]:
+    choices = _json(text, "the choices")
+    if not isinstance(choices, list) or not choices or not all(isinstance(choice, str) for choice in choices):
+        raise refused("the choices must be a JSON list of at least one string")
+    return list(dict.fromkeys(choices))
+
+
+def _literal(text: str) -> str:
+    """As a regular expression."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise refused("a choice holds half of a surrogate pair") from None
+    return "".join(c if c.isascii() and c.isalnum() else f"\\x{{{ord(c):x}}}" for c in text)
+
+
+def _json(text: str, what: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise refused(f"{what} cannot be read as JSON: {error}") from None
+
+
+def refused(reason: str) -> InvalidRequest:
+    """What to tell of a structure that cannot be used."""
+    reason = " ".join(reason.split())
+    shown = reason if len(reason) <= MAX_MESSAGE else f"{reason[:MAX_MESSAGE]} ..."
+    return InvalidRequest(f"the structure cannot be used: {shown}", field="structure", reason="INVALID_STRUCTURE")

@@ -1,0 +1,172 @@
+"""Executes one rank's part of a step: plan -> flat tensors -> model -> sampled tokens.
+
+T tokens of the step, D hidden, N slices that sample, R rows whose prompt log-probabilities are wanted. In a step that
+only decodes nothing here is done per sequence, but for reading the plan and writing the result.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from actors.engine.constraints.constraint import TokenConstraint
+from actors.engine.execution.attention import PagedAttention, PlainAttention
+from actors.engine.execution.attention_varlen import VarlenAttention
+from actors.engine.execution.decode_graphs import DecodeGraphs
+from actors.engine.execution.embedding_store import EmbeddingStore
+from actors.engine.execution.forms import AttentionForm
+from actors.engine.execution.kv_cache import KvCache
+from actors.engine.execution.residents import Known, Residents
+from actors.engine.execution.step_batch import Chunk, StepBatch, StepLayout, build_batch
+from actors.engine.plan import StepPlan, StepResult
+from actors.engine.sampling.sampler import Sampler
+from actors.ernie.attention import Attention
+from actors.ernie.config import ErnieConfig, Rules
+from actors.ernie.text import LanguageModel
+from actors.types import TokenLogprobs
+
+PROMPT_LOGPROB_ROWS = 256
+"""Rows of logits at once: a row of a large vocabulary has 400 KB."""
+
+
+class StepRunner(Protocol):
+    """What an engine needs of its ranks. Called on the step thread only."""
+
+    @property
+    def block_count(self) -> int:
+        """KV blocks there are."""
+        ...
+
+    def run(self, plan: StepPlan) -> StepResult:
+        """Execute a plan."""
+        ...
+
+    def supply_embedding(self, id: int, media_index: int, unit_index: int, embedding: Tensor) -> None:
+        """Keep the embedding [tokens of the unit, D] until the unit is computed or the sequence ended."""
+        ...
+
+    def supply_constraint(self, id: int, constraint: TokenConstraint) -> None:
+        """Bounds the tokens of a sequence until it ended; comes before the first slice that samples."""
+        ...
+
+
+class Runner:
+    """One rank's model, cache and residents. Not thread-safe: the step thread's own."""
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        config: ErnieConfig,
+        rules: Rules,
+        cache: KvCache,
+        *,
+        attention: AttentionForm = AttentionForm.PAGED,
+        graphs: DecodeGraphs | None = None,
+    ) -> None:
+        """``graphs`` runs the steps that only decode, as far as it has a batch size for them."""
+        self.model = model
+        self.config = config
+        self.cache = cache
+        self.attention = attention
+        self.graphs = graphs
+        self.sampler = Sampler(
+            config.im_patch_id, vocab_size=config.text.vocab_size, eos_token_ids=config.eos_token_ids
+        )
+        self._residents = Residents(config, rules)
+        self._embeddings = EmbeddingStore()
+
+    @property
+    def block_count(self) -> int:
+        return self.cache.block_count
+
+    @property
+    def resident_count(self) -> int:
+        """Sequences with any memory here."""
+        return len({*self._residents.ids, *self._embeddings.ids, *self.sampler.sequence_ids})
+
+    def supply_embedding(self, id: int, media_index: int, unit_index: int, embedding: Tensor) -> None:
+        at_home = embedding.to(device=self.model.device, dtype=self.model.dtype)
+        self._embeddings.supply(id, media_index, unit_index, at_home)
+
+    def supply_constraint(self, id: int, constraint: TokenConstraint) -> None:
+        self.sampler.constrain(id, constraint)
+
+    @torch.inference_mode()
+    def run(self, plan: StepPlan) -> StepResult:
+        for id in plan.ended:
+            self._residents.remove(id)
+            self._embeddings.forget(id)
+            self.sampler.forget(id)
+        for new in plan.new:
+            self._residents.add(new)
+            self.sampler.admit(new)
+        if not plan.slices:
+            return StepResult(tokens={})
+        self._residents.append_blocks(plan.slices)
+        batch = build_batch(self._residents, plan.slices, self.cache.layout.block_size)
+        h_TD = self._forward(batch)
+        prompt_logprobs = self._prompt_logprobs(batch, h_TD)
+        tokens, logprobs = self._sample(batch, h_TD)
+        return StepResult(tokens=tokens, logprobs=logprobs, prompt_logprobs=prompt_logprobs)
+
+    def _forward(self, batch: StepBatch) -> Tensor:
+        if self.graphs is not None and self.graphs.fits(batch.layout):
+            return self.graphs.run(batch)
+        x_TD = self.model.embed(self._to_device(batch.ids_T))
+        for known, chunk in zip(batch.known, batch.layout.chunks, strict=True):
+            if known.new.spans:
+                self._embeddings.place(x_TD, known, chunk)
+        vision_T = None if batch.vision_T is None else self._to_device(batch.vision_T)
+        return self.model.forward(x_TD, self._to_device(batch.positions_3T), vision_T, self._attention(batch.layout))
+
+    def _attention(self, layout: StepLayout) -> Attention:
+        if self.attention is AttentionForm.VARLEN:
+            return VarlenAttention.of_layout(self.cache, layout)
+        if self.attention is AttentionForm.PAGED:
+            return PagedAttention(self.cache, layout)
+        return PlainAttention(self.cache, layout)
+
+    def _sample(self, batch: StepBatch, h_TD: Tensor) -> tuple[dict[int, int], dict[int, TokenLogprobs]]:
+        sampling = batch.sampling
+        if not len(sampling):
+            return {}, {}
+        last_N = self._to_device(batch.ends[sampling] - 1)
+        ids = [batch.parts[index].id for index in sampling]
+        samples = self.sampler.sample(self.model.logits(h_TD.index_select(0, last_N)), ids)
+        self._residents.append_tokens(batch.slots[sampling], samples.tokens)
+        entries = zip(ids, samples.logprobs, strict=True)
+        return dict(zip(ids, samples.tokens, strict=True)), {id: entry for id, entry in entries if entry is not None}
+
+    def _prompt_logprobs(self, batch: StepBatch, h_TD: Tensor) -> dict[int, tuple[TokenLogprobs | None, ...]]:
+        """Of the prompt tokens that follow those of each chunk that asks, None where they cannot be generated."""
+        found: dict[int, tuple[TokenLogprobs | None, ...]] = {}
+        for known, chunk in zip(batch.known, batch.layout.chunks, strict=True):
+            count = known.new.sampling.prompt_logprobs
+            if count is not None and chunk.first < known.new.prompt_length:
+                entries = self._following_logprobs(known, chunk, count, h_TD)
+                if entries:
+                    found[known.new.id] = entries
+        return found
+
+    def _following_logprobs(
+        self, known: Known, chunk: Chunk, count: int, h_TD: Tensor
+    ) -> tuple[TokenLogprobs | None, ...]:
+        stop = min(chunk.context, known.new.prompt_length - 1)
+        following = known.new.token_ids[chunk.first + 1 : stop + 1]
+        scored = [at for at, token in enumerate(following) if token < self.config.im_patch_id]
+        entries: list[TokenLogprobs | None] = [None] * len(following)
+        for low in range(0, len(scored), PROMPT_LOGPROB_ROWS):
+            piece = scored[low : low + PROMPT_LOGPROB_ROWS]
+            rows_R = self._to_device(np.array(piece, dtype=np.int64) + chunk.start)
+            logits_RV = self.model.logits(h_TD.index_select(0, rows_R))
+            wanted = self.sampler.prompt_logprobs(logits_RV, [following[at] for at in piece], count)
+            for at, entry in zip(piece, wanted, strict=True):
+                entries[at] = entry
+        return (None, *entries) if chunk.first == 0 else tuple(entries)
+
+    def _to_device(self, array: npt.NDArray[np.generic]) -> Tensor:
+        return torch.from_numpy(array).to(self.model.device)

@@ -1,0 +1,1 @@
+"""Draws the next token of every sequence of a step."""

@@ -1,0 +1,1 @@
+"""Decides what is computed when, and which KV blocks hold what. No tensors."""

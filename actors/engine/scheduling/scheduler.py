@@ -1,0 +1,390 @@
+"""Decides what is computed when. Pure: no tensors, no threads, no clock but the ``now`` it is given.
+
+Commands change the state, ``plan`` says what the next step computes, ``apply`` takes what the step sampled. What others
+must hear of is listed as events. Order among attempts is ``Sequence.rank``: arrival, each level of priority being worth
+``EngineConfig.priority_step_s`` of waiting, then submission; whoever goes first is also the last to be preempted. As
+the rank of an attempt never changes while those of new ones grow, everybody is first at last. In a step decoding
+sequences come first, prompts share the rest of the budget (``fair_share``).
+"""
+
+from __future__ import annotations
+
+from actors.engine import events as ev
+from actors.engine.config import EngineConfig
+from actors.engine.plan import NewSequence, Slice, StepPlan, StepResult
+from actors.engine.scheduling.admission import Admission
+from actors.engine.scheduling.block_pool import BlockPool
+from actors.engine.scheduling.fair_share import Want, share_budget
+from actors.engine.scheduling.outcomes import StepOutcome, next_chunk, next_prompt_logprobs
+from actors.engine.scheduling.preemption import choose_victim, recomputes_here
+from actors.engine.scheduling.prefix import PrefixCache
+from actors.engine.scheduling.roster import Roster
+from actors.engine.scheduling.sequence import Sequence, SequenceState
+from actors.engine.scheduling.timers import Timers
+from actors.errors import DeadlineExceeded, InternalError, Overloaded, RequestCancelled, ServingError, Unavailable
+from actors.types import AttemptMode, MilestoneKind, SequenceKey, TokenEvent, TokenLogprobs, service_rank
+
+State = SequenceState
+
+
+class Scheduler:
+    """Owns every attempt of an engine and the blocks they hold.
+
+    Commands name attempts by key and ignore unknown ones: an answer may always arrive after the end.
+    """
+
+    def __init__(self, config: EngineConfig, pool: BlockPool, eos_ids: frozenset[int], im_patch_id: int) -> None:
+        self.config = config
+        self.pool = pool
+        self.eos_ids = eos_ids
+        self.im_patch_id = im_patch_id
+        self.max_model_len = min(config.max_model_len, pool.total * config.block_size)
+        self.roster = Roster()
+        self.prefix = PrefixCache(pool, config.block_size)
+        self.step = 0
+        self.preemptions = 0
+        """Sequences that lost their blocks to another."""
+        self._admission = Admission(config, pool, self.roster, self.prefix, self.max_model_len)
+        self._early_reserves: dict[SequenceKey, tuple[int, float]] = {}
+        self._timers = Timers()
+        self._ended_ids: list[int] = []
+        self._events: list[ev.Event] = []
+
+    # Commands
+
+    def submit(self, sequence: Sequence, now: float) -> None:
+        """Takes a new attempt whose request was validated. A full queue ends it with Overloaded."""
+        waiting = self.roster.waiting_count
+        request = sequence.request
+        position = service_rank(request.arrival_s, request.priority, self.config.priority_step_s)
+        self.roster.add(sequence, State.EXPECTED if sequence.mode is AttemptMode.DECODE else State.WAITING, position)
+        if waiting >= self.config.max_waiting:
+            self._fail_early_reserve(sequence.key, "ENDED", "the attempt was refused")
+            error = Overloaded(f"{waiting} requests wait already", retry_after_s=self.config.retry_after_s)
+            self._events.append(ev.Ended(sequence.key, error))
+            self._release(sequence)
+            return
+        self._set_timer(sequence.deadline, sequence.key)
+        early = self._early_reserves.pop(sequence.key, None)
+        if early is not None:
+            self.reserve(sequence.key, early[0], now)
+
+    def end(self, key: SequenceKey, error: ServingError) -> None:
+        """Ends an attempt in any state and frees everything it holds, except blocks a transfer may still read."""
+        sequence = self.roster.by_key.get(key)
+        if sequence is not None:
+            self._abort(sequence, error)
+
+    def cancel(self, key: SequenceKey) -> None:
+        """``end`` because nobody wants it any more."""
+        self._fail_early_reserve(key, "ENDED", "the attempt was cancelled")
+        self.end(key, RequestCancelled("cancelled"))
+
+    def add_embedding(self, key: SequenceKey, media_index: int, unit_index: int) -> int | None:
+        """A unit's embedding is on hand. Returns the sequence's number if it still waits for that unit."""
+        sequence = self.roster.by_key.get(key)
+        if sequence is None or not sequence.state.takes_part:
+            return None
+        return sequence.id if sequence.add_embedding(media_index, unit_index) else None
+
+    def constraint_ready(self, key: SequenceKey) -> int | None:
+        """The constraint of an attempt is on hand. Returns the sequence's number if it still waits for that: the runner
+        must have it before the next plan.
+        """
+        sequence = self.roster.by_key.get(key)
+        if sequence is None or not sequence.constraint_pending or sequence.state is State.PINNED:
+            return None
+        sequence.constraint_pending = False
+        return sequence.id
+
+    def reserve(self, key: SequenceKey, token_count: int, now: float) -> None:
+        """Decode: asks for blocks for ``token_count`` tokens; ReservationGranted or ReservationFailed answers."""
+        sequence = self.roster.by_key.get(key)
+        if sequence is None:
+            if key in self._early_reserves:
+                self._events.append(ev.ReservationFailed(key, "DUPLICATE", "a reservation of that key waits already"))
+                return
+            expiry = now + self.config.submit_wait_s
+            self._early_reserves[key] = (token_count, expiry)
+            self._set_timer(expiry, key)
+        elif sequence.state is not State.EXPECTED:
+            self._events.append(ev.ReservationFailed(key, "DUPLICATE", f"the attempt is {sequence.state.value}"))
+        elif token_count != sequence.initial_count:
+            message = f"the prompt has {sequence.initial_count} tokens, not {token_count}"
+            self._events.append(ev.ReservationFailed(key, "MISMATCH", message))
+        else:
+            sequence.reserve_expiry = now + self.config.reserve_wait_s
+            self._set_timer(sequence.reserve_expiry, key)
+            self.roster.move(sequence, State.WAITING)
+
+    def reserved(self, key: SequenceKey, held_tokens: int) -> None:
+        """Prefill: the decode engine holds blocks, and the KV of ``held_tokens`` leading tokens already."""
+        sequence = self._asking(key)
+        if sequence is None:
+            return
+        if not 0 <= held_tokens < sequence.initial_count:
+            self._abort(sequence, InternalError(f"{held_tokens} tokens held of {sequence.initial_count}"))
+            return
+        sequence.reservation_granted = True
+        sequence.sent_tokens = held_tokens
+        if sequence.state is State.RESERVING:  # not if it was preempted meanwhile
+            self.roster.move(sequence, State.RUNNING)
+            self._tell_admitted(sequence)
+
+    def refused(self, key: SequenceKey, reason: str) -> None:
+        """Prefill: the decode engine holds no blocks."""
+        sequence = self._asking(key)
+        if sequence is not None:
+            message = f"the decode engine refused the transfer: {reason}"
+            error = Unavailable(message, reason=reason, retry_after_s=self.config.retry_after_s)
+            self._abort(sequence, error, tell_transfer=False)
+
+    def kv_arrived(self, key: SequenceKey, first_output_id: int, finished: bool) -> None:
+        """Decode: every chunk is verified and written; ``first_output_id`` went out on the prefill engine."""
+        sequence = self.roster.by_key.get(key)
+        if sequence is None or sequence.state is not State.RECEIVING:
+            return
+        self.roster.advance(sequence, sequence.initial_count - sequence.computed)
+        self.prefix.publish(sequence)
+        if finished:
+            self._release(sequence)
+            return
+        sequence.tokens.append(first_output_id)
+        self.roster.move(sequence, State.RUNNING)
+
+    def transferred(self, key: SequenceKey) -> None:
+        """Prefill: no transfer reads the blocks any more."""
+        sequence = self.roster.by_key.get(key)
+        if sequence is None:
+            return
+        if sequence.state in (State.HANDED_OVER, State.PINNED):
+            self._release(sequence)
+        elif sequence.mode is AttemptMode.PREFILL and sequence.chunk_count:
+            sequence.chunk_count = 0
+            self._abort(sequence, Unavailable("the transfer ended before the prompt was computed", reason="STAGE_LOST"))
+
+    # Steps
+
+    def plan(self, now: float) -> StepPlan | None:
+        """What to compute next; None when there is nothing to tell the ranks before the next command or wake-up."""
+        self._expire(now)
+        slices: list[Slice] = []
+        new: list[NewSequence] = []
+        for sequence in tuple(self.roster.holders):
+            if sequence.state is not State.RUNNING or not sequence.decodes or sequence.constraint_pending:
+                continue
+            if self._grow(sequence):
+                slices.append(self._slice(sequence, 1, new))
+        while (admitted := self._admission.next()) is not None:
+            self._tell_place(admitted)
+        prompts = [s for s in self.roster.holders if s.state is State.RUNNING and not s.decodes]
+        if prompts:
+            wants = [Want(s.plannable_tokens - s.computed, len(s.tokens) - s.computed) for s in prompts]
+            grants = share_budget(self.config.max_batched_tokens - len(slices), wants)
+            slices += [self._slice(s, count, new) for s, count in zip(prompts, grants, strict=True) if count]
+        if not slices and not self._ended_ids:
+            return None
+        if slices:
+            self.step += 1
+        ended, self._ended_ids = tuple(self._ended_ids), []
+        return StepPlan(step=self.step, ended=ended, new=tuple(new), slices=tuple(slices))
+
+    def apply(self, plan: StepPlan, result: StepResult, step_s: float) -> StepOutcome:
+        """Takes the result of ``plan``: a token for each slice that samples. No command but
+        ``constraint_ready`` may come between the two.
+
+        Raises ValueError if ``result`` does not match the plan.
+        """
+        if result.tokens.keys() != {part.id for part in plan.slices if part.sample}:
+            raise ValueError(f"step {plan.step} sampled {sorted(result.tokens)}, which is not what was planned")
+        outcome = StepOutcome(tokens=[], prompt_logprobs=[])
+        share = step_s / max(1, plan.token_count)
+        for part in plan.slices:
+            sequence = self.roster.by_id[part.id]
+            sequence.busy_s += share * part.count
+            self.roster.advance(sequence, part.count)
+            self.prefix.publish(sequence)
+            if sequence.needs_embeddings:
+                for unit in sequence.consume_units():
+                    self._events.append(ev.MediaConsumed(sequence.key, unit.media_index, unit.unit_index))
+            if sequence.prompt_logprobs_due:
+                piece = next_prompt_logprobs(sequence, part, result)
+                if piece is not None:
+                    outcome.prompt_logprobs.append(piece)
+            if part.sample:
+                logprobs = result.logprobs.get(part.id)
+                outcome.tokens.append(self._accept(sequence, result.tokens[part.id], logprobs))
+            elif sequence.mode is AttemptMode.PREFILL:
+                self._chunk(sequence)
+        return outcome
+
+    def next_wakeup(self) -> float | None:
+        """When ``plan`` has something to do without a command: the next deadline or expiry."""
+        return self._timers.next_due
+
+    def take_events(self) -> list[ev.Event]:
+        """Events since the last call, in order."""
+        taken, self._events = self._events, []
+        return taken
+
+    # Decisions
+
+    def _grow(self, sequence: Sequence) -> bool:
+        """Makes room for the token to be computed, at the cost of the last in rank. False if it cannot run now."""
+        if sequence.computed < len(sequence.blocks) * self.config.block_size:
+            return True
+        while not self.pool.free:
+            victim = choose_victim(self.roster.holders)
+            if victim is None:
+                return False
+            self._preempt(victim)
+            if victim is sequence:
+                return False
+        sequence.blocks += self.pool.allocate(1)
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.preemptions += 1
+        if not recomputes_here(sequence, self.im_patch_id):
+            message = "the engine ran out of KV blocks"
+            retry_after_s = self.config.retry_after_s
+            self._abort(sequence, Unavailable(message, reason="PREEMPTED", retry_after_s=retry_after_s))
+            return
+        self._tell_runner_ended(sequence)
+        self.pool.release(sequence.blocks)
+        self.roster.requeue(sequence)
+        self._events.append(ev.Preempted(sequence.key))
+        if sequence.needs_constraint:
+            self._events.append(ev.ConstraintNeeded(sequence.key))
+
+    def _slice(self, sequence: Sequence, count: int, new: list[NewSequence]) -> Slice:
+        if not sequence.introduced:
+            new.append(sequence.introduction())
+            if not sequence.started:
+                sequence.started = True
+                self._milestone(sequence, MilestoneKind.PREFILL_STARTED, sequence.cached_tokens)
+        fresh: tuple[int, ...] = ()
+        if sequence.told_blocks < len(sequence.blocks):
+            fresh = tuple(sequence.blocks[sequence.told_blocks :])
+            sequence.told_blocks = len(sequence.blocks)
+        first = sequence.computed
+        sample = first + count == len(sequence.tokens)
+        return Slice(id=sequence.id, first=first, count=count, new_blocks=fresh, sample=sample)
+
+    # Outcomes
+
+    def _accept(self, sequence: Sequence, token: int, logprobs: TokenLogprobs | None) -> TokenEvent:
+        busy_s = sequence.take_busy()
+        finish = sequence.finish_reason(token, self.eos_ids, self.max_model_len)
+        index = len(sequence.tokens) - len(sequence.request.prompt_ids)
+        sequence.finished = finish is not None
+        if sequence.mode is AttemptMode.PREFILL:
+            self.roster.move(sequence, State.HANDED_OVER)
+            self._chunk(sequence, token)
+        elif finish is None:
+            sequence.tokens.append(token)
+        else:
+            self._release(sequence)
+        return TokenEvent(
+            key=sequence.key, index=index, token_id=token, finish=finish, busy_s=busy_s, logprobs=logprobs
+        )
+
+    def _chunk(self, sequence: Sequence, token: int | None = None) -> None:
+        chunk = next_chunk(sequence, token)
+        if chunk is not None:
+            self._events.append(chunk)
+
+    def _abort(self, sequence: Sequence, error: ServingError, *, tell_transfer: bool = True) -> None:
+        """Ends an attempt without a last token. Ends what is ended only once."""
+        state = sequence.state
+        if state in (State.PINNED, State.ENDED):
+            return
+        if not sequence.finished:
+            self._events.append(ev.Ended(sequence.key, error))
+        if state is State.WAITING and sequence.mode is AttemptMode.DECODE:
+            reason = "NO_BLOCKS" if error.reason == "NO_BLOCKS" else "ENDED"
+            self._events.append(ev.ReservationFailed(sequence.key, reason, error.message))
+        elif state is State.RECEIVING:
+            self._events.append(ev.ReservationDropped(sequence.key))
+        elif sequence.reservation_asked and tell_transfer:
+            self._events.append(ev.TransferCancelled(sequence.key))
+        if sequence.chunk_count:
+            self._tell_runner_ended(sequence)
+            self.roster.move(sequence, State.PINNED)
+        else:
+            self._release(sequence)
+
+    def _release(self, sequence: Sequence) -> None:
+        """Gives back everything; the last thing that happens to an attempt."""
+        if sequence.state is not State.PINNED:
+            self._tell_runner_ended(sequence)
+        self.pool.release(sequence.blocks)
+        sequence.blocks = []
+        self.roster.remove(sequence)
+        self._milestone(sequence, MilestoneKind.RELEASED)
+
+    # Telling
+
+    def _tell_place(self, sequence: Sequence) -> None:
+        """What follows from an admission."""
+        if sequence.state is State.RECEIVING:
+            held_tokens = sequence.cached_tokens
+            self._events.append(ev.ReservationGranted(sequence.key, tuple(sequence.blocks), held_tokens))
+        elif sequence.state is State.RUNNING:
+            self._tell_admitted(sequence)
+        elif not sequence.reservation_asked:
+            sequence.reservation_asked = True
+            self._events.append(ev.ReserveNeeded(sequence.key, sequence.initial_count))
+
+    def _tell_admitted(self, sequence: Sequence) -> None:
+        """Only of one that runs: embeddings pulled while it waits for a decode engine would starve those that can go
+        on.
+        """
+        if sequence.needs_embeddings:
+            self._events.append(ev.Admitted(sequence.key, sequence.cached_tokens))
+
+    def _tell_runner_ended(self, sequence: Sequence) -> None:
+        if sequence.known_to_runner:
+            self._ended_ids.append(sequence.id)
+
+    def _milestone(self, sequence: Sequence, kind: MilestoneKind, cached_tokens: int = 0) -> None:
+        cached_tokens = min(cached_tokens, len(sequence.request.prompt_ids))
+        self._events.append(ev.Milestone(sequence.key, kind, sequence.take_busy(), cached_tokens))
+
+    # Time
+
+    def _asking(self, key: SequenceKey) -> Sequence | None:
+        """A prefill attempt that waits for the answer to its reservation."""
+        sequence = self.roster.by_key.get(key)
+        if sequence is None or sequence.state not in (State.RESERVING, State.WAITING):
+            return None
+        return sequence if sequence.reservation_asked and not sequence.reservation_granted else None
+
+    def _set_timer(self, due: float, key: SequenceKey) -> None:
+        self._timers.prune(self.roster.by_key, self._early_reserves)
+        self._timers.set(due, key)
+
+    def _expire(self, now: float) -> None:
+        for key in self._timers.pop_due(now):
+            early = self._early_reserves.get(key)
+            if early is not None and early[1] <= now:
+                self._fail_early_reserve(key, "UNKNOWN", "no such attempt was submitted in time")
+            sequence = self.roster.by_key.get(key)
+            if sequence is None:
+                continue
+            expiry = sequence.reserve_expiry
+            if sequence.deadline <= now:
+                self._abort(sequence, DeadlineExceeded("the request's time ran out"))
+            elif sequence.state is State.WAITING and expiry is not None and expiry <= now:
+                message = "no KV blocks became free in time"
+                retry_after_s = self.config.retry_after_s
+                self._abort(sequence, Unavailable(message, reason="NO_BLOCKS", retry_after_s=retry_after_s))
+
+    def _fail_early_reserve(self, key: SequenceKey, reason: str, message: str) -> None:
+        if self._early_reserves.pop(key, None) is not None:
+            self._events.append(ev.ReservationFailed(key, reason, message))
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError if blocks, lists and counts disagree."""
+        self.roster.check_integrity(self.pool, self.config.block_size)
+        assert self.roster.active <= self.config.max_num_seqs, "too many sequences take part"

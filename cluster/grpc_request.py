@@ -1,0 +1,250 @@
+"""From public protobuf messages to the router's types, checked on the way. Fields are named as in the protos."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+
+from google.protobuf import duration_pb2
+
+from actors.errors import InvalidRequest
+from actors.types import (
+    ContentPart,
+    ImagePart,
+    MediaSource,
+    Message,
+    MessageRole,
+    Structure,
+    StructureKind,
+    TextPart,
+    ThinkingMode,
+    ToolCall,
+    VideoPart,
+)
+from cluster.generation import GenerateCall
+from cluster.request_checks import MAX_INT32, check_call, check_finite, check_messages, check_pixels, media_from_uri
+from ernie_serving.v1 import content_pb2, inference_pb2
+
+SPELLING = {
+    "n": "choice_count",
+    "logprobs": "top_logprob_count",
+    "prompt_logprobs": "prompt_top_logprob_count",
+    "structure": "structured_output",
+    "thinking": "thinking_mode",
+    "timeout_s": "timeout",
+    "temperature": "sampling_params.temperature",
+    "top_p": "sampling_params.top_p",
+    "top_k": "sampling_params.top_k",
+    "min_p": "sampling_params.min_p",
+    "repetition_penalty": "sampling_params.repetition_penalty",
+    "presence_penalty": "sampling_params.presence_penalty",
+    "frequency_penalty": "sampling_params.frequency_penalty",
+    "logit_bias": "sampling_params.logit_bias",
+    "allowed_token_ids": "sampling_params.allowed_token_ids",
+    "bad_words": "sampling_params.bad_words",
+    "bad_words_ids": "sampling_params.bad_words",
+    "min_tokens": "sampling_params.min_output_token_count",
+    "max_tokens": "sampling_params.max_output_token_count",
+    "reasoning_max_tokens": "sampling_params.max_reasoning_token_count",
+    "stop": "sampling_params.stop_sequences",
+    "stop_token_ids": "sampling_params.stop_token_ids",
+    "ignore_eos": "sampling_params.ignore_eos",
+    "seed": "sampling_params.seed",
+}
+"""Names of GenerateCall and of later stages as the protos spell them."""
+
+_ROLES: Mapping[int, MessageRole] = {
+    content_pb2.ROLE_SYSTEM: MessageRole.SYSTEM,
+    content_pb2.ROLE_USER: MessageRole.USER,
+    content_pb2.ROLE_ASSISTANT: MessageRole.ASSISTANT,
+    content_pb2.ROLE_TOOL: MessageRole.TOOL,
+}
+_THINKING: Mapping[int, ThinkingMode] = {
+    inference_pb2.THINKING_MODE_UNSPECIFIED: ThinkingMode.AUTO,
+    inference_pb2.THINKING_MODE_ENABLED: ThinkingMode.ON,
+    inference_pb2.THINKING_MODE_DISABLED: ThinkingMode.OFF,
+}
+
+
+def generate_call(request: inference_pb2.GenerateRequest) -> GenerateCall:
+    """Translates and checks a request. Raises InvalidRequest naming the first wrong field."""
+    params = request.sampling_params
+    if request.tools:
+        raise _not_yet("tools")
+    call = GenerateCall(
+        messages=messages(request.messages),
+        model=request.model or None,
+        request_id=request.request_id or None,
+        temperature=params.temperature if params.HasField("temperature") else None,
+        top_p=params.top_p if params.HasField("top_p") else None,
+        top_k=params.top_k if params.HasField("top_k") else None,
+        min_p=params.min_p if params.HasField("min_p") else None,
+        repetition_penalty=params.repetition_penalty if params.HasField("repetition_penalty") else None,
+        presence_penalty=params.presence_penalty,
+        frequency_penalty=params.frequency_penalty,
+        logit_bias=tuple(sorted(params.logit_bias.items())),
+        allowed_token_ids=tuple(params.allowed_token_ids) or None,
+        bad_words=tuple(params.bad_words),
+        seed=params.seed if params.HasField("seed") else None,
+        n=request.choice_count or 1,
+        min_tokens=params.min_output_token_count,
+        max_tokens=params.max_output_token_count if params.HasField("max_output_token_count") else None,
+        reasoning_max_tokens=(
+            params.max_reasoning_token_count if params.HasField("max_reasoning_token_count") else None
+        ),
+        stop=tuple(params.stop_sequences),
+        stop_token_ids=tuple(params.stop_token_ids),
+        ignore_eos=params.ignore_eos,
+        logprobs=request.top_logprob_count if request.HasField("top_logprob_count") else None,
+        prompt_logprobs=request.prompt_top_logprob_count if request.HasField("prompt_top_logprob_count") else None,
+        structure=_structure(request.structured_output) if request.HasField("structured_output") else None,
+        thinking=thinking_mode(request.thinking_mode),
+        priority=request.priority,
+        cache_salt=request.cache_salt or None,
+        timeout_s=seconds(request.timeout) if request.HasField("timeout") else None,
+        return_token_ids=request.return_token_ids,
+        return_timings=request.return_timings,
+    )
+    check_call(call, SPELLING)
+    return call
+
+
+def _structure(proto: inference_pb2.StructuredOutput) -> Structure:
+    match proto.WhichOneof("structure"):
+        case "json_schema":
+            return Structure(kind=StructureKind.JSON_SCHEMA, text=proto.json_schema)
+        case "json_object":
+            return Structure(kind=StructureKind.JSON_OBJECT)
+        case "regex":
+            return Structure(kind=StructureKind.REGEX, text=proto.regex)
+        case "grammar":
+            return Structure(kind=StructureKind.GRAMMAR, text=proto.grammar)
+        case "choices":
+            return Structure(kind=StructureKind.CHOICE, text=json.dumps(list(proto.choices.texts), ensure_ascii=False))
+        case _:
+            raise _wrong("structured_output", "must have json_schema, json_object, regex, grammar or choices")
+
+
+def messages(protos: Iterable[content_pb2.ChatMessage]) -> tuple[Message, ...]:
+    """Translates and checks a conversation."""
+    turns = tuple(_message(proto, f"messages[{index}]") for index, proto in enumerate(protos))
+    check_messages(turns, "parts")
+    return turns
+
+
+def thinking_mode(value: int) -> ThinkingMode:
+    """Translates a mode; numbers this version does not know are refused."""
+    if value not in _THINKING:
+        raise _wrong("thinking_mode", f"has the unknown value {value}")
+    return _THINKING[value]
+
+
+def seconds(span: duration_pb2.Duration) -> float:
+    """Length of a span."""
+    return span.seconds + span.nanos / 1e9
+
+
+def _message(proto: content_pb2.ChatMessage, field: str) -> Message:
+    role = _ROLES.get(proto.role)
+    if role is None:
+        raise _wrong(f"{field}.role", "must be ROLE_SYSTEM, ROLE_USER, ROLE_ASSISTANT or ROLE_TOOL")
+    if role is not MessageRole.ASSISTANT:
+        if proto.reasoning_text:
+            raise _wrong(f"{field}.reasoning_text", "belongs to messages of ROLE_ASSISTANT")
+        if proto.tool_calls:
+            raise _wrong(f"{field}.tool_calls", "belongs to messages of ROLE_ASSISTANT")
+    if role is not MessageRole.TOOL and proto.tool_call_id:
+        raise _wrong(f"{field}.tool_call_id", "belongs to messages of ROLE_TOOL")
+    return Message(
+        role=role,
+        parts=tuple(_part(part, f"{field}.parts[{index}]") for index, part in enumerate(proto.parts)),
+        reasoning=proto.reasoning_text or None,
+        tool_calls=tuple(
+            ToolCall(id=call.id, name=call.name, arguments=call.arguments_json) for call in proto.tool_calls
+        ),
+        tool_call_id=proto.tool_call_id or None,
+        name=proto.name or None,
+    )
+
+
+def _part(proto: content_pb2.ContentPart, field: str) -> ContentPart:
+    match proto.WhichOneof("part"):
+        case "text":
+            return TextPart(text=proto.text)
+        case "image":
+            return _image(proto.image, f"{field}.image")
+        case "video":
+            return _video(proto.video, f"{field}.video")
+        case _:
+            raise _wrong(field, "must have text, an image or a video")
+
+
+def _image(proto: content_pb2.ImagePart, field: str) -> ImagePart:
+    low = proto.min_pixels if proto.HasField("min_pixels") else None
+    high = proto.max_pixels if proto.HasField("max_pixels") else None
+    check_pixels(low, high, field)
+    return ImagePart(source=_source(proto.source, f"{field}.source", "image"), min_pixels=low, max_pixels=high)
+
+
+def _video(proto: content_pb2.VideoPart, field: str) -> VideoPart:
+    rate = proto.frames_per_second if proto.HasField("frames_per_second") else None
+    if rate is not None and check_finite(rate, f"{field}.frames_per_second") <= 0:
+        raise _wrong(f"{field}.frames_per_second", f"must be above 0, not {rate}")
+    frames = proto.max_frame_count if proto.HasField("max_frame_count") else None
+    if frames is not None and frames < 1:
+        raise _wrong(f"{field}.max_frame_count", f"must be between 1 and {MAX_INT32}, not {frames}")
+    start = seconds(proto.start_offset) if proto.HasField("start_offset") else None
+    end = seconds(proto.end_offset) if proto.HasField("end_offset") else None
+    if start is not None and start < 0:
+        raise _wrong(f"{field}.start_offset", f"must not be negative, it is {start:g} s")
+    if end is not None and end <= (start or 0):
+        raise _wrong(f"{field}.end_offset", f"must come after the start at {start or 0:g} s, it is {end:g} s")
+    return VideoPart(
+        source=_source(proto.source, f"{field}.source", "video"),
+        frames_per_second=rate,
+        max_frames=frames,
+        start_s=start,
+        end_s=end,
+    )
+
+
+def _source(proto: content_pb2.MediaSource, field: str, kind: str) -> MediaSource:
+    if proto.mime_type and not proto.mime_type.lower().startswith(f"{kind}/"):
+        raise _wrong(f"{field}.mime_type", f'must begin with "{kind}/"')
+    match proto.WhichOneof("source"):
+        case "content":
+            if not proto.content:
+                raise _wrong(f"{field}.content", "holds no bytes")
+            return MediaSource(content=proto.content)
+        case "uri":
+            return media_from_uri(proto.uri, f"{field}.uri")
+        case _:
+            raise _wrong(field, "must have content or a uri")
+
+
+def _wrong(field: str, rule: str) -> InvalidRequest:
+    return InvalidRequest(f"{field} {rule}", field=field)
+
+
+def _not_yet(field: str) -> InvalidRequest:
+    return InvalidRequest(f"{field} is not supported yet", field=field, reason="UNSUPPORTED_FIELD")
+
+
+_INNER_SPELLING = {
+    "content": "parts",
+    "image_url": "image",
+    "video_url": "video",
+    "reasoning": "reasoning_text",
+    "max_frames": "max_frame_count",
+    "start_s": "start_offset",
+    "end_s": "end_offset",
+}
+_NAME = re.compile(r"^\w+|(?<=\.)\w+")
+
+
+def client_field(field: str) -> str:
+    """Turns a field as a later stage names it, in the terms of ``GenerateCall`` or OpenAI's, into the protos' terms."""
+    if field.startswith("messages"):
+        return _NAME.sub(lambda name: _INNER_SPELLING.get(name[0], name[0]), field)
+    return _NAME.sub(lambda name: SPELLING.get(name[0], name[0]) if name.start() == 0 else name[0], field)

@@ -1,0 +1,244 @@
+"""One choice of a request: one attempt after the other until it ends, one stream to the client.
+
+An attempt that ends for want of room (``REQUEUE_REASONS``) counts nothing: the choice waits for room with the
+request's arrival and goes on behind the tokens it has, through a prefill engine. What the client has seen stays; the
+output knows every index it took, and a forgotten attempt is not listened to.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+from dataclasses import dataclass, field, replace
+
+from actors.errors import Overloaded, ServingError, Unavailable
+from actors.types import (
+    EngineRequest,
+    FinishReason,
+    MediaSpan,
+    MilestoneKind,
+    PromptLogprobs,
+    SequenceKey,
+    Stage,
+    TokenEvent,
+    service_rank,
+)
+from cluster.generation import ChoiceFinished, Event, GenerateCall
+from cluster.policy import Route, has_room_on, pick_route
+from cluster.router.attempt import Attempt, RouteLinks
+from cluster.router.link import Milestone
+from cluster.router.output import Ending, OutputAssembler
+from cluster.router.prefix import RequestHashes
+from cluster.router.prompt import PromptKeeper
+from cluster.router.scores import PromptScores
+from cluster.router.services import Services
+from cluster.router.timeline import Progress, Timeline
+
+log = logging.getLogger(__name__)
+
+REQUEUE_REASONS = frozenset({"NO_BLOCKS", "PREEMPTED"})
+
+
+@dataclass(kw_only=True, slots=True)
+class RequestState:
+    """What the choices of a request share."""
+
+    request_id: str
+    call: GenerateCall
+    services: Services
+    events: asyncio.Queue[Event | ServingError]
+    timeline: Timeline
+    progress: Progress
+    keeper: PromptKeeper
+    request: EngineRequest
+    """Of a choice that begins; without prompt log-probabilities, which are only asked for once."""
+    prompt_scores: PromptScores | None
+    """Given when the caller asked for them."""
+    first_token_s: float | None = None
+    cached_tokens: int | None = None
+    """Of choice 0: the others find its prompt in the cache."""
+    prompt_route: Route | None = None
+    """Where choice 0 had the prompt computed."""
+    prompt_computed: asyncio.Event = field(default_factory=asyncio.Event)
+    """From now on the others find the prompt in the caches of ``prompt_route``."""
+
+    @property
+    def rank(self) -> float:
+        return service_rank(self.request.arrival_s, self.request.priority)
+
+
+class ChoiceRun:
+    """Owns the attempts and the output of one choice. ``run`` puts its Deltas and its ChoiceFinished."""
+
+    def __init__(self, index: int, state: RequestState) -> None:
+        self.index = index
+        self.output: OutputAssembler = state.services.make_output(state.call, state.keeper.prompt.reply.starts_thinking)
+        self._state = state
+        self._ended = False
+        self._spans: tuple[MediaSpan, ...] = ()
+        self._route: Route | None = None
+        self._first = 0
+        self._transferred = False
+
+    async def run(self) -> None:
+        """Returns when the choice has ended.
+
+        Raises:
+            ServingError: an attempt ended for another reason than want of blocks.
+        """
+        state = self._state
+        for attempt in itertools.count():
+            key = SequenceKey(state.request_id, attempt, self.index)
+            state.progress.enter(self.index, Stage.QUEUED)
+            try:
+                await self._try(key)
+                break
+            except (Overloaded, Unavailable) as error:
+                if not self._requeues(error, attempt):
+                    raise
+                log.info("%s: %s after %d tokens: waiting for room", key, error.reason, len(self.output.token_ids))
+            state.keeper.need(self.index)
+            await state.services.fleet.wait_for_room(self._token_count, state.rank)
+        assert self.output.ending is not None
+        self._finish(self.output.ending)
+
+    def _requeues(self, error: ServingError, attempt: int) -> bool:
+        """A full queue turns requests away at their door; one that was let in waits."""
+        if isinstance(error, Overloaded):
+            return attempt > 0 or self.index > 0
+        return error.reason in REQUEUE_REASONS
+
+    def cancel(self) -> None:
+        """Tells the client that the choice was cancelled, unless it has ended. ``run`` must have been stopped."""
+        if not self._ended:
+            self._finish(Ending(reason=FinishReason.CANCELLED))
+
+    @property
+    def engine_finished(self) -> bool:
+        return self.output.engine_finished
+
+    @property
+    def _token_count(self) -> int:
+        return len(self._state.request.prompt_ids) + len(self.output.token_ids)
+
+    def _finish(self, ending: Ending) -> None:
+        state = self._state
+        self._ended = True
+        state.events.put_nowait(ChoiceFinished(choice=self.index, reason=ending.reason, stop_reason=ending.stop_reason))
+        state.keeper.computed(self.index)
+        state.progress.leave(self.index)
+        if self.index == 0:
+            state.prompt_computed.set()
+
+    async def _try(self, key: SequenceKey) -> None:
+        state, fleet = self._state, self._state.services.fleet
+        route = self._pick_route(key.attempt)
+        if key.attempt == 0 and fleet.is_behind(state.rank):
+            # Others wait since before this one came: what room there is belongs to them.
+            await fleet.wait_for_room(self._token_count, state.rank)
+            route = self._pick_route(key.attempt)
+        links = RouteLinks.of(fleet, route)
+        self._route = route
+        self._first = len(self.output.token_ids)
+        self._transferred = False
+        self.output.begin_attempt()
+        await Attempt(self, key, self._request(), links).run()
+
+    def _pick_route(self, attempt: int) -> Route:
+        state = self._state
+        engines = state.services.fleet.engines()
+        known = state.prompt_route
+        if attempt == 0 and known is not None and has_room_on(engines, known, self._lacking(known)):
+            return known
+        route = pick_route(engines, self._token_count, RequestHashes(self._request()))
+        if route is None:
+            raise Unavailable("no prefill and decode path is ready", reason="NO_ENGINE", retry_after_s=1.0)
+        return route
+
+    def _lacking(self, route: Route) -> int:
+        """Tokens that need blocks of their own where the prompt is cached: whole blocks are shared, one more is grown
+        into.
+        """
+        block_size = route.prefill.block_size
+        return (self._token_count - 1) % block_size + 1 + block_size
+
+    def _request(self) -> EngineRequest:
+        """As far as the choice has come."""
+        state = self._state
+        self._spans = state.keeper.prompt.spans
+        sampling = state.request.sampling
+        if self._misses_prompt_scores:
+            sampling = replace(sampling, prompt_logprobs=state.call.prompt_logprobs)
+        return replace(state.request, media=self._spans, output_ids=tuple(self.output.token_ids), sampling=sampling)
+
+    @property
+    def _misses_prompt_scores(self) -> bool:
+        scores = self._state.prompt_scores
+        return self.index == 0 and scores is not None and not scores.complete
+
+    # What the attempt tells (AttemptOwner).
+
+    def take_tokens(self, tokens: list[TokenEvent]) -> bool:
+        state = self._state
+        for event in tokens:
+            state.timeline.add_busy(Stage.PREFILL if event.index == self._first else Stage.DECODE, event.busy_s)
+        before = len(self.output.token_ids)
+        delta = self.output.push(tokens)
+        count = len(self.output.token_ids)
+        if count == before:
+            return False
+        if before == 0 and self.index == 0:
+            self._tell_prompt()
+        assert self._route is not None
+        split = self._route.decode is not None
+        # Not only with the first token of an attempt: an engine may preempt and compute the prompt once more itself.
+        state.keeper.computed(self.index)
+        if before == self._first and split:
+            state.progress.enter(self.index, Stage.TRANSFER)
+        if not split or self._transferred or count > self._first + 1:
+            self._decodes()
+        if not state.call.return_token_ids:
+            delta = replace(delta, token_ids=())
+        if delta.text or delta.reasoning or delta.token_ids or delta.logprobs:
+            state.events.put_nowait(replace(delta, choice=self.index))
+        return self.output.ending is not None
+
+    def _tell_prompt(self) -> None:
+        """The request's first token is here, so the prompt is computed and scored."""
+        state = self._state
+        state.first_token_s = state.timeline.elapsed_s
+        if state.prompt_scores is not None:
+            state.events.put_nowait(state.prompt_scores.event())
+
+    def _decodes(self) -> None:
+        """All engines of the route have the prompt."""
+        state = self._state
+        if state.progress.stage(self.index) is not Stage.DECODE:
+            state.progress.enter(self.index, Stage.DECODE)
+        if self.index == 0:
+            state.prompt_route = self._route
+            state.prompt_computed.set()
+
+    def take_prompt_scores(self, piece: PromptLogprobs) -> None:
+        if self.index == 0 and self._state.prompt_scores is not None:
+            self._state.prompt_scores.take(piece)
+
+    def pass_milestone(self, milestone: Milestone) -> None:
+        state = self._state
+        match milestone.kind:
+            case MilestoneKind.PREFILL_STARTED:
+                if self.index == 0 and state.cached_tokens is None:
+                    state.cached_tokens = milestone.cached_tokens
+                if state.progress.stage(self.index) is Stage.QUEUED:
+                    state.progress.enter(self.index, Stage.PREFILL)
+            case MilestoneKind.TRANSFERRED:
+                state.timeline.add_busy(Stage.TRANSFER, milestone.busy_s)
+                self._transferred = True
+                if len(self.output.token_ids) > self._first:
+                    self._decodes()
+
+    async def make_media_again(self) -> tuple[MediaSpan, ...]:
+        self._spans = await self._state.keeper.make_again(self._spans, self.index)
+        self._state.progress.enter(self.index, Stage.PREFILL)
+        return self._spans

@@ -1,0 +1,165 @@
+"""The prompt of one request: what it was made of, and the leases that keep its media where engines find them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import dataclass, field
+
+from actors.errors import MediaChanged, Unavailable
+from actors.types import MediaSpan, PreprocessReply, PreprocessRequest, Stage
+from cluster.generation import GenerateCall
+from cluster.policy import pick_encoder
+from cluster.router.services import Services
+from cluster.router.stages import MissingPatches
+from cluster.router.timeline import Progress, Timeline
+
+log = logging.getLogger(__name__)
+
+MEDIA_TRIES = 3
+"""How often media are made before the request fails."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prompt:
+    """Token ids and media as engines take them."""
+
+    reply: PreprocessReply
+    spans: tuple[MediaSpan, ...]
+
+    @property
+    def media_tokens(self) -> int:
+        return sum(item.grid.tokens for item in self.reply.media)
+
+
+@dataclass(kw_only=True, slots=True)
+class _Leases:
+    patches: set[tuple[str, str]] = field(default_factory=set)
+    embeddings: set[tuple[str, str]] = field(default_factory=set)
+    count: int = 0
+
+
+class PromptKeeper:
+    """Makes the prompt, makes its media again when they were lost, and gives every lease back.
+
+    Embeddings are leased until no choice waits for its prompt to be computed. Attempts that begin after that usually
+    find them in the encoder's cache; where they do not, ``make_again`` answers.
+    """
+
+    def __init__(
+        self,
+        request_id: str,
+        call: GenerateCall,
+        *,
+        timeout_s: float,
+        services: Services,
+        timeline: Timeline,
+        progress: Progress,
+    ) -> None:
+        self._request_id = request_id
+        self._call = call
+        self._timeout_s = timeout_s
+        self._services = services
+        self._timeline = timeline
+        self._progress = progress
+        self._prompt: Prompt | None = None
+        self._leases = _Leases()
+        self._needed_by: set[int] = set()
+        self._making = asyncio.Lock()
+
+    @property
+    def prompt(self) -> Prompt:
+        """As last made."""
+        assert self._prompt is not None
+        return self._prompt
+
+    async def make(self) -> Prompt:
+        """Preprocesses and encodes, for all choices.
+
+        Raises:
+            ServingError: what is wrong with the messages, or a part that was lost.
+        """
+        self._needed_by = set(range(self._call.n))
+        self._prompt = await self._make(0)
+        return self._prompt
+
+    async def make_again(self, known: tuple[MediaSpan, ...], choice: int) -> tuple[MediaSpan, ...]:
+        """Answers MediaNeed for a choice whose engine knows some spans: fetches and encodes everything once more,
+        unless another choice had that done since.
+
+        Raises:
+            MediaChanged: the media are no longer what the prompt was made of.
+        """
+        self.need(choice)
+        async with self._making:
+            before = self.prompt
+            if before.spans is known:
+                again = await self._make(choice)
+                if (again.reply.prompt_ids, again.reply.media) != (before.reply.prompt_ids, before.reply.media):
+                    raise MediaChanged("media changed while the request was running")
+                self._prompt = again
+        return self.prompt.spans
+
+    def need(self, choice: int) -> None:
+        """The choice's prompt has to be computed once more."""
+        self._needed_by.add(choice)
+
+    def computed(self, choice: int) -> None:
+        """The choice has a token, so its prompt is computed. Once that is true of all, embeddings are given back."""
+        self._needed_by.discard(choice)
+        if not self._needed_by:
+            self._release(self._leases.embeddings)
+
+    def close(self) -> None:
+        """Gives everything back. Idempotent."""
+        self._release(self._leases.patches)
+        self._release(self._leases.embeddings)
+
+    async def _make(self, choice: int) -> Prompt:
+        for _ in range(MEDIA_TRIES):
+            reply = await self._preprocess(choice)
+            try:
+                return Prompt(reply=reply, spans=await self._encode(reply, choice))
+            except MissingPatches:
+                log.warning("request %s: patches were gone before they were encoded", self._request_id)
+        raise Unavailable("media were lost again and again", reason="STAGE_LOST", retry_after_s=1.0)
+
+    async def _preprocess(self, choice: int) -> PreprocessReply:
+        self._progress.enter(choice, Stage.PREPROCESS)
+        lease = self._new_lease()
+        reply = await self._services.preprocess.run(
+            PreprocessRequest(
+                lease=lease,
+                messages=self._call.messages,
+                thinking=self._call.thinking,
+                max_prompt_tokens=self._services.context_limit() - 1,
+            )
+        )
+        self._leases.patches.add((reply.media_address, lease))
+        self._timeline.add_busy(Stage.PREPROCESS, reply.busy_s)
+        return reply
+
+    async def _encode(self, reply: PreprocessReply, choice: int) -> tuple[MediaSpan, ...]:
+        """Has all media encoded; their patches are given back as soon as that is done."""
+        if not reply.media:
+            return ()
+        self._progress.enter(choice, Stage.ENCODE)
+        encoder = pick_encoder(self._services.fleet.encoders)
+        if encoder is None:
+            raise Unavailable("no vision encoder is ready", reason="NO_ENCODER", retry_after_s=1.0)
+        lease = self._new_lease()
+        self._leases.embeddings.add((encoder.address, lease))
+        spans, busy_s = await self._services.encode.run(
+            encoder, reply.media, lease=lease, patch_address=reply.media_address, timeout_s=self._timeout_s
+        )
+        self._timeline.add_busy(Stage.ENCODE, busy_s)
+        self._release(self._leases.patches)
+        return spans
+
+    def _release(self, leases: set[tuple[str, str]]) -> None:
+        while leases:
+            self._services.leases.release(*leases.pop())
+
+    def _new_lease(self) -> str:
+        self._leases.count += 1
+        return f"{self._request_id}#{self._leases.count}"

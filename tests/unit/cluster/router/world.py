@@ -1,0 +1,354 @@
+"""A router with real links to scripted engines; preprocessing and encoding are doubles."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import replace
+
+from actors.errors import ServingError
+from actors.types import (
+    AttemptMode,
+    EncoderInfo,
+    EngineInfo,
+    EngineRequest,
+    EngineRole,
+    FinishReason,
+    Grid,
+    LoadReport,
+    MediaKind,
+    MediaSpan,
+    Message,
+    MessageRole,
+    PreprocessReply,
+    PreprocessRequest,
+    PromptLogprobs,
+    PromptMedia,
+    SequenceKey,
+    TextPart,
+    TokenEvent,
+    TokenLogprobs,
+)
+from actors.wire.channels import make_server
+from actors.wire.engine_link import EngineLinkServicer
+from cluster.generation import ChoiceFinished, Delta, Event, Finished, GenerateCall
+from cluster.registry import EncoderEntry, EngineEntry, PreprocessorEntry, Snapshot
+from cluster.router.fleet import Fleet
+from cluster.router.leases import LeaseKeeper
+from cluster.router.output import OutputAssembler
+from cluster.router.router import Router
+from cluster.router.sampling import SamplingDefaults, resolve_sampling
+from cluster.router.scores import TokenScorer
+from cluster.router.services import Services
+from cluster.router.stages import MissingPatches
+from ernie_serving.internal.v1 import engine_link_pb2_grpc
+
+CALL = GenerateCall(messages=(Message(role=MessageRole.USER, parts=(TextPart(text="hi"),)),), max_tokens=8)
+IMAGE = PromptMedia(kind=MediaKind.IMAGE, offset=1, grid=Grid(1, 2, 2), content_keys=(b"c" * 32,))
+END = 2
+
+
+class Letters:
+    """Token id n is the n-th letter; no thinking, no stop strings unless told."""
+
+    in_reasoning = False
+    matched: str | None = None
+
+    def __init__(self, stop: str | None = None) -> None:
+        self._stop = stop
+
+    def push(self, piece):  # type: ignore[no-untyped-def]
+        return "".join(chr(ord("a") + token) for token in piece)
+
+    def flush(self) -> str:
+        return ""
+
+
+class NoThinking(Letters):
+    def push(self, piece):  # type: ignore[no-untyped-def]
+        return "", piece
+
+    def flush(self):  # type: ignore[no-untyped-def]
+        return "", ""
+
+
+class StopAt(Letters):
+    def push(self, piece, *, match=True):  # type: ignore[no-untyped-def]
+        if match and self._stop is not None and self._stop in piece:
+            self.matched = self._stop
+            return piece[: piece.index(self._stop)]
+        return piece
+
+
+def make_output(call: GenerateCall, starts_thinking: bool) -> OutputAssembler:
+    return OutputAssembler(
+        Letters(),  # type: ignore[arg-type]
+        NoThinking(),  # type: ignore[arg-type]
+        StopAt(call.stop[0] if call.stop else None),  # type: ignore[arg-type]
+        stop_token_ids=call.stop_token_ids,
+        min_tokens=call.min_tokens,
+        score=None if call.logprobs is None else SCORE,
+    )
+
+
+def letter(token_id: int) -> bytes:
+    return bytes([ord("a") + token_id])
+
+
+SCORE = TokenScorer(letter)
+
+
+def logprobs_of(token_id: int) -> TokenLogprobs:
+    """What scripted engines report of a token."""
+    return TokenLogprobs(token_id=token_id, logprob=-0.5, rank=1, top=((token_id, -0.5), (0, -2.0)))
+
+
+class ScriptedEngine:
+    """An engine whose tokens the test sends."""
+
+    def __init__(self, name: str, role: EngineRole) -> None:
+        self.server = make_server()
+        self.free_blocks = 100
+        self.info = EngineInfo(
+            engine_id=name,
+            incarnation=f"{name}-1",
+            address=f"127.0.0.1:{self.server.add_insecure_port('127.0.0.1:0')}",
+            role=role,
+            epoch=1,
+            fingerprint="f",
+            dtype="float64",
+            block_size=16,
+            switches="s",
+            max_model_len=64,
+        )
+        self.links = EngineLinkServicer(self, lambda: self.info)
+        engine_link_pb2_grpc.add_EngineLinkServiceServicer_to_server(self.links, self.server)
+        self.submits: asyncio.Queue[tuple[SequenceKey, EngineRequest, AttemptMode]] = asyncio.Queue()
+        self.cancels: asyncio.Queue[SequenceKey] = asyncio.Queue()
+        self.supplies: asyncio.Queue[tuple[MediaSpan, ...]] = asyncio.Queue()
+
+    def submit(self, key: SequenceKey, request: EngineRequest, mode: AttemptMode, peer: tuple[str, str] | None) -> None:
+        assert (peer is None) == (mode is AttemptMode.COLOCATED)
+        self.submits.put_nowait((key, request, mode))
+
+    def cancel(self, key: SequenceKey) -> None:
+        self.cancels.put_nowait(key)
+
+    def supply_media(self, key: SequenceKey, media: tuple[MediaSpan, ...]) -> None:
+        self.supplies.put_nowait(media)
+
+    def load(self) -> LoadReport:
+        return LoadReport(
+            step=0,
+            running=0,
+            waiting=0,
+            free_blocks=self.free_blocks,
+            total_blocks=100,
+            block_size=16,
+            queued_tokens=0,
+        )
+
+    async def taken(self) -> tuple[SequenceKey, EngineRequest, AttemptMode]:
+        return await asyncio.wait_for(self.submits.get(), 5)
+
+    async def cancelled(self) -> SequenceKey:
+        return await asyncio.wait_for(self.cancels.get(), 5)
+
+    def end(self, key: SequenceKey, error: ServingError) -> None:
+        self.links.deliver_end(key, error)
+
+    def score_prompt(self, key: SequenceKey, first: int, *tokens: int | None) -> None:
+        entries = tuple(None if token is None else logprobs_of(token) for token in tokens)
+        self.links.deliver_prompt_logprobs(PromptLogprobs(key=key, first=first, entries=entries))
+
+    def say(
+        self,
+        key: SequenceKey,
+        first: int,
+        *tokens: int,
+        finish: FinishReason | None = None,
+        scored: bool = False,
+    ) -> None:
+        events = [
+            TokenEvent(
+                key=key,
+                index=first + i,
+                token_id=token,
+                busy_s=0.5,
+                logprobs=logprobs_of(token) if scored else None,
+            )
+            for i, token in enumerate(tokens)
+        ]
+        if finish is not None:
+            events[-1] = replace(events[-1], finish=finish)
+        self.links.deliver_tokens(events)
+
+
+class Stages:
+    """Doubles of preprocessing, encoding and the places that hold leases."""
+
+    def __init__(self) -> None:
+        self.media: tuple[PromptMedia, ...] = ()
+        self.prompt_ids: tuple[int, ...] = (5, 6, 7)
+        self.error: Exception | None = None
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.misses = 0
+        self.preprocessed = 0
+        self.encoded = 0
+        self.leases: set[tuple[str, str]] = set()
+        self.keeper: LeaseKeeper
+
+    async def run(self, *args, **kwargs):  # type: ignore[no-untyped-def]
+        return await (self._preprocess(*args) if len(args) == 1 else self._encode(*args, **kwargs))
+
+    async def _preprocess(self, request: PreprocessRequest) -> PreprocessReply:
+        await self.gate.wait()
+        if self.error is not None:
+            raise self.error
+        self.preprocessed += 1
+        if self.media:
+            self.keeper.hold("pre:1", request.lease)
+            self.leases.add(("pre:1", request.lease))
+        return PreprocessReply(
+            prompt_ids=self.prompt_ids,
+            media=self.media,
+            starts_thinking=False,
+            media_address="pre:1",
+            incarnation="p",
+            busy_s=0.25,
+        )
+
+    async def _encode(
+        self, encoder: EncoderInfo, media: tuple[PromptMedia, ...], *, lease: str, patch_address: str, timeout_s: float
+    ) -> tuple[tuple[MediaSpan, ...], float]:
+        self.encoded += 1
+        self.keeper.hold(encoder.address, lease)
+        self.leases.add((encoder.address, lease))
+        if self.misses:
+            self.misses -= 1
+            raise MissingPatches
+        return tuple(
+            MediaSpan(
+                kind=item.kind,
+                offset=item.offset,
+                grid=item.grid,
+                embedding_keys=tuple(b"e" + key[1:] for key in item.content_keys),
+                encoder_address=encoder.address,
+            )
+            for item in media
+        ), 0.125
+
+    async def renew(self, address: str, leases: list[str]) -> list[str]:
+        return []
+
+    async def release(self, address: str, leases: list[str]) -> None:
+        self.leases -= {(address, lease) for lease in leases}
+
+
+class World:
+    def __init__(self, router: Router, stages: Stages, fleet: Fleet, *engines: ScriptedEngine) -> None:
+        self.router, self.stages, self.fleet = router, stages, fleet
+        self.engines = engines
+
+    def ask(self, call: GenerateCall = CALL) -> asyncio.Task[list[Event]]:
+        async def collect() -> list[Event]:
+            return [event async for event in self.router.generate(call)]
+
+        return asyncio.create_task(collect())
+
+
+def text_of(events: Sequence[Event], choice: int = 0) -> str:
+    return "".join(event.text for event in events if isinstance(event, Delta) and event.choice == choice)
+
+
+def endings(events: Sequence[Event]) -> dict[int, ChoiceFinished]:
+    """By choice; fails when one ended twice, spoke after its end, or Finished is not the last event."""
+    assert [isinstance(event, Finished) for event in events].index(True) == len(events) - 1
+    found: dict[int, ChoiceFinished] = {}
+    for event in events:
+        if isinstance(event, Delta | ChoiceFinished):
+            assert event.choice not in found
+        if isinstance(event, ChoiceFinished):
+            found[event.choice] = event
+    return found
+
+
+async def eventually(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(5):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+@asynccontextmanager
+async def world(
+    *roles: EngineRole,
+    max_active: int = 4,
+    encoders: bool = True,
+    preprocessors: bool = True,
+    default_timeout_s: float = 60,
+) -> AsyncIterator[World]:
+    stages = Stages()
+    engines = [ScriptedEngine(f"e{i}", role) for i, role in enumerate(roles)]
+    for engine in engines:
+        await engine.server.start()
+    encoder = EncoderInfo(encoder_id="v", incarnation="v1", address="enc:1", fingerprint="f", dtype="float64")
+    snapshot = Snapshot(
+        term=1,
+        version=1,
+        engines=tuple(EngineEntry(info=engine.info, pool="p", ready=True, load=None) for engine in engines),
+        encoders=(EncoderEntry(info=encoder, queued_patches=0),) if encoders else (),
+        preprocessors=(PreprocessorEntry(incarnation="p", address="pre:1"),) if preprocessors else (),
+    )
+
+    async def planner(known_version: int, known_term: int, timeout_s: float) -> Snapshot:
+        if known_version == snapshot.version:
+            await asyncio.sleep(timeout_s)
+        return snapshot
+
+    fleet = Fleet(planner, "r", lost_after_s=3.0)
+    keeper = stages.keeper = LeaseKeeper(stages)
+    services = Services(
+        fleet=fleet,
+        leases=keeper,
+        preprocess=stages,  # type: ignore[arg-type]
+        encode=stages,  # type: ignore[arg-type]
+        model_name="tiny",
+        context_limit=lambda: fleet.context_limit(64),
+        vocab_size=100,
+        resolve_sampling=lambda call, reply: resolve_sampling(
+            call,
+            SamplingDefaults(),
+            prompt_tokens=len(reply.prompt_ids),
+            starts_thinking=reply.starts_thinking,
+            max_model_len=64,
+            spellings=lambda text: (tuple(ord(letter) - ord("a") for letter in text),),
+        ),
+        make_output=make_output,
+        score=SCORE,
+        clock=time.monotonic,
+        wall_clock=time.time,
+    )
+    router = Router(
+        services,
+        incarnation="r",
+        source="dir",
+        max_active=max_active,
+        default_timeout_s=default_timeout_s,
+        random_seed=lambda: -1,
+    )
+    fleet.start()
+    keeper.start()
+    try:
+        await eventually(lambda: len(fleet.engines()) == len(engines))
+        yield World(router, stages, fleet, *engines)
+        await eventually(lambda: router.active_count == 0)
+        await eventually(lambda: not stages.leases)
+        router.check_integrity()
+    finally:
+        await fleet.close()
+        await keeper.close()
+        for engine in engines:
+            await engine.server.stop(None)

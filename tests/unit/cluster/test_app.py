@@ -1,0 +1,30 @@
+from __future__ import annotations
+
+import dataclasses
+
+from actors.config import EngineReplicaConfig
+from cluster.app import engine_config
+from cluster.config import ClusterConfig, EnginePool
+
+
+def test_an_engine_is_told_all_that_its_pool_says() -> None:
+    values = {
+        "num_gpus": 0.0,
+        "kv_cache_gib": 0.25,
+        "gpu_memory_utilization": 0.5,
+        "block_size": 8,
+        "max_num_seqs": 3,
+        "max_batched_tokens": 77,
+        "max_waiting": 5,
+        "prefix_caching": False,
+        "attention": "plain",
+        "experts": "loop",
+        "cuda_graphs": False,
+    }
+    pool = EnginePool.model_validate({"roles": {"colocated": 1}} | values)
+    config = ClusterConfig(model="m", dtype="float32", engines=(pool,))
+    told = engine_config(config, pool)
+    shared = {field.name for field in dataclasses.fields(EngineReplicaConfig)} & EnginePool.model_fields.keys()
+    assert shared >= values.keys() - {"num_gpus"}
+    for name in shared:
+        assert getattr(told, name) == getattr(pool, name), name
