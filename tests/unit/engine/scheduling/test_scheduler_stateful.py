@@ -288,8 +288,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.step_once(9)
 
     def step_once(self, token: int) -> bool:
-        preemptable = [s for s in self.scheduler.roster.holders if s.state.takes_part and not s.chunk_count]
-        first = preemptable[0] if preemptable and preemptable[0].deadline > self.now else None
+        preemptible = [s for s in self.scheduler.roster.holders if s.state.takes_part and not s.chunk_count]
+        first = preemptible[0] if preemptible and preemptible[0].deadline > self.now else None
         lost = first.preemptions if first else 0
         waited = list(self.scheduler.roster.queue)
         plan = self.scheduler.plan(self.now)
