@@ -324,7 +324,14 @@ async def test_scores_of_prompt_and_reply(roles: tuple[EngineRole, ...]) -> None
     for index, (token, entry) in enumerate(zip(first.prompt_ids, first.prompt_scores, strict=True)):
         assert (entry is None) == (index == 0 or token >= limit)
         assert entry is None or (entry.chosen.token_id == token and len(entry.top) == 1)
-    assert first.prompt_scores == again.prompt_scores
+    # How the prompt was cut into chunks may differ, and with it the last digits.
+    assert again.prompt_scores is not None
+    for entry, other in zip(first.prompt_scores, again.prompt_scores, strict=True):
+        assert (entry is None) == (other is None)
+        if entry is not None and other is not None:
+            assert entry.chosen.rank == other.chosen.rank and entry.top[0].token_id == other.top[0].token_id
+            assert entry.chosen.logprob == pytest.approx(other.chosen.logprob, abs=1e-9)
+            assert entry.top[0].logprob == pytest.approx(other.top[0].logprob, abs=1e-9)
     for choice in first.choices.values():
         assert [score.chosen.token_id for score in choice.scores] == choice.tokens
         assert all(score.chosen.rank == 1 and score.chosen == score.top[0] for score in choice.scores)
