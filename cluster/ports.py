@@ -76,10 +76,19 @@ def can_listen(host: str, port: int) -> bool:
     return True
 
 
-def free_ports(count: int, host: str = "127.0.0.1") -> list[int]:
-    """Different ports the kernel says are free now."""
-    probes = [socket.create_server((host, 0)) for _ in range(count)]
-    ports = [int(probe.getsockname()[1]) for probe in probes]
-    for probe in probes:
-        probe.close()
-    return ports
+_kept: list[PortBlock] = []
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports of a block that is held until this process ends: neither another cluster nor the kernel, which gives ports
+    of its own range to whoever connects, takes one of them before it is used.
+
+    Raises:
+        ValueError: more than a block has.
+        OSError: no block is left.
+    """
+    if count > BLOCK_SIZE:
+        raise ValueError(f"{count} ports asked, a block has {BLOCK_SIZE}")
+    block = PortBlock.take()
+    _kept.append(block)
+    return list(range(block.first, block.first + count))

@@ -62,5 +62,16 @@ def test_a_block_has_room_for_everything_serve_opens() -> None:
     assert BLOCK_SIZE >= 4 + 2 * DIRECT_PORTS
 
 
-def test_free_ports_differ() -> None:
-    assert len(set(free_ports(20))) == 20
+def test_free_ports_differ_and_stay_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cluster.ports._LOWEST", 22000)
+    monkeypatch.setattr("cluster.ports._ephemeral_start", lambda: 22000 + 3 * BLOCK_SIZE)
+    kept: list[PortBlock] = []
+    monkeypatch.setattr("cluster.ports._kept", kept)
+    ports = free_ports(20) + free_ports(BLOCK_SIZE)
+    assert len(set(ports)) == 20 + BLOCK_SIZE and all(can_listen("127.0.0.1", port) for port in ports)
+    with pytest.raises(OSError, match="no block of free ports"):
+        PortBlock.take()
+    for block in kept:
+        block.release()
+    with pytest.raises(ValueError, match="a block has"):
+        free_ports(BLOCK_SIZE + 1)
