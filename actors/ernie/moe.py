@@ -95,47 +95,7 @@ def run_experts(
 
     ``rows_per_expert_X`` may count further experts after those of ``banks``; they must have no rows.
     """
-    if form is ExpertsForm.GROUPED:
-        return _run_grouped(rows_ND, rows_per_expert_X, banks)
-    if form is ExpertsForm.NATIVE:
-        return _run_native(rows_ND, rows_per_expert_X, banks)
-    return _run_loop(rows_ND, rows_per_expert_X, banks)
-
-
-def _run_loop(rows_ND: Tensor, rows_per_expert_X: Tensor, banks: Sequence[ExpertBank]) -> Tensor:
-    counts = rows_per_expert_X.tolist()
-    out_ND = torch.empty_like(rows_ND)
-    start = first = 0
-    for bank in banks:
-        experts = bank.gate_up_EFD.shape[0]
-        for expert, count in enumerate(counts[first : first + experts]):
-            if count:
-                hidden_NM = silu_and_multiply(F.linear(rows_ND[start : start + count], bank.gate_up_EFD[expert]))
-                torch.mm(hidden_NM, bank.down_EDM[expert].t(), out=out_ND[start : start + count])
-                start += count
-        first += experts
-    if start != rows_ND.shape[0]:
-        raise ValueError(f"{rows_ND.shape[0] - start} rows belong to experts that are not held here")
-    return out_ND
-
-
-def _run_grouped(rows_ND: Tensor, rows_per_expert_X: Tensor, banks: Sequence[ExpertBank]) -> Tensor:
-    parts: list[Tensor] = []
-    start = first = 0
-    for index, bank in enumerate(banks):
-        experts = bank.gate_up_EFD.shape[0]
-        ends_E = rows_per_expert_X[first : first + experts].cumsum(0, dtype=torch.int32)
-        # Only a batch of both modalities has to learn where the second bank's rows begin.
-        end = rows_ND.shape[0] if index == len(banks) - 1 else start + int(ends_E[-1].item())
-        if end > start:
-            hidden_NF = F.grouped_mm(rows_ND[start:end], bank.gate_up_EFD.transpose(1, 2), offs=ends_E)
-            parts.append(F.grouped_mm(silu_and_multiply(hidden_NF), bank.down_EDM.transpose(1, 2), offs=ends_E))
-        start, first = end, first + experts
-    return parts[0] if len(parts) == 1 else torch.cat(parts) if parts else torch.empty_like(rows_ND)
-
-
-def _run_native(rows_ND: Tensor, rows_per_expert_X: Tensor, banks: Sequence[ExpertBank]) -> Tensor:
-    kernels = load_cpu_kernels()
+    run = {ExpertsForm.LOOP: _run_loop, ExpertsForm.GROUPED: _run_grouped, ExpertsForm.NATIVE: _run_native}[form]
     parts: list[Tensor] = []
     start = first = 0
     for index, bank in enumerate(banks):
@@ -143,12 +103,36 @@ def _run_native(rows_ND: Tensor, rows_per_expert_X: Tensor, banks: Sequence[Expe
         counts_E = rows_per_expert_X[first : first + experts]
         # Only a batch of both modalities has to learn where the second bank's rows begin.
         end = rows_ND.shape[0] if index == len(banks) - 1 else start + int(counts_E.sum())
-        if end - start > kernels.row_limit * experts:
-            parts.append(_run_loop(rows_ND[start:end], counts_E, [bank]))
-        elif end > start:
-            parts.append(kernels.experts(rows_ND[start:end], counts_E, bank.gate_up_EFD, bank.down_EDM))
+        if end > start:
+            parts.append(run(rows_ND[start:end], counts_E, bank))
         start, first = end, first + experts
     return parts[0] if len(parts) == 1 else torch.cat(parts) if parts else torch.empty_like(rows_ND)
+
+
+def _run_loop(rows_ND: Tensor, counts_E: Tensor, bank: ExpertBank) -> Tensor:
+    out_ND = torch.empty_like(rows_ND)
+    start = 0
+    for expert, count in enumerate(counts_E.tolist()):
+        if count:
+            hidden_NM = silu_and_multiply(F.linear(rows_ND[start : start + count], bank.gate_up_EFD[expert]))
+            torch.mm(hidden_NM, bank.down_EDM[expert].t(), out=out_ND[start : start + count])
+            start += count
+    if start != rows_ND.shape[0]:
+        raise ValueError(f"{rows_ND.shape[0] - start} rows belong to experts that are not held here")
+    return out_ND
+
+
+def _run_grouped(rows_ND: Tensor, counts_E: Tensor, bank: ExpertBank) -> Tensor:
+    ends_E = counts_E.cumsum(0, dtype=torch.int32)
+    hidden_NF = F.grouped_mm(rows_ND, bank.gate_up_EFD.transpose(1, 2), offs=ends_E)
+    return F.grouped_mm(silu_and_multiply(hidden_NF), bank.down_EDM.transpose(1, 2), offs=ends_E)
+
+
+def _run_native(rows_ND: Tensor, counts_E: Tensor, bank: ExpertBank) -> Tensor:
+    kernels = load_cpu_kernels()
+    if rows_ND.shape[0] > kernels.row_limit * bank.gate_up_EFD.shape[0]:
+        return _run_loop(rows_ND, counts_E, bank)
+    return kernels.experts(rows_ND, counts_E, bank.gate_up_EFD, bank.down_EDM)
 
 
 class SparseMlp:
