@@ -80,6 +80,8 @@ def load_rank(config: EngineReplicaConfig, role: EngineRole, progress: Progress 
             head_dim=text.head_dim,
             dtype=dtype,
         )
+        experts = f"experts: {model.experts_form} ({model.experts_choice.reason})"
+        log.info("%s", experts)
         forms = _forms(config, layout, model)
         arena, room = _arena(config, layout, vision_bank_bytes(text, dtype), model, forms, has_bank=role.prefills)
         if role.prefills:
@@ -98,19 +100,12 @@ def load_rank(config: EngineReplicaConfig, role: EngineRole, progress: Progress 
             fingerprint=checkpoint.fingerprint("language"),
             loaded=checkpoint.report,
             vocabulary=_vocabulary(config, model_config),
-            notes=(
-                *room,
-                f"experts: {model.experts_form} ({model.experts_choice.reason})",
-                *forms.lines,
-                *forms.warnings,
-            ),
+            notes=(*room, experts, *forms.lines, *forms.warnings),
         )
     _warm_up(rank.runner)
     if forms.cuda_graphs:
         rank.runner.graphs = _record_graphs(config, model, cache)
     log.info("%s engine loaded %.2f GB in %.1f s", role, rank.loaded.total_bytes / 1e9, rank.loaded.seconds)
-    for note in rank.notes:
-        log.info("%s", note)
     return rank
 
 
@@ -125,6 +120,8 @@ def _forms(config: EngineReplicaConfig, layout: KvLayout, model: LanguageModel) 
         attention=named,
         cuda_graphs=config.cuda_graphs,
     )
+    for line in forms.lines:
+        log.info("%s", line)
     for warning in forms.warnings:
         log.warning("%s", warning)
     return forms
@@ -139,7 +136,7 @@ def _arena(
     *,
     has_bank: bool,
 ) -> tuple[Arena, list[str]]:
-    """Plans the arena and takes the memory; also what there is to say of it.
+    """Plans the arena, says what it holds, and takes the memory; also what was said.
 
     Raises ValueError if it holds no block, or no sequence of the configured length.
     """
@@ -149,6 +146,8 @@ def _arena(
         bank_bytes=bank_bytes,
     )
     longest = config.max_model_len or model.config.max_position_embeddings
+    said = [memory.describe(plan, layout, longest, has_bank=has_bank)]
+    log.info("%s", said[0])
     warning = memory.check_model_len(
         plan,
         layout,
@@ -157,7 +156,6 @@ def _arena(
         configured=config.max_model_len is not None,
         option="kv_cache_gib" if config.kv_cache_gib is not None or not _on_gpu(config) else "gpu_memory_utilization",
     )
-    said = [memory.describe(plan, layout, longest, has_bank=has_bank)]
     if warning is not None:
         log.warning("%s", warning)
         said.append(warning)
