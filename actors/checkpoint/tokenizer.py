@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -28,10 +28,10 @@ SPACE = "\u0120"
 """How byte-level BPE writes a space."""
 
 
-def build_tokenizer(layout: TokenLayout) -> dict[str, Any]:
-    """Contents of tokenizer.json. The same layout gives the same contents."""
+def build_tokenizer(layout: TokenLayout, lines: Sequence[str] | None = None) -> dict[str, Any]:
+    """Contents of tokenizer.json, its words from ``lines`` or the built-in text. The same arguments give the same."""
     ids = [i for i in layout.text if i not in set(layout.special.values())]
-    pieces, merges = _train(len(ids))
+    pieces, merges = _train(len(ids), TEXT.splitlines() if lines is None else lines)
     vocab = layout.special | dict(zip(pieces, ids, strict=True))
     tokenizer = _tokenizer(models.BPE(vocab={}, merges=[], unk_token="<unk>"))
     document: dict[str, Any] = json.loads(tokenizer.to_str())
@@ -87,13 +87,13 @@ def _tokenizer(model: models.BPE) -> Tokenizer:
     return tokenizer
 
 
-def _train(count: int) -> tuple[list[str], list[tuple[str, str]]]:
+def _train(count: int, lines: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
     """Exactly ``count`` pieces in id order, all bytes among them, and the merges that make them."""
     tokenizer = _tokenizer(models.BPE())
     trainer = trainers.BpeTrainer(
         vocab_size=count, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False
     )
-    tokenizer.train_from_iterator(TEXT.splitlines(), trainer)
+    tokenizer.train_from_iterator(lines, trainer)
     model = json.loads(tokenizer.to_str())["model"]
     pieces = sorted(model["vocab"], key=model["vocab"].__getitem__)
     merges = [(left, right) for left, right in model["merges"]]

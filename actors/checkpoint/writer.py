@@ -74,9 +74,9 @@ def write_random_checkpoint(
     root = Path(directory)
     if write:
         _create(root)
-        _write_files(root, documents, style)
+        write_neighbours(root, documents, build_tokenizer(documents.layout), style)
         write_sharded(root, plan, shard_bytes)
-        _write_json(root / CONFIG, documents.config)
+        write_json(root / CONFIG, documents.config)
     return CheckpointSummary(
         directory=root if write else None,
         config=documents.config,
@@ -112,19 +112,19 @@ def _create(root: Path) -> None:
         raise FileExistsError(f"{root} is not empty")
 
 
-def _write_files(root: Path, documents: Documents, style: str) -> None:
-    tokenizer = build_tokenizer(documents.layout)
+def write_neighbours(root: Path, documents: Documents, tokenizer: Mapping[str, Any], style: str) -> None:
+    """Writes all files of a checkpoint but the weights and config.json."""
     (root / "tokenizer.json").write_text(json.dumps(tokenizer, ensure_ascii=False, indent=1), encoding="utf-8")
     max_length = documents.model.text.max_position_embeddings
-    _write_json(root / "tokenizer_config.json", tokenizer_config(max_length))
-    _write_json(root / "generation_config.json", documents.generation_config)
-    _write_json(root / "preprocessor_config.json", documents.preprocessor_config)
-    _write_json(root / "video_preprocessor_config.json", documents.video_preprocessor_config)
+    write_json(root / "tokenizer_config.json", tokenizer_config(max_length))
+    write_json(root / "generation_config.json", documents.generation_config)
+    write_json(root / "preprocessor_config.json", documents.preprocessor_config)
+    write_json(root / "video_preprocessor_config.json", documents.video_preprocessor_config)
     template = resources.files("actors.processing") / "templates" / f"{style}.jinja"
     (root / "chat_template.jinja").write_text(template.read_text(encoding="utf-8"), encoding="utf-8")
     with resources.as_file(resources.files("actors.checkpoint") / "assets" / FONT) as font:
         shutil.copyfile(font, root / FONT)
 
 
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

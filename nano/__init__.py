@@ -1,0 +1,1 @@
+"""Trains the built-in nano model. Not part of the installed package."""

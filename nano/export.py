@@ -1,0 +1,53 @@
+"""Writes a trained state as a checkpoint of the real format.
+
+python -m nano.export build/nano/nano.pt actors/checkpoint/nano
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from actors.checkpoint.writer import CONFIG, write_json, write_neighbours
+from actors.ernie.names import tensor_shapes
+from nano.files import documents, tokenizer_document
+
+WEIGHTS = "model.safetensors"
+
+
+def export(state: dict[str, torch.Tensor], directory: Path) -> int:
+    """Writes weights (bfloat16, routers float32), config, tokenizer, template, processors and font; returns the bytes
+    of the weights. Raises ValueError when the state is not of this model."""
+    made = documents()
+    specs = tensor_shapes(made.model)
+    tensors = {}
+    for name, spec in specs.items():
+        tensor = state.get(name.removeprefix("model."))
+        if tensor is None or tuple(tensor.shape) != tuple(spec.shape):
+            raise ValueError(
+                f"{name}: expected {tuple(spec.shape)}, got {None if tensor is None else tuple(tensor.shape)}"
+            )
+        tensors[name] = tensor.to(torch.float32 if spec.keep_fp32 else torch.bfloat16).contiguous()
+    if extra := {f"model.{name}" for name in state} - set(specs):
+        raise ValueError(f"the checkpoint format has no {sorted(extra)[0]}")
+    directory.mkdir(parents=True, exist_ok=True)
+    write_neighbours(directory, made, tokenizer_document(), "pt")
+    save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
+    write_json(directory / CONFIG, made.config)
+    return sum(t.nbytes for t in tensors.values())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("state", type=Path)
+    parser.add_argument("directory", type=Path)
+    options = parser.parse_args()
+    size = export(torch.load(options.state)["nano"], options.directory)
+    print(f"{options.directory}: {size / 1e6:.2f} MB of weights")
+
+
+if __name__ == "__main__":
+    main()

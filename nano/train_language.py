@@ -1,0 +1,200 @@
+"""Stage two: the language model learns to answer, first with the tower as it is, then with the tower learning too.
+
+    python -m nano.train_language --minutes 90 --vision build/nano/vision.pt --out build/nano/nano.pt
+
+A run ended at any time leaves its last state in ``--out``; ``--resume`` goes on from there with all that was learned.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nano.files import documents
+from nano.language_data import MIXES, Batch, language_batch
+from nano.model import Bank, Nano
+from nano.packing import RowBatch
+from nano.train import Clock, average, check_seed, launch, save
+from nano.vision_data import OUTPUTS
+from nano.vision_loss import losses
+
+BALANCE = 0.01
+SEEN_SCALE = 0.2
+BIAS_STEP = 1e-3
+SLOTS = (512, 768, 1 << 10, 1 << 12)
+"""Sizes that vision places are padded to: few, as each is compiled for."""
+PATCHES = 0.2
+"""Weight of the first stage's loss while the tower learns on."""
+SMOOTH = 0.99
+
+
+class Scores:
+    """Running share of answers with every token right, by task."""
+
+    def __init__(self) -> None:
+        self._right: dict[str, float] = {}
+        self._all: dict[str, float] = {}
+
+    def add(self, rows: RowBatch, hits: np.ndarray) -> None:
+        for table in (self._right, self._all):
+            for task in table:
+                table[task] *= SMOOTH
+        for row, first, last, task in rows.answers:
+            self._right[task] = self._right.get(task, 0) + bool(hits[row, first:last].all())
+            self._all[task] = self._all.get(task, 0) + 1
+
+    def __str__(self) -> str:
+        return " ".join(f"{task} {100 * self._right[task] / self._all[task]:.1f}" for task in sorted(self._all))
+
+
+class Learner:
+    """The model, what is trained of it, and a step."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        torch.manual_seed(options.seed)
+        self.nano = Nano(documents().model)
+        self.step_count = 0
+        state = None
+        if options.vision:
+            seen = {k: v for k, v in torch.load(options.vision)["nano"].items() if not k.startswith("language_model")}
+            self.nano.load_state_dict(seen, strict=False)
+        self.head = nn.Linear(documents().model.text.hidden_size, 8 * OUTPUTS)
+        if options.vision:
+            self.head.load_state_dict(torch.load(options.vision)["head"])
+            # Embeddings of pictures ten times as large as those of words would hardly be changed by any layer.
+            self.nano.resampler_model.after_norm.weight.data *= SEEN_SCALE
+            self.head.weight.data /= SEEN_SCALE
+        if options.resume:
+            state = torch.load(options.resume)
+            self.nano.load_state_dict(state["nano"])
+            self.head.load_state_dict(state["head"])
+        self.language = [p for p in self.nano.language_model.parameters() if p.requires_grad]
+        self.vision = [
+            *self.nano.vision_tower.parameters(), *self.nano.resampler_model.parameters(), *self.head.parameters(),
+        ]  # fmt: skip
+        self.sees = options.vision_lr > 0
+        groups = [{"params": self.language, "lr": options.lr}]
+        if self.sees:
+            groups.append({"params": self.vision, "lr": options.vision_lr})
+        self.optimiser = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.03)
+        if state is not None and state.get("sees") == self.sees and not options.fresh_optimiser:
+            self.optimiser.load_state_dict(state["optimiser"])
+        self.bases = [options.lr, options.vision_lr]
+        self.first_vision_id = documents().model.im_patch_id
+        self.banks = [m for m in self.nano.language_model.modules() if isinstance(m, Bank)]
+        self.forward = torch.compile(self._forward, dynamic=False) if options.compile else self._forward
+
+    def _forward(self, *args: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found: tuple[Tensor, Tensor, Tensor] = self.nano.language_model(*args)
+        return found
+
+    def see(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Rows of the resampler's output, and the loss of the head that tells what lies on each patch."""
+        f = batch.frames
+        if not len(f.pairs):
+            return torch.zeros(1, documents().model.text.hidden_size), torch.zeros(())
+        arrays = [torch.from_numpy(x) for x in (f.patches, f.places, f.valid, f.pairs)]
+        with torch.set_grad_enabled(self.sees), torch.autocast("cpu", dtype=torch.bfloat16):
+            seen = self.nano.see(*arrays)
+            if not self.sees:
+                return seen.flatten(0, 1), torch.zeros(())
+            classes, box, _ = losses(self.head(seen), batch.vision)
+        return seen.flatten(0, 1), classes + 2 * box
+
+    def loss(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, np.ndarray]:
+        """Total loss, its answer part, expert loads [layers, 2, E], and where the most likely token is right."""
+        rows = batch.rows
+        slots = next(size for size in SLOTS if size >= len(rows.slot))
+        padded = np.zeros(slots, np.int64)
+        padded[: len(rows.slot)] = rows.slot
+        ids, positions, branch, source, slot = (
+            torch.from_numpy(x) for x in (rows.ids, rows.positions, rows.branch, rows.source, padded)
+        )
+        seen, patches = self.see(batch)
+        x = self.nano.language_model.embed(ids, seen, source, slot[: len(source)])
+        hidden, loads, probabilities = self.forward(x, positions, branch, ids >= self.first_vision_id, slot)
+        wanted = torch.from_numpy(rows.weights) > 0
+        weights, targets = torch.from_numpy(rows.weights)[wanted], torch.from_numpy(rows.targets)[wanted]
+        logits = F.linear(hidden[wanted], self.nano.language_model.embed_tokens.weight)
+        answers = (F.cross_entropy(logits, targets, reduction="none") * weights).sum() / weights.sum()
+        experts = loads.shape[-1]
+        balance = (loads.detach() * probabilities).sum(-1).mean() * experts
+        hits = np.zeros(rows.ids.shape, bool)
+        hits[wanted.numpy()] = (logits.argmax(-1) == targets).numpy()
+        return answers + BALANCE * balance + PATCHES * patches, answers, loads.detach(), hits
+
+    def step(self, batch: Batch, scale: float) -> tuple[float, np.ndarray]:
+        total, answers, loads, hits = self.loss(batch)
+        total.backward()
+        trained = [*self.language, *(self.vision if self.sees else [])]
+        average([*(p.grad if p.grad is not None else torch.zeros_like(p) for p in trained), loads])
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        for group, base in zip(self.optimiser.param_groups, self.bases, strict=False):
+            group["lr"] = base * scale
+        self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=False)
+        for bank, load in zip(self.banks, loads.flatten(0, 1), strict=True):
+            bias = bank.gate.moe_statics["e_score_correction_bias"]
+            bias.data += BIAS_STEP * torch.sign(load.mean() - load)
+        self.step_count += 1
+        return float(answers.detach()), hits
+
+    def state(self) -> dict[str, object]:
+        return {
+            "nano": self.nano.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "sees": self.sees,
+            "head": self.head.state_dict(),
+        }
+
+
+def train(rank: int, options: argparse.Namespace) -> None:
+    learner = Learner(options)
+    rng = random.Random(f"language/{options.seed}/{rank}")
+    clock, scores, mean = Clock(options.minutes), Scores(), 0.0
+    while (share := clock.share) < 1:
+        warm = min(1.0, (learner.step_count + 1) / options.warmup)
+        scale = warm * min(1.0, max(0.02, (1 - share) / options.decay))
+        batch = language_batch(rng, options.rows, MIXES[options.mix])
+        loss, hits = learner.step(batch, scale)
+        scores.add(batch.rows, hits)
+        mean = loss if not mean else SMOOTH * mean + (1 - SMOOTH) * loss
+        if rank == 0 and learner.step_count % 100 == 0:
+            print(f"{clock.minutes:6.1f} min  step {learner.step_count}  loss {mean:.4f}  {scores}", flush=True)
+        if rank == 0 and learner.step_count % 500 == 0:
+            save(options.out, learner.state())
+    if rank == 0:
+        save(options.out, learner.state())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--vision", type=Path, help="the outcome of stage one")
+    parser.add_argument("--resume", type=Path, help="an earlier outcome of this stage")
+    parser.add_argument("--fresh-optimiser", action="store_true")
+    parser.add_argument("--seed", type=int, default=1 << 20)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--rows", type=int, default=8, help="of each process and step")
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--vision-lr", type=float, default=0.0, help="0 keeps the tower as it is")
+    parser.add_argument("--warmup", type=int, default=200, help="steps")
+    parser.add_argument("--decay", type=float, default=0.3, help="last share of the time in which the rate falls")
+    parser.add_argument("--mix", choices=sorted(MIXES), default="full", help="what is asked about")
+    parser.add_argument("--compile", action="store_true")
+    options = parser.parse_args()
+    check_seed(options.seed)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    launch(train, options.ranks, options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from actors.processing.images import smart_resize
+from cluster.eval.world.scenes import dense
+from cluster.eval.world.seeds import EVALUATION_SEEDS
+from cluster.eval.world.things import Scene
+from nano.export import export
+from nano.files import documents
+from nano.frames import BOUNDS, MAX_TOKENS, MIN_TOKENS, places, smaller
+from nano.model import Nano
+from nano.train import Muon, check_seed, orthogonalise
+from nano.vision_data import COLOUR_INDEX, SHAPE_INDEX, targets, vision_batch
+
+
+def test_seeds_of_the_evaluation_are_refused() -> None:
+    check_seed(EVALUATION_SEEDS.stop)
+    with pytest.raises(SystemExit, match="evaluation"):
+        check_seed(EVALUATION_SEEDS.stop - 1)
+
+
+def test_pictures_get_as_many_tokens_as_said() -> None:
+    rng = random.Random(0)
+    for _ in range(20_000):
+        height, width = rng.randint(28, 1200), rng.randint(28, 1200)
+        if max(height, width) < 4 * min(height, width):
+            high, wide = smart_resize(height, width, BOUNDS)
+            assert MIN_TOKENS - 4 <= high * wide // 784 <= MAX_TOKENS
+
+
+def test_export_writes_what_was_trained(tmp_path: Path) -> None:
+    nano = Nano(documents().model)
+    nbytes = export(nano.state_dict(), tmp_path)
+    assert nbytes < 10_000_000
+    stored = load_file(tmp_path / "model.safetensors")
+    state = nano.state_dict()
+    assert {name.removeprefix("model.") for name in stored} == set(state)
+    for name, tensor in stored.items():
+        expected = state[name.removeprefix("model.")]
+        assert tensor.dtype is (torch.float32 if "gate.weight" in name or "correction_bias" in name else torch.bfloat16)
+        assert torch.equal(tensor, expected.to(tensor.dtype))
+
+
+def test_export_refuses_another_models_state(tmp_path: Path) -> None:
+    state = Nano(documents().model).state_dict()
+    del state["language_model.norm.weight"]
+    with pytest.raises(ValueError, match=r"language_model\.norm"):
+        export(state, tmp_path / "short")
+    state = Nano(documents().model).state_dict() | {"other": torch.zeros(1)}
+    with pytest.raises(ValueError, match="other"):
+        export(state, tmp_path / "long")
+
+
+def test_targets_lie_on_the_patch_of_the_centre() -> None:
+    rng = random.Random(1)
+    for _ in range(50):
+        made = dense(rng)
+        rows, columns = frame_grid(made)
+        found = targets(made, (rows, columns))
+        order = places(rows, columns)
+        for thing in made.shapes:
+            x, y = thing.box.centre
+            i = next(i for i, (r, c) in enumerate(order) if r == int(y * 2 * rows) and c == int(x * 2 * columns))
+            assert found.classes[1, i] == SHAPE_INDEX[thing.kind] or sum_in_patch(made, rows, columns, (x, y)) > 1
+            assert found.classes[0, i] == COLOUR_INDEX[thing.colour] or sum_in_patch(made, rows, columns, (x, y)) > 1
+        assert (~np.isnan(found.boxes[:, 0])).sum() <= len(made.shapes)
+
+
+def frame_grid(made: Scene) -> tuple[int, int]:
+    high, wide = smart_resize(made.height, made.width, BOUNDS)
+    return high // 28, wide // 28
+
+
+def sum_in_patch(made: Scene, rows: int, columns: int, centre: tuple[float, float]) -> int:
+    """Things and digits whose centre shares a patch with this one."""
+    cell = (int(centre[0] * 2 * columns), int(centre[1] * 2 * rows))
+    count = 0
+    for thing in made.things:
+        width = (thing.box.x2 - thing.box.x1) / max(1, len(thing.text))
+        xs = [thing.box.x1 + (k + 0.5) * width for k in range(len(thing.text))] or [thing.box.centre[0]]
+        count += sum((int(x * 2 * columns), int(thing.box.centre[1] * 2 * rows)) == cell for x in xs)
+    return count
+
+
+def test_batches_of_frames_are_padded_alike() -> None:
+    batch = vision_batch(random.Random(2), 3, 2)
+    assert batch.frames.patches.shape == (7, 4 * batch.frames.tokens, 588)
+    assert batch.classes.shape == (5, 2, 4, 4 * batch.frames.tokens)
+    assert (batch.classes.transpose(0, 1, 3, 2)[~batch.frames.valid[batch.frames.pairs]] == 0).all()
+
+
+def test_smaller_keeps_the_shape_of_a_picture() -> None:
+    made = dense(random.Random(3))
+    less = smaller(made, random.Random(4))
+    assert less.things == made.things
+    assert abs(less.width / less.height / (made.width / made.height) - 1) < 0.05
+
+
+def test_orthogonalised_updates_have_singular_values_near_one() -> None:
+    torch.manual_seed(0)
+    for shape in ((2, 64, 32), (1, 16, 48)):
+        values = torch.linalg.svdvals(orthogonalise(torch.randn(shape)).float())
+        assert values.min() > 0.5 and values.max() < 1.4
+
+
+def test_muon_lowers_a_loss() -> None:
+    torch.manual_seed(0)
+    layer, x = nn.Linear(16, 16, bias=False), torch.randn(64, 16)
+    wanted = x @ torch.randn(16, 16)
+    muon = Muon([layer.weight], lr=0.05)
+    losses = []
+    for _ in range(60):
+        loss = (layer(x) - wanted).square().mean()
+        losses.append(loss.item())
+        muon.zero_grad()
+        loss.backward()
+        muon.step()
+    assert losses[-1] < 0.5 * losses[0]
