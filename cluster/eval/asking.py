@@ -1,0 +1,128 @@
+"""Questions to a running cluster over gRPC, answered greedily, and the loop in which the model looks closer.
+
+The server takes no list of tools yet and leaves calls in the text. So the tool is offered by a system message that
+reads as the chat template would write it, and the call is read from the text here.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from PIL import Image, ImageOps
+
+from cluster.client import Client, generate_request, media_source, user_message
+from cluster.eval.boxes import read_box
+from cluster.eval.world import zoom
+from ernie_serving.v1 import content_pb2
+
+MAX_TOKENS = 256
+"""Bound on an answer, thinking included; the model's own answers and thoughts are shorter."""
+TOOLS_TEXT = f"\n<tool_list>\n{json.dumps([zoom.TOOL])}\n</tool_list>\n"
+CALL_ID = "zoom-1"
+
+_CALL = re.compile(r"<tool_call>\s*(\{.*?\})\s*</tool_call>", re.DOTALL)
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """``reasoning`` is what thinking mode wrote before the answer; both as they came."""
+
+    reasoning: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """A second look: the corners asked for (thousandths of the sides), the part seen (PNG), and the reply to it."""
+
+    corners: list[float]
+    picture: bytes
+    reply: Reply
+
+
+async def ask(
+    client: Client,
+    text: str,
+    *,
+    images: Sequence[bytes] = (),
+    videos: Sequence[bytes] = (),
+    thinking: bool = False,
+    question_first: bool = False,
+    timeout_s: float = 120.0,
+) -> Reply:
+    """One question about encoded pictures and videos, which come before it, or after it with ``question_first``.
+
+    Raises:
+        ClientError: the cluster refused or failed.
+    """
+    message = user_message(text, images=images, videos=videos)
+    if question_first:
+        *media, question = message.parts
+        message = content_pb2.ChatMessage(role=content_pb2.ROLE_USER, parts=[question, *media])
+    return await _reply(client, [message], thinking=thinking, timeout_s=timeout_s)
+
+
+async def ask_with_zoom(
+    client: Client, text: str, image: bytes, *, timeout_s: float = 120.0
+) -> tuple[Reply, Look | None]:
+    """One question about a picture, with the tool that zooms in on offer.
+
+    The first reply and, if it is a call of the tool for some part of the picture, what followed: that part is cut out
+    and shown, and the model answers again. ``timeout_s`` bounds each of the two requests.
+
+    Raises:
+        ClientError: the cluster refused or failed.
+        OSError: ``image`` is no picture.
+    """
+    offer = content_pb2.ChatMessage(role=content_pb2.ROLE_SYSTEM, parts=[content_pb2.ContentPart(text=TOOLS_TEXT)])
+    conversation = [offer, user_message(text, images=[image])]
+    first = await _reply(client, conversation, thinking=False, timeout_s=timeout_s)
+    corners = zoom_call(first.text)
+    if corners is None:
+        return first, None
+    with Image.open(io.BytesIO(image)) as opened:
+        whole = ImageOps.exif_transpose(opened).convert("RGB")
+    try:
+        part = zoom.crop(whole, corners)
+    except ValueError:
+        return first, None
+    picture = _png(part)
+    call = content_pb2.ToolCall(id=CALL_ID, name=zoom.NAME, arguments_json=json.dumps({"bbox_2d": corners}))
+    seen = content_pb2.ContentPart(image=content_pb2.ImagePart(source=media_source(picture)))
+    conversation += [
+        content_pb2.ChatMessage(role=content_pb2.ROLE_ASSISTANT, tool_calls=[call]),
+        content_pb2.ChatMessage(role=content_pb2.ROLE_TOOL, tool_call_id=CALL_ID, parts=[seen]),
+    ]
+    second = await _reply(client, conversation, thinking=False, timeout_s=timeout_s)
+    return first, Look(corners, picture, second)
+
+
+def zoom_call(text: str) -> list[float] | None:
+    """Corners (thousandths of the sides) that a reply asks to look at; None when it is no readable call of the tool."""
+    found = _CALL.search(text)
+    if found is None:
+        return None
+    try:
+        call = json.loads(found[1])
+    except ValueError:
+        return None
+    arguments = call.get("arguments") if call.get("name") == zoom.NAME else None
+    return read_box(arguments)
+
+
+async def _reply(
+    client: Client, messages: Iterable[content_pb2.ChatMessage], *, thinking: bool, timeout_s: float
+) -> Reply:
+    request = generate_request(messages, temperature=0, max_tokens=MAX_TOKENS, enable_thinking=thinking)
+    choice = (await client.generate(request, timeout_s=timeout_s)).choices[0]
+    return Reply(choice.reasoning_text, choice.text)
+
+
+def _png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
