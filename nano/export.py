@@ -1,6 +1,8 @@
 """Writes a trained state as a checkpoint of the real format.
 
 python -m nano.export build/nano/nano.pt actors/checkpoint/nano
+
+The heads that only training uses go to ``heads.safetensors`` here: training can go on from the checkpoint alone.
 """
 
 from __future__ import annotations
@@ -9,13 +11,15 @@ import argparse
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from actors.checkpoint.writer import CONFIG, write_json, write_neighbours
 from actors.ernie.names import tensor_shapes
 from nano.files import documents, tokenizer_document
 
 WEIGHTS = "model.safetensors"
+HEADS = ("head", "early")
+HEADS_FILE = Path(__file__).parent / "heads.safetensors"
 
 
 def export(state: dict[str, torch.Tensor], directory: Path) -> int:
@@ -40,12 +44,29 @@ def export(state: dict[str, torch.Tensor], directory: Path) -> int:
     return sum(t.nbytes for t in tensors.values())
 
 
+def save_heads(state: dict[str, dict[str, torch.Tensor]], path: Path) -> None:
+    """The heads of a trained state, by ``head.name``, in bfloat16."""
+    tensors = {f"{head}.{name}": t.bfloat16().contiguous() for head in HEADS for name, t in state[head].items()}
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def load_checkpoint(directory: Path, heads: Path = HEADS_FILE) -> dict[str, dict[str, torch.Tensor]]:
+    """A checkpoint and its heads as the state of a training, without an optimiser's."""
+    state = {"nano": {name.removeprefix("model."): t.float() for name, t in load_file(directory / WEIGHTS).items()}}
+    for name, tensor in load_file(heads).items():
+        head, _, rest = name.partition(".")
+        state.setdefault(head, {})[rest] = tensor.float()
+    return state
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("state", type=Path)
     parser.add_argument("directory", type=Path)
     options = parser.parse_args()
-    size = export(torch.load(options.state)["nano"], options.directory)
+    state = torch.load(options.state)
+    size = export(state["nano"], options.directory)
+    save_heads(state, HEADS_FILE)
     print(f"{options.directory}: {size / 1e6:.2f} MB of weights")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -15,8 +16,8 @@ from cluster.eval.world.clips import Clip, clip
 from cluster.eval.world.draw import draw_scene
 from cluster.eval.world.pairs import compare, in_either, pair
 from cluster.eval.world.questions import BUILDERS, Question
-from cluster.eval.world.scenes import dense, scene, small_number
-from cluster.eval.world.things import Scene
+from cluster.eval.world.scenes import LARGE_DIGITS, dense, scene, small_number
+from cluster.eval.world.things import Scene, random_number
 from cluster.eval.world.zoom import SCALE, SIDE, TOOL, call, crop, where
 from nano.files import FONT_PATH
 from nano.frames import Frame, FrameBatch, batch_frames, frame, smaller, spoil
@@ -40,20 +41,20 @@ class Mix:
 
 
 FULL = Mix(
-    kinds={"picture": 0.56, "clip": 0.24, "pair": 0.09, "zoom": 0.05, "late": 0.03, "chat": 0.03},
+    kinds={"picture": 0.51, "clip": 0.3, "pair": 0.08, "zoom": 0.06, "late": 0.03, "chat": 0.02},
     scenes={
-        "colour": 1.0,
-        "shape": 1.0,
-        "count": 1.6,
-        "region": 1.4,
-        "digits": 2.0,
-        "position": 1.2,
-        "odd": 0.5,
-        "exist": 0.3,
+        "colour": 0.5,
+        "shape": 0.5,
+        "count": 1.0,
+        "region": 2.0,
+        "digits": 3.0,
+        "position": 1.0,
+        "odd": 0.8,
+        "exist": 0.2,
         "describe": 0.6,
         "grounding": 0.8,
     },
-    clips={"moving": 1.0, "direction": 1.0, "event_time": 1.4, "timestamp": 1.2},
+    clips={"moving": 1.0, "direction": 1.2, "event_time": 1.4, "timestamp": 1.2},
     thinking=0.25,
 )
 FIRST = Mix(
@@ -63,7 +64,14 @@ FIRST = Mix(
     thinking=0.0,
 )
 """To begin with: until questions find their things, long answers only drown the short ones."""
-MIXES = {"first": FIRST, "full": FULL}
+SECOND = Mix(
+    kinds={"picture": 0.65, "clip": 0.35},
+    scenes={"colour": 0.3, "shape": 0.3, "count": 0.5, "region": 4.0, "digits": 3.0, "position": 1.0},
+    clips={"moving": 0.6, "direction": 1.2, "event_time": 1.4, "timestamp": 0.8},
+    thinking=0.0,
+)
+"""Then where things are, what numbers say, and when something happens."""
+MIXES = {"first": FIRST, "second": SECOND, "full": FULL}
 BOX_WEIGHT = 12.0
 
 
@@ -166,9 +174,15 @@ def _fill(row: Row, questions: Sequence[Question], rng: random.Random, mix: Mix)
             return
 
 
+MOST = {"digits": 4, "region": 3, "position": 2, "count": 2}
+"""Questions of a task about one picture; one of every other."""
+
+
 def about(made: Scene, rng: random.Random, mix: Mix, task: str | None = None) -> list[Question]:
     """Questions on a picture in random order, those of ``task`` first."""
     found = [q for name, build in BUILDERS.items() if name in mix.scenes for q in build(made, rng)]
+    if "digits" in mix.scenes:
+        found += BUILDERS["digits"](made, rng)
     missing = absent(made, rng)
     if missing is not None and rng.random() < 0.3:
         found.append(missing)
@@ -177,14 +191,24 @@ def about(made: Scene, rng: random.Random, mix: Mix, task: str | None = None) ->
     kept = []
     for question in found:
         seen[question.task] = seen.get(question.task, 0) + 1
-        if seen[question.task] <= (3 if question.task in ("count", "region", "position") else 2):
+        if seen[question.task] <= MOST.get(question.task, 1):
             kept.append(question)
-    return sorted(kept, key=lambda q: q.task != task)
+    return sorted(kept, key=lambda q: q.task not in (task, "digits"))
+
+
+def with_numbers(made: Scene, rng: random.Random) -> Scene:
+    """Two in three scenes get numbers, of other colours, as far as there is room: reading takes the most practice."""
+    things, size = made.things, (made.width, made.height)
+    for _ in range(rng.choice((0, 1, 2))):
+        number = random_number(rng, size, rng.choice((1, 2, 2)), LARGE_DIGITS, taken=[t.box for t in things])
+        if number is not None and number.colour not in {t.colour for t in things if t.text}:
+            things = (*things, number)
+    return dataclasses.replace(made, things=things)
 
 
 def _picture(rng: random.Random, album: Album) -> Row:
     task = _choose(rng, album.mix.scenes)
-    made = dense(rng) if rng.random() < 0.08 else scene(rng, task)
+    made = dense(rng) if rng.random() < 0.08 else with_numbers(scene(rng, task), rng)
     row = Row.begin(LENGTH, [f"{_opening(rng)}Picture 1:", album.scene(made)])
     _fill(row, about(made, rng, album.mix, task), rng, album.mix)
     return row
@@ -200,7 +224,8 @@ def _clip(rng: random.Random, album: Album) -> Row:
         others = [q for q in others if q.task != "shape" or film.change.colour not in q.text]
         others = [q for q in others if q.task != "exist"]
     rng.shuffle(others)
-    _fill(row, [*questions, *film.questions(rng), *others[:4]], rng, album.mix)
+    asked = [*questions, *film.questions(rng), *film.questions(rng), *film.questions(rng)]
+    _fill(row, [*asked, *others[:2]], rng, album.mix)
     return row
 
 

@@ -10,6 +10,7 @@ import functools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -56,6 +57,15 @@ def encode(text: str) -> tuple[int, ...]:
     return tuple(tokenizer().encode(text, add_special_tokens=False).ids)
 
 
+class Source(NamedTuple):
+    """Where the embedding of a token comes from: a unit (-1 for delimiters) and a token of it; and what it is to know
+    of its medium: frame pair, row and column where it lies, or how far the medium goes for the END (-1: nothing)."""
+
+    unit: int
+    token: int = 0
+    place: tuple[int, int, int] = (-1, -1, -1)
+
+
 @dataclass(slots=True)
 class Piece:
     """Tokens of the beginning or of one branch."""
@@ -64,8 +74,8 @@ class Piece:
     positions: list[tuple[int, int, int]] = field(default_factory=list)
     weights: list[float] = field(default_factory=list)
     """Of the loss at predicting each token."""
-    sources: list[tuple[int, int] | None] = field(default_factory=list)
-    """Unit and token in it; (-1, 0) for delimiters, None for text."""
+    sources: list[Source | None] = field(default_factory=list)
+    """None for text."""
     answers: list[tuple[int, int, str]] = field(default_factory=list)
     """First token, token after the last, and task of each answer."""
     end: int = 0
@@ -76,7 +86,7 @@ def piece(segments: Sequence[Segment], start: int = 0) -> Piece:
     special = documents().layout.special
     made, cur = Piece(), start
 
-    def text(ids: Sequence[int], weight: float, source: tuple[int, int] | None = None) -> None:
+    def text(ids: Sequence[int], weight: float, source: Source | None = None) -> None:
         nonlocal cur
         for token in ids:
             made.ids.append(token)
@@ -98,16 +108,16 @@ def piece(segments: Sequence[Segment], start: int = 0) -> Piece:
             text(ids, min(1.0, segment.weight / len(ids)))
             continue
         kind = "VIDEO" if segment.video else "IMAGE"
-        text([special[f"<|{kind}_START|>"]], 0.0, (-1, 0))
+        text([special[f"<|{kind}_START|>"]], 0.0, Source(-1))
         rows, columns = segment.grid
         for t, unit in enumerate(segment.units):
             for i in range(rows * columns):
                 made.ids.append(special[f"<|{kind}_PLACEHOLDER|>"])
                 made.positions.append((cur + t, cur + i // columns, cur + i % columns))
                 made.weights.append(0.0)
-                made.sources.append((unit, i))
+                made.sources.append(Source(unit, i, (t, i // columns, i % columns)))
         cur += max(len(segment.units), rows, columns)
-        text([special[f"<|{kind}_END|>"]], 0.0, (-1, 0))
+        text([special[f"<|{kind}_END|>"]], 0.0, Source(-1, place=(len(segment.units) - 1, rows - 1, columns - 1)))
     text(encode(pending), 0.0)
     made.end = cur
     return made
@@ -153,6 +163,8 @@ class RowBatch:
     weights: npt.NDArray[np.float32]
     source: Ints
     slot: Ints
+    places: Ints
+    """int [V, 3]: what the token at each slot is to know (see Source)."""
     answers: list[tuple[int, int, int, str]]
     """Row, first place and place after the last at which an answer's tokens are predicted, and its task."""
 
@@ -164,7 +176,7 @@ def batch_rows(rows: Sequence[Row], tokens: int) -> RowBatch:
     ids, branch = np.zeros(shape, np.int64), np.full(shape, -1, np.int64)
     positions = np.zeros((*shape, 3), np.int64)
     targets, weights = np.zeros(shape, np.int64), np.zeros(shape, np.float32)
-    sources, slots, answers = [], [], []
+    sources, slots, places, answers = [], [], [], []
     for r, row in enumerate(rows):
         place = 0
         for b, p in enumerate(row.pieces):
@@ -176,8 +188,10 @@ def batch_rows(rows: Sequence[Row], tokens: int) -> RowBatch:
             weights[r, place : place + n - 1] = p.weights[1:]
             for i, source in enumerate(p.sources):
                 if source is not None:
-                    sources.append(-1 if source[0] < 0 else source[0] * tokens + source[1])
+                    sources.append(-1 if source.unit < 0 else source.unit * tokens + source.token)
+                    places.append(source.place)
                     slots.append(r * length + place + i)
             answers += [(r, place + first - 1, place + last - 1, task) for first, last, task in p.answers]
             place += n
-    return RowBatch(ids, positions, branch, targets, weights, np.array(sources), np.array(slots), answers)
+    taken, slot, where = (np.array(x, dtype=np.int64) for x in (sources, slots, places))
+    return RowBatch(ids, positions, branch, targets, weights, taken, slot, where, answers)

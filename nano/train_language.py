@@ -16,12 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nano.export import load_checkpoint
 from nano.files import documents
 from nano.language_data import MIXES, Batch, language_batch
 from nano.model import Bank, Nano
 from nano.packing import RowBatch
-from nano.train import Clock, average, check_seed, launch, save
-from nano.vision_data import OUTPUTS
+from nano.train import Clock, Muon, average, check_seed, launch, save
+from nano.vision_data import DIGITS, OUTPUTS, digits_of_tokens
 from nano.vision_loss import losses
 
 BALANCE = 0.01
@@ -29,6 +30,10 @@ SEEN_SCALE = 0.2
 BIAS_STEP = 1e-3
 SLOTS = (512, 768, 1 << 10, 1 << 12)
 """Sizes that vision places are padded to: few, as each is compiled for."""
+EARLY = 0.2
+"""Weight of what a picture's tokens are to know after the first layers: where they lie, which the tower cannot know,
+and which digits they hold."""
+PLACE_CLASSES, DIGIT_CLASSES = 24, 11
 PATCHES = 0.2
 """Weight of the first stage's loss while the tower learns on."""
 SMOOTH = 0.99
@@ -53,6 +58,11 @@ class Scores:
         return " ".join(f"{task} {100 * self._right[task] / self._all[task]:.1f}" for task in sorted(self._all))
 
 
+def is_matrix(name: str, parameter: nn.Parameter) -> bool:
+    """Whether Muon takes it; routers it does not, whose scale means something."""
+    return parameter.requires_grad and parameter.ndim >= 2 and "gate.weight" not in name
+
+
 class Learner:
     """The model, what is trained of it, and a step."""
 
@@ -71,28 +81,38 @@ class Learner:
             self.nano.resampler_model.after_norm.weight.data *= SEEN_SCALE
             self.head.weight.data /= SEEN_SCALE
         if options.resume:
-            state = torch.load(options.resume)
+            state = load_checkpoint(options.resume) if options.resume.is_dir() else torch.load(options.resume)
             self.nano.load_state_dict(state["nano"])
             self.head.load_state_dict(state["head"])
+        self.early = nn.Linear(documents().model.text.hidden_size, 3 * PLACE_CLASSES + 2 * DIGITS * DIGIT_CLASSES)
+        if state is not None and "early" in state:
+            self.early.load_state_dict(state["early"])
         self.language = [p for p in self.nano.language_model.parameters() if p.requires_grad]
+        self.language += self.early.parameters()
         self.vision = [
             *self.nano.vision_tower.parameters(), *self.nano.resampler_model.parameters(), *self.head.parameters(),
         ]  # fmt: skip
         self.sees = options.vision_lr > 0
-        groups = [{"params": self.language, "lr": options.lr}]
+        matrices = [p for name, p in self.nano.language_model.layers.named_parameters() if is_matrix(name, p)]
+        held = {id(p) for p in matrices}
+        groups = [{"params": [p for p in self.language if id(p) not in held], "lr": options.lr}]
         if self.sees:
             groups.append({"params": self.vision, "lr": options.vision_lr})
-        self.optimiser = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.03)
+        self.optimisers = [
+            torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.03),
+            Muon(matrices, lr=options.matrix_lr),
+        ]
         if state is not None and state.get("sees") == self.sees and not options.fresh_optimiser:
-            self.optimiser.load_state_dict(state["optimiser"])
-        self.bases = [options.lr, options.vision_lr]
+            for optimiser, saved in zip(self.optimisers, state["optimisers"], strict=True):
+                optimiser.load_state_dict(saved)
+        self.bases = [options.lr, *([options.vision_lr] if self.sees else []), options.matrix_lr]
         self.first_vision_id = documents().model.im_patch_id
         self.banks = [m for m in self.nano.language_model.modules() if isinstance(m, Bank)]
         self.forward = torch.compile(self._forward, dynamic=False) if options.compile else self._forward
 
-    def _forward(self, *args: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _forward(self, *args: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            found: tuple[Tensor, Tensor, Tensor] = self.nano.language_model(*args)
+            found: tuple[Tensor, Tensor, Tensor, Tensor] = self.nano.language_model(*args)
         return found
 
     def see(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -119,7 +139,7 @@ class Learner:
         )
         seen, patches = self.see(batch)
         x = self.nano.language_model.embed(ids, seen, source, slot[: len(source)])
-        hidden, loads, probabilities = self.forward(x, positions, branch, ids >= self.first_vision_id, slot)
+        hidden, loads, probabilities, early = self.forward(x, positions, branch, ids >= self.first_vision_id, slot)
         wanted = torch.from_numpy(rows.weights) > 0
         weights, targets = torch.from_numpy(rows.weights)[wanted], torch.from_numpy(rows.targets)[wanted]
         logits = F.linear(hidden[wanted], self.nano.language_model.embed_tokens.weight)
@@ -128,7 +148,23 @@ class Learner:
         balance = (loads.detach() * probabilities).sum(-1).mean() * experts
         hits = np.zeros(rows.ids.shape, bool)
         hits[wanted.numpy()] = (logits.argmax(-1) == targets).numpy()
-        return answers + BALANCE * balance + PATCHES * patches, answers, loads.detach(), hits
+        known = self.known_early(early[: len(source)], batch)
+        return answers + BALANCE * balance + PATCHES * patches + EARLY * known, answers, loads.detach(), hits
+
+    def known_early(self, states: Tensor, batch: Batch) -> Tensor:
+        """Loss of telling, from the states [V, width] of a picture's tokens after the first layers, where each lies
+        (frame pair, row, column) and which digits are in it, in reading order."""
+        if not len(states):
+            return torch.zeros(())
+        source = torch.from_numpy(batch.rows.source)
+        places, digits = self.early(states.float()).split([3 * PLACE_CLASSES, 2 * DIGITS * DIGIT_CLASSES], dim=-1)
+        wanted = torch.from_numpy(batch.rows.places).clamp_max(PLACE_CLASSES - 1)
+        lost = F.cross_entropy(places.reshape(-1, PLACE_CLASSES), wanted.flatten(), ignore_index=-1)
+        there = source >= 0
+        wanted = torch.from_numpy(digits_of_tokens(batch.vision.classes)).flatten(0, 1)[source[there]].flatten()
+        guesses = digits[there].reshape(-1, DIGIT_CLASSES)
+        losses = F.cross_entropy(guesses, wanted, reduction="sum", ignore_index=-1)
+        return lost + losses / (wanted > 0).sum().clamp_min(1)
 
     def step(self, batch: Batch, scale: float) -> tuple[float, np.ndarray]:
         total, answers, loads, hits = self.loss(batch)
@@ -136,10 +172,11 @@ class Learner:
         trained = [*self.language, *(self.vision if self.sees else [])]
         average([*(p.grad if p.grad is not None else torch.zeros_like(p) for p in trained), loads])
         nn.utils.clip_grad_norm_(trained, 1.0)
-        for group, base in zip(self.optimiser.param_groups, self.bases, strict=False):
+        for group, base in zip((g for o in self.optimisers for g in o.param_groups), self.bases, strict=True):
             group["lr"] = base * scale
-        self.optimiser.step()
-        self.optimiser.zero_grad(set_to_none=False)
+        for optimiser in self.optimisers:
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=False)
         for bank, load in zip(self.banks, loads.flatten(0, 1), strict=True):
             bias = bank.gate.moe_statics["e_score_correction_bias"]
             bias.data += BIAS_STEP * torch.sign(load.mean() - load)
@@ -149,9 +186,10 @@ class Learner:
     def state(self) -> dict[str, object]:
         return {
             "nano": self.nano.state_dict(),
-            "optimiser": self.optimiser.state_dict(),
+            "optimisers": [optimiser.state_dict() for optimiser in self.optimisers],
             "sees": self.sees,
             "head": self.head.state_dict(),
+            "early": self.early.state_dict(),
         }
 
 
@@ -179,12 +217,13 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--vision", type=Path, help="the outcome of stage one")
-    parser.add_argument("--resume", type=Path, help="an earlier outcome of this stage")
+    parser.add_argument("--resume", type=Path, help="an earlier outcome of this stage, or a checkpoint directory")
     parser.add_argument("--fresh-optimiser", action="store_true")
     parser.add_argument("--seed", type=int, default=1 << 20)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--rows", type=int, default=8, help="of each process and step")
     parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--matrix-lr", type=float, default=0.015, help="of the language model's matrices, by Muon")
     parser.add_argument("--vision-lr", type=float, default=0.0, help="0 keeps the tower as it is")
     parser.add_argument("--warmup", type=int, default=200, help="steps")
     parser.add_argument("--decay", type=float, default=0.3, help="last share of the time in which the rate falls")

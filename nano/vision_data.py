@@ -27,6 +27,8 @@ SHAPE_INDEX = {name: i + 1 for i, name in enumerate(SHAPES)}
 CLASSES = (len(COLOURS) + 1, len(SHAPES) + 1, 11, 11)
 """Classes of each patch: colour, shape, digit in the left half, digit in the right half; 0 is nothing."""
 OUTPUTS = sum(CLASSES) + 4
+DIGITS = 3
+"""Digits of one frame in one token that are told apart; there is hardly ever room for more."""
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
 
@@ -131,3 +133,16 @@ def stack(found: Sequence[tuple[Targets, Targets] | None], frames: FrameBatch) -
             classes[u, k, :, : side.classes.shape[1]] = side.classes
             boxes[u, k, : len(side.boxes)] = side.boxes
     return classes, boxes
+
+
+def digits_of_tokens(classes: Ints) -> Ints:
+    """Digits of each token from left to right, int [U, P / 4, 2 * DIGITS]: of the first frame, then of the second.
+
+    0 where there is none, digit + 1, or -1 where nothing is known. ``classes`` as in VisionBatch.
+    """
+    units, frames, _, patches = classes.shape
+    # Patches of a token are row by row; from left to right is by column, then by half, then by row.
+    cells = classes[:, :, 2:].reshape(units, frames, 2, patches // 4, 2, 2).transpose(0, 3, 1, 5, 2, 4)
+    cells = cells.reshape(units, patches // 4, frames, 8)
+    order = np.argsort(cells == 0, axis=-1, kind="stable")[..., :DIGITS]
+    return np.take_along_axis(cells, order, axis=-1).reshape(units, patches // 4, frames * DIGITS)

@@ -49,14 +49,14 @@ def media_units(row: Row, branch: int) -> list[tuple[int, int, int]]:
     sources = [s for p in (row.pieces[0], row.pieces[branch]) for s in p.sources]
     found: list[tuple[int, int, int]] = []
     for place, source in enumerate(sources):
-        if source is None or source[0] < 0:
+        if source is None or source.unit < 0:
             continue
         before = sources[place - 1]
-        if before is None or before[0] < 0:
-            found.append((source[0], place, source[0] + 1))
+        if before is None or before.unit < 0:
+            found.append((source.unit, place, source.unit + 1))
         else:
             first, start, _ = found[-1]
-            found[-1] = (first, start, source[0] + 1)
+            found[-1] = (first, start, source.unit + 1)
     return found
 
 
@@ -94,7 +94,7 @@ def test_branches_are_conversations(kind: str, models: tuple[Nano, Ernie4_5_VLMo
     x = nano.language_model.embed(ids, seen, source, slot)
     special = ids >= documents().model.im_patch_id
     positions, branch = torch.from_numpy(rows.positions), torch.from_numpy(rows.branch)
-    hidden, _, _ = nano.language_model(x, positions, branch, special, slot)
+    hidden, *_ = nano.language_model(x, positions, branch, special, slot)
     logits = (hidden @ nano.language_model.embed_tokens.weight.T)[0]
     assert len(row.pieces) > 1
     for branch_index in range(1, len(row.pieces)):

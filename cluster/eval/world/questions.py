@@ -111,13 +111,21 @@ def region(scene: Scene, rng: random.Random) -> Iterator[Question]:
 
 
 def digits(scene: Scene, rng: random.Random) -> Iterator[Question]:
-    if len(scene.numbers) == 1:
-        number = scene.numbers[0]
-        text = rng.choice(
-            ("What number is in the picture?", "What is the number?", "Which number do you see?", "Read the number.")
-        )
+    for number in scene.numbers:
+        texts: tuple[str, ...]
+        if len(scene.numbers) == 1:
+            texts = (
+                "What number is in the picture?",
+                "What is the number?",
+                "Which number do you see?",
+                "Read the number.",
+            )
+        elif sum(other.colour == number.colour for other in scene.numbers) == 1:
+            texts = (f"What is the {number.colour} number?", f"Read the {number.colour} number.")
+        else:
+            continue
         thought = f"The digits are {' and '.join(number.text)}." if len(number.text) > 1 else "It has one digit."
-        yield Question("digits", text, number.text, thought)
+        yield Question("digits", rng.choice(texts), number.text, thought)
 
 
 def position(scene: Scene, rng: random.Random) -> Iterator[Question]:

@@ -12,13 +12,13 @@ from torch import nn
 from actors.processing.images import smart_resize
 from cluster.eval.world.scenes import dense
 from cluster.eval.world.seeds import EVALUATION_SEEDS
-from cluster.eval.world.things import Scene
-from nano.export import export
+from cluster.eval.world.things import Box, Ground, Scene, Thing
+from nano.export import export, load_checkpoint, save_heads
 from nano.files import documents
 from nano.frames import BOUNDS, MAX_TOKENS, MIN_TOKENS, places, smaller
 from nano.model import Nano
 from nano.train import Muon, check_seed, orthogonalise
-from nano.vision_data import COLOUR_INDEX, SHAPE_INDEX, targets, vision_batch
+from nano.vision_data import COLOUR_INDEX, SHAPE_INDEX, digits_of_tokens, targets, vision_batch
 
 
 def test_seeds_of_the_evaluation_are_refused() -> None:
@@ -124,3 +124,28 @@ def test_muon_lowers_a_loss() -> None:
         loss.backward()
         muon.step()
     assert losses[-1] < 0.5 * losses[0]
+
+
+def test_training_goes_on_from_the_exported_checkpoint(tmp_path: Path) -> None:
+    nano, head = Nano(documents().model), nn.Linear(4, 2)
+    state = {"nano": nano.state_dict(), "head": head.state_dict(), "early": head.state_dict()}
+    export(state["nano"], tmp_path / "nano")
+    save_heads(state, tmp_path / "heads.safetensors")
+    again = load_checkpoint(tmp_path / "nano", tmp_path / "heads.safetensors")
+    assert set(again) == set(state)
+    for part, tensors in again.items():
+        assert set(tensors) == set(state[part])
+        for name, tensor in tensors.items():
+            assert torch.allclose(tensor, state[part][name], rtol=1e-2, atol=1e-6)
+
+
+def test_digits_of_tokens_are_read_from_left_to_right() -> None:
+    number = Thing("number", "red", Box(0.55, 0.1, 0.95, 0.4), "47")
+    made = Scene(112, 112, Ground((255, 255, 255)), (number,))
+    seen = targets(made, (2, 2))
+    classes = np.stack([seen.classes, np.zeros_like(seen.classes)])[None]
+    digits = digits_of_tokens(classes)
+    assert digits.shape == (1, 4, 6)
+    assert digits[0, 1].tolist() == [5, 8, 0, 0, 0, 0]
+    assert not digits[0, [0, 2, 3]].any()
+    assert (digits_of_tokens(np.full((1, 2, 4, 16), -1)) == -1).all()
