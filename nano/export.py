@@ -18,7 +18,7 @@ from actors.ernie.names import tensor_shapes
 from nano.files import documents, tokenizer_document
 
 WEIGHTS = "model.safetensors"
-HEADS = ("head", "early")
+HEADS = ("head", "early", "late")
 HEADS_FILE = Path(__file__).parent / "heads.safetensors"
 
 
@@ -39,7 +39,7 @@ def export(state: dict[str, torch.Tensor], directory: Path) -> int:
         raise ValueError(f"the checkpoint format has no {sorted(extra)[0]}")
     directory.mkdir(parents=True, exist_ok=True)
     write_neighbours(directory, made, tokenizer_document(), "pt")
-    save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
+    _save(tensors, directory / WEIGHTS)
     write_json(directory / CONFIG, made.config)
     return sum(t.nbytes for t in tensors.values())
 
@@ -47,7 +47,13 @@ def export(state: dict[str, torch.Tensor], directory: Path) -> int:
 def save_heads(state: dict[str, dict[str, torch.Tensor]], path: Path) -> None:
     """The heads of a trained state, by ``head.name``, in bfloat16."""
     tensors = {f"{head}.{name}": t.bfloat16().contiguous() for head in HEADS for name, t in state[head].items()}
+    _save(tensors, path)
+
+
+def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
     save_file(tensors, path, metadata={"format": "pt"})
+    # The library leaves files that only their owner may read.
+    path.chmod(0o644)
 
 
 def load_checkpoint(directory: Path, heads: Path = HEADS_FILE) -> dict[str, dict[str, torch.Tensor]]:

@@ -8,6 +8,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from PIL import Image
 
 from actors.processing.video import draw_timestamp
@@ -22,7 +23,7 @@ from cluster.eval.world.zoom import SCALE, SIDE, TOOL, call, crop, where
 from nano.files import FONT_PATH
 from nano.frames import Frame, FrameBatch, batch_frames, frame, smaller, spoil
 from nano.packing import ASSISTANT, BEGIN, NOT_THINKING, SEP, Answer, Media, Row, RowBatch, Segment, batch_rows
-from nano.vision_data import Targets, VisionBatch, stack, targets
+from nano.vision_data import Ints, Targets, VisionBatch, stack, targets
 
 LENGTH = 264
 LATER_TURN = 0.12
@@ -41,13 +42,13 @@ class Mix:
 
 
 FULL = Mix(
-    kinds={"picture": 0.51, "clip": 0.3, "pair": 0.08, "zoom": 0.06, "late": 0.03, "chat": 0.02},
+    kinds={"picture": 0.46, "clip": 0.25, "pair": 0.08, "zoom": 0.13, "late": 0.06, "chat": 0.02},
     scenes={
-        "colour": 0.5,
-        "shape": 0.5,
-        "count": 1.0,
-        "region": 2.0,
-        "digits": 3.0,
+        "colour": 1.0,
+        "shape": 1.0,
+        "count": 2.0,
+        "region": 1.2,
+        "digits": 2.0,
         "position": 1.0,
         "odd": 0.8,
         "exist": 0.2,
@@ -79,6 +80,8 @@ BOX_WEIGHT = 12.0
 class Batch:
     vision: VisionBatch
     rows: RowBatch
+    events: Ints
+    """int [U, P / 4]: 1 or 2 where a thing changes in the first or the second frame of a unit."""
 
     @property
     def frames(self) -> FrameBatch:
@@ -94,6 +97,7 @@ class Album:
         self._frames: list[Frame] = []
         self._pairs: list[tuple[int, int]] = []
         self._targets: list[tuple[Targets, Targets] | None] = []
+        self._events: list[tuple[int, int, int]] = []
 
     def picture(self, image: Image.Image, made: Scene | None = None) -> Media:
         """``made``: what is in it, if it is known."""
@@ -116,6 +120,11 @@ class Album:
             draw_timestamp(image, index / film.rate, FONT_PATH)
             item = frame(image)
             items.append((item, targets(film.at(index), item.grid, index / film.rate)))
+        if film.change is not None:
+            rows, columns = items[0][0].grid
+            x, y = film.things[0].box.centre
+            k = film.first_sample_after_change()
+            self._events.append((first + k // 2, int(y * rows) * columns + int(x * columns), 1 + k % 2))
         items += items[-1:] if len(items) % 2 else []
         for i in range(0, len(items), 2):
             (one, seen), (two, seen_later) = items[i : i + 2]
@@ -128,6 +137,13 @@ class Album:
         frames = batch_frames(self._frames, self._pairs)
         return VisionBatch(frames, *stack(self._targets, frames))
 
+    def events(self, tokens: int) -> Ints:
+        """As in Batch, for units of so many tokens."""
+        found = np.zeros((len(self._pairs), tokens), dtype=np.int64)
+        for unit, token, kind in self._events:
+            found[unit, token] = kind
+        return found
+
 
 def language_batch(rng: random.Random, rows: int, mix: Mix = FULL) -> Batch:
     album = Album(rng, mix)
@@ -136,7 +152,8 @@ def language_batch(rng: random.Random, rows: int, mix: Mix = FULL) -> Batch:
         kind = _choose(rng, mix.kinds)
         made.append(MAKERS[kind](rng, album))
     vision = album.batch()
-    return Batch(vision, batch_rows(made, vision.frames.tokens))
+    tokens = vision.frames.tokens
+    return Batch(vision, batch_rows(made, tokens), album.events(tokens))
 
 
 def _opening(rng: random.Random, *, tools: bool = False) -> str:

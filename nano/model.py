@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from actors.ernie.config import ErnieConfig, TextConfig, VisionConfig
 
-EARLY = 2
-"""Layers after which a picture's tokens are to know where they lie."""
+EARLY, LATE = 2, 4
+"""Layers after which tokens of pictures and clips are to know where they lie, and whether something changed there."""
 
 
 class VisionBlock(nn.Module):
@@ -227,12 +227,12 @@ class LanguageModel(nn.Module):
 
     def forward(
         self, x: Tensor, positions: Tensor, branch: Tensor, special: Tensor, slot: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Hidden states [R, S, width] of rows packed with a shared beginning and branches.
 
         x [R, S, width] from ``embed``; positions int [R, S, 3]; branch int [R, S]: 0 for what every branch sees, -1 for
         padding; special bool [R, S]: for the vision experts. Also the load [L, 2, E] and probability of experts, and
-        the states [V, width] at the slots after EARLY layers.
+        the states [V, width] at the slots after EARLY and after LATE layers.
         """
         rows, length, width = x.shape
         angles = positions.gather(2, self.axis.expand(rows, length, -1)).float() * self.inverse
@@ -242,10 +242,12 @@ class LanguageModel(nn.Module):
         mask = (before & same)[:, None]
         text_valid = ((branch >= 0) & ~special).view(-1).float()
         loads, probabilities = [], []
-        early = x
+        early = late = x
         for i, layer in enumerate(cast("list[Layer]", list(self.layers))):
             if i == EARLY:
                 early = x.view(-1, width)[slot]
+            if i == LATE:
+                late = x.view(-1, width)[slot]
             x = x + layer.self_attn(layer.input_layernorm(x), cos, sin, mask)
             h = layer.post_attention_layernorm(x)
             moe, flat = layer.mlp, h.view(-1, width)
@@ -259,7 +261,7 @@ class LanguageModel(nn.Module):
             x = x + out.view(rows, length, width)
             loads.append(torch.stack((text_load, seen_load)))
             probabilities.append(torch.stack((text_p, seen_p)))
-        return self.norm(x.float()), torch.stack(loads), torch.stack(probabilities), early
+        return self.norm(x.float()), torch.stack(loads), torch.stack(probabilities), early, late
 
 
 class Nano(nn.Module):

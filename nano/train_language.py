@@ -30,10 +30,10 @@ SEEN_SCALE = 0.2
 BIAS_STEP = 1e-3
 SLOTS = (512, 768, 1 << 10, 1 << 12)
 """Sizes that vision places are padded to: few, as each is compiled for."""
-EARLY = 0.2
-"""Weight of what a picture's tokens are to know after the first layers: where they lie, which the tower cannot know,
-and which digits they hold."""
-PLACE_CLASSES, DIGIT_CLASSES = 24, 11
+KNOWN = 0.2
+"""Weight of what tokens of pictures and clips are to know before the last layers: where they lie, which the tower
+cannot know, which digits they hold, and whether something changes there."""
+PLACE_CLASSES, DIGIT_CLASSES, EVENT_CLASSES = 24, 11, 3
 PATCHES = 0.2
 """Weight of the first stage's loss while the tower learns on."""
 SMOOTH = 0.99
@@ -87,8 +87,11 @@ class Learner:
         self.early = nn.Linear(documents().model.text.hidden_size, 3 * PLACE_CLASSES + 2 * DIGITS * DIGIT_CLASSES)
         if state is not None and "early" in state:
             self.early.load_state_dict(state["early"])
+        self.late = nn.Linear(documents().model.text.hidden_size, EVENT_CLASSES)
+        if state is not None and "late" in state:
+            self.late.load_state_dict(state["late"])
         self.language = [p for p in self.nano.language_model.parameters() if p.requires_grad]
-        self.language += self.early.parameters()
+        self.language += [*self.early.parameters(), *self.late.parameters()]
         self.vision = [
             *self.nano.vision_tower.parameters(), *self.nano.resampler_model.parameters(), *self.head.parameters(),
         ]  # fmt: skip
@@ -110,9 +113,9 @@ class Learner:
         self.banks = [m for m in self.nano.language_model.modules() if isinstance(m, Bank)]
         self.forward = torch.compile(self._forward, dynamic=False) if options.compile else self._forward
 
-    def _forward(self, *args: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _forward(self, *args: Tensor) -> tuple[Tensor, ...]:
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            found: tuple[Tensor, Tensor, Tensor, Tensor] = self.nano.language_model(*args)
+            found: tuple[Tensor, ...] = self.nano.language_model(*args)
         return found
 
     def see(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -139,7 +142,8 @@ class Learner:
         )
         seen, patches = self.see(batch)
         x = self.nano.language_model.embed(ids, seen, source, slot[: len(source)])
-        hidden, loads, probabilities, early = self.forward(x, positions, branch, ids >= self.first_vision_id, slot)
+        special = ids >= self.first_vision_id
+        hidden, loads, probabilities, early, late = self.forward(x, positions, branch, special, slot)
         wanted = torch.from_numpy(rows.weights) > 0
         weights, targets = torch.from_numpy(rows.weights)[wanted], torch.from_numpy(rows.targets)[wanted]
         logits = F.linear(hidden[wanted], self.nano.language_model.embed_tokens.weight)
@@ -148,22 +152,25 @@ class Learner:
         balance = (loads.detach() * probabilities).sum(-1).mean() * experts
         hits = np.zeros(rows.ids.shape, bool)
         hits[wanted.numpy()] = (logits.argmax(-1) == targets).numpy()
-        known = self.known_early(early[: len(source)], batch)
-        return answers + BALANCE * balance + PATCHES * patches + EARLY * known, answers, loads.detach(), hits
+        known = self.known(early[: len(source)], late[: len(source)], batch)
+        return answers + BALANCE * balance + PATCHES * patches + KNOWN * known, answers, loads.detach(), hits
 
-    def known_early(self, states: Tensor, batch: Batch) -> Tensor:
-        """Loss of telling, from the states [V, width] of a picture's tokens after the first layers, where each lies
-        (frame pair, row, column) and which digits are in it, in reading order."""
-        if not len(states):
+    def known(self, early: Tensor, late: Tensor, batch: Batch) -> Tensor:
+        """Loss of telling, from the states [V, width] of the tokens of pictures and clips, where each lies (frame pair,
+        row, column) and which digits are in it, in reading order; and, some layers later, what changes there."""
+        if not len(early):
             return torch.zeros(())
         source = torch.from_numpy(batch.rows.source)
-        places, digits = self.early(states.float()).split([3 * PLACE_CLASSES, 2 * DIGITS * DIGIT_CLASSES], dim=-1)
+        places, digits = self.early(early.float()).split([3 * PLACE_CLASSES, 2 * DIGITS * DIGIT_CLASSES], dim=-1)
         wanted = torch.from_numpy(batch.rows.places).clamp_max(PLACE_CLASSES - 1)
         lost = F.cross_entropy(places.reshape(-1, PLACE_CLASSES), wanted.flatten(), ignore_index=-1)
         there = source >= 0
         wanted = torch.from_numpy(digits_of_tokens(batch.vision.classes)).flatten(0, 1)[source[there]].flatten()
         guesses = digits[there].reshape(-1, DIGIT_CLASSES)
         losses = F.cross_entropy(guesses, wanted, reduction="sum", ignore_index=-1)
+        lost = lost + losses / (wanted > 0).sum().clamp_min(1)
+        wanted = torch.from_numpy(batch.events).flatten()[source[there]]
+        losses = F.cross_entropy(self.late(late[there].float()), wanted, reduction="sum")
         return lost + losses / (wanted > 0).sum().clamp_min(1)
 
     def step(self, batch: Batch, scale: float) -> tuple[float, np.ndarray]:
@@ -190,6 +197,7 @@ class Learner:
             "sees": self.sees,
             "head": self.head.state_dict(),
             "early": self.early.state_dict(),
+            "late": self.late.state_dict(),
         }
 
 

@@ -128,11 +128,16 @@ class Clip:
             thought = f"It is {actor.colour} at {before} and {self.change.colour} at {after}."
             yield Question("event_time" if self.seconds < 5 else "timestamp", text, after, thought)
 
+    def first_sample_after_change(self) -> int:
+        """Index into ``sampled()``. Raises ValueError where nothing changes."""
+        if self.change is None:
+            raise ValueError("nothing changes in this clip")
+        frame = self.change.frame
+        return next(i for i, sampled in enumerate(self.sampled()) if sampled >= frame)
+
     def times_around(self) -> tuple[str, str]:
         """The last time at which the old colour is seen, and the first at which the new one is."""
-        assert self.change is not None
-        frames = self.sampled()
-        k = next(i for i, frame in enumerate(frames) if frame >= self.change.frame)
+        frames, k = self.sampled(), self.first_sample_after_change()
         return seconds(frames[k - 1] / self.rate), seconds(frames[k] / self.rate)
 
 

@@ -162,3 +162,17 @@ def test_text_parts_and_questions_are_one_text(processor: Processor) -> None:
 def test_the_font_is_the_checkpoints(processor: Processor, tmp_path: Path) -> None:
     write_neighbours(tmp_path, documents(), tokenizer_document(), "pt")
     assert (tmp_path / processor.video_config.font).read_bytes() == FONT_PATH.read_bytes()
+
+
+def test_the_token_where_something_changes_is_told() -> None:
+    album = Album(random.Random(0))
+    film = clip(random.Random(9), "event_time")
+    media = album.clip(film)
+    events = album.events(album.batch().frames.tokens)
+    ((unit, token),) = np.argwhere(events)
+    k = film.first_sample_after_change()
+    x, y = film.things[0].box.centre
+    rows, columns = media.grid
+    assert (unit, token, events[unit, token]) == (k // 2, int(y * rows) * columns + int(x * columns), 1 + k % 2)
+    assert film.at(film.sampled()[k]).things[0].colour == film.change.colour  # type: ignore[union-attr]
+    assert film.at(film.sampled()[k - 1]).things[0].colour != film.change.colour  # type: ignore[union-attr]

@@ -128,7 +128,12 @@ def test_muon_lowers_a_loss() -> None:
 
 def test_training_goes_on_from_the_exported_checkpoint(tmp_path: Path) -> None:
     nano, head = Nano(documents().model), nn.Linear(4, 2)
-    state = {"nano": nano.state_dict(), "head": head.state_dict(), "early": head.state_dict()}
+    state = {
+        "nano": nano.state_dict(),
+        "head": head.state_dict(),
+        "early": head.state_dict(),
+        "late": head.state_dict(),
+    }
     export(state["nano"], tmp_path / "nano")
     save_heads(state, tmp_path / "heads.safetensors")
     again = load_checkpoint(tmp_path / "nano", tmp_path / "heads.safetensors")
