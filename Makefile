@@ -19,7 +19,7 @@ $(STAMP): pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[test,dev]'
 	touch $@
 
-demo: venv  ## Start a small cluster, ask it about a picture over gRPC and HTTP, stop it.
+demo: venv  ## Start a small cluster, ask it about pictures and a clip, stop it.
 	$(BIN)/ernie demo
 
 serve: venv  ## Start a cluster and keep it; ARGS="--model DIR ..." are passed on.

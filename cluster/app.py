@@ -12,6 +12,7 @@ from ray import serve
 from ray.serve import Application
 
 from actors.config import EngineReplicaConfig, PreprocessorConfig, VisionEncoderConfig
+from cluster.builtin import locate
 from cluster.config import BLOCK_SIZE, ClusterConfig, EnginePool, parse, resolve
 from cluster.ingress import Ingress
 from cluster.model_check import check_model
@@ -46,7 +47,7 @@ DEPLOY_FILE_PLACES = {
 def build(args: ClusterConfig | Mapping[str, Any]) -> Application:
     """The application, its open choices settled from the GPUs of the cluster at hand.
 
-    Serve passes a mapping, which is checked here, the model directory included.
+    Serve passes a mapping, which is checked here, the model directory included. A ``ClusterConfig`` names a directory.
 
     Raises:
         ValueError: one line per wrong field, with its path.
@@ -91,6 +92,7 @@ def _deployed(args: Mapping[str, Any]) -> ClusterConfig:
     misplaced = [f"args: {name}: set {place} instead" for name, place in DEPLOY_FILE_PLACES.items() if name in args]
     if misplaced:
         raise ValueError("\n".join(misplaced))
+    config = locate(config)
     check_model(config)
     return config
 

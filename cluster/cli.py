@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 from cluster.bench.cli import bench
+from cluster.eval.cli import eval_app
 
 if TYPE_CHECKING:
     from cluster.config import ClusterConfig
@@ -21,17 +25,18 @@ app = typer.Typer(
 )
 checkpoint_app = typer.Typer(help="Makes checkpoints.", no_args_is_help=True)
 app.add_typer(checkpoint_app, name="checkpoint")
+app.add_typer(eval_app, name="eval")
 
 EXIT_INTERRUPTED = 130
-NONSENSE = (
-    "No --model was given: a small built-in checkpoint with RANDOM weights is served. "
-    "It shows that everything works; its answers are nonsense."
-)
+ABOUT = {
+    "nano": "nano is the small built-in model: it knows coloured shapes, numbers and short clips, and nothing else.",
+    "random": "random is a small checkpoint with RANDOM weights: it shows that all works; its answers are nonsense.",
+}
 
 
 @app.command()
 def serve(
-    model: Annotated[str | None, typer.Option(help="Checkpoint directory. Unset: a small random one.")] = None,
+    model: Annotated[str | None, typer.Option(help="Checkpoint directory, nano or random; nano when unset.")] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file; options given here win over it.")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, bfloat16, float32 or float64.")] = None,
     compat: Annotated[str | None, typer.Option(help="original or transformers: whose rules to follow.")] = None,
@@ -67,7 +72,7 @@ def serve(
             typer.echo(f"  gRPC  {grpc_address(settings)}")
             typer.echo("Try:")
             typer.echo(f"  {_example(url)}")
-            typer.echo(f'  ernie chat "Hello" --address {grpc_address(settings)}')
+            typer.echo(f'  {_command()} chat "Hello" --address {grpc_address(settings)}')
             typer.echo("Ctrl-C lets running requests finish and stops.")
             signals.wait()
     except StopRequested:
@@ -78,28 +83,29 @@ def serve(
 
 
 @app.command()
-def demo() -> None:
-    """Starts a cluster on free ports, asks it about a picture over gRPC and HTTP, and stops it."""
+def demo(
+    save: Annotated[Path | None, typer.Option(help="Keep the pictures and the clip in this directory.")] = None,
+) -> None:
+    """Starts a cluster on free ports, asks it about pictures and a clip, and stops it."""
     import httpx
     from rich.console import Console
 
-    from cluster.config import parse
+    from cluster.client import ClientError
+    from cluster.config import resolve
     from cluster.demo import run_demo
-    from cluster.launch import StopRequested, builtin_checkpoint, leave
+    from cluster.launch import StopRequested, leave
     from cluster.ports import free_ports
     from cluster.session import StartFailed
 
-    console = Console(highlight=False)
-    console.print(NONSENSE, style="bold yellow", soft_wrap=True)
     http_port, grpc_port = free_ports(2)
-    settings = parse({"model": str(builtin_checkpoint()), "http_port": http_port, "grpc_port": grpc_port}, "demo")
+    settings = _config(None, {"http_port": http_port, "grpc_port": grpc_port}, None)
     try:
-        code = run_demo(settings, console)
+        # One worker of each kind, on any machine.
+        run_demo(resolve(settings, gpus=0), Console(highlight=False), command=_command(), save=save)
     except StopRequested:
         leave(EXIT_INTERRUPTED)
-    except (StartFailed, httpx.HTTPError) as error:
+    except (StartFailed, httpx.HTTPError, ClientError, OSError) as error:
         _fail(str(error))
-    raise typer.Exit(code)
 
 
 @app.command()
@@ -213,8 +219,8 @@ def checkpoint_random(
 
 
 def _config(file: Path | None, options: dict[str, Any], domains: list[str] | None) -> ClusterConfig:
+    from cluster.builtin import locate
     from cluster.config import parse, read_file
-    from cluster.launch import builtin_checkpoint
     from cluster.model_check import check_model
 
     try:
@@ -222,16 +228,13 @@ def _config(file: Path | None, options: dict[str, Any], domains: list[str] | Non
         values |= {name: value for name, value in options.items() if value is not None}
         if domains is not None:
             _set_domains(values, domains)
-        random = "model" not in values
-        # A stand-in, so that other mistakes are told before a checkpoint is written.
-        settings = parse(values | ({"model": "random"} if random else {}), str(file or "options"))
-        if random:
-            typer.secho(NONSENSE, fg=typer.colors.YELLOW, bold=True)
-            model = builtin_checkpoint()
+        settings = parse(values, str(file or "options"))
+        if settings.model in ABOUT:
+            typer.secho(ABOUT[settings.model], fg=typer.colors.YELLOW)
+            settings = locate(settings)
         else:
             # Absolute: workers run in other directories.
-            model = Path(settings.model).expanduser().resolve()
-        settings = settings.model_copy(update={"model": str(model)})
+            settings = settings.model_copy(update={"model": str(Path(settings.model).expanduser().resolve())})
         check_model(settings)
         return settings
     except (ValueError, OSError) as error:
@@ -244,6 +247,11 @@ def _set_domains(values: dict[str, Any], domains: list[str]) -> None:
     if not isinstance(limits, dict):
         raise ValueError("preprocessor.limits: must be a mapping")
     limits["allowed_media_domains"] = [name for item in domains for name in item.split(",") if name]
+
+
+def _command() -> str:
+    """How to call this program from here."""
+    return "ernie" if shutil.which("ernie") else os.path.relpath(Path(sys.executable).parent / "ernie")
 
 
 def _example(url: str) -> str:

@@ -73,27 +73,44 @@ def run_chat(
 
 
 async def _chat(request: inference_pb2.GenerateRequest, address: str, timeout_s: float | None, console: Console) -> int:
+    reply = ReplyPrinter(console)
+    async with Client(address) as client:
+        ending, finished = await stream_reply(client, request, reply, timeout_s=timeout_s)
+    reply.end()
+    if finished is None:
+        console.print("the reply ended early", style="red")
+        return EXIT_FAILED
+    print_cost(console, ending, finished)
+    return EXIT_FAILED if ending.finish_reason == inference_pb2.FINISH_REASON_CANCELLED else EXIT_OK
+
+
+async def stream_reply(
+    client: Client, request: inference_pb2.GenerateRequest, reply: ReplyPrinter, *, timeout_s: float | None
+) -> tuple[inference_pb2.ChoiceFinished, inference_pb2.GenerationFinished | None]:
+    """Shows a reply as it comes, and returns how it ended: None as the second when it broke off.
+
+    Raises:
+        ClientError: the cluster refused or failed.
+    """
     ending = inference_pb2.ChoiceFinished()
     finished: inference_pb2.GenerationFinished | None = None
-    reply = ReplyPrinter(console)
-    async with (
-        Client(address) as client,
-        contextlib.aclosing(client.stream_generate(request, timeout_s=timeout_s)) as responses,
-    ):
+    async with contextlib.aclosing(client.stream_generate(request, timeout_s=timeout_s)) as responses:
         async for response in responses:
             reply.show(response)
             if response.HasField("choice_finished"):
                 ending = response.choice_finished
             if response.HasField("finished"):
                 finished = response.finished
-    reply.end()
-    if finished is None:
-        console.print("the reply ended early", style="red")
-        return EXIT_FAILED
+    return ending, finished
+
+
+def print_cost(
+    console: Console, ending: inference_pb2.ChoiceFinished, finished: inference_pb2.GenerationFinished
+) -> None:
+    """Prints the counts of tokens and, where the request asked for them, the timings."""
     console.print(Text(usage_line(finished.usage, ending.finish_reason), style="dim"), soft_wrap=True)
     if finished.HasField("timings"):
         console.print(timings_table(finished.timings))
-    return EXIT_FAILED if ending.finish_reason == inference_pb2.FINISH_REASON_CANCELLED else EXIT_OK
 
 
 class ReplyPrinter:

@@ -35,6 +35,9 @@ Port = Annotated[int, Field(ge=1, le=65535)]
 
 POOL_NAMES_TAKEN = ("router", "planner", "preprocessor", "vision_encoder")
 
+NANO, RANDOM = "nano", "random"
+"""Names of the built-in models. A directory called so is written ``./nano``."""
+
 ENGINE_GPU_SHARE = 0.75
 ENCODER_GPU_SHARE = 0.25
 BLOCK_SIZE = 16
@@ -176,9 +179,9 @@ class EnginePool(Section):
 
 
 class ClusterConfig(Section):
-    """Everything. ``model`` is a checkpoint directory, at the same path on every node."""
+    """Everything. ``model`` is a built-in model's name, or a checkpoint directory at the same path on every node."""
 
-    model: Annotated[str, Field(min_length=1)]
+    model: Annotated[str, Field(min_length=1)] = NANO
     served_model_name: Annotated[str, Field(min_length=1)] | None = None
     """Name clients ask for. The last part of ``model`` when unset."""
     dtype: DType = "auto"
@@ -231,7 +234,9 @@ class ClusterConfig(Section):
     @property
     def model_name(self) -> str:
         """Name clients ask for."""
-        return self.served_model_name or Path(self.model).resolve().name
+        if self.served_model_name is not None:
+            return self.served_model_name
+        return self.model if self.model in (NANO, RANDOM) else Path(self.model).resolve().name
 
     @property
     def pools(self) -> tuple[EnginePool, ...]:

@@ -1,88 +1,194 @@
-"""``ernie demo``: a cluster on free ports, a question about a picture over gRPC and over HTTP, and where time went."""
+"""``ernie demo``: a cluster on free ports, questions about a few pictures and a clip, and where the time went."""
 
 from __future__ import annotations
 
+import asyncio
 import base64
+import io
 import json
-import math
-import tempfile
-from collections.abc import Iterator
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
-from PIL import Image, ImageDraw
+from PIL import Image
 from rich.console import Console
 from rich.markup import escape
+from rich.text import Text
 
-from cluster.cli_chat import EXIT_OK, run_chat, timings_table
+from cluster.cli_chat import ReplyPrinter, print_cost, stream_reply, timings_table
+from cluster.client import Client, generate_request, user_message
 from cluster.config import ClusterConfig
+from cluster.eval.asking import ask, ask_with_zoom
+from cluster.eval.world import clips, scenes
+from cluster.eval.world.draw import draw_scene
+from cluster.eval.world.questions import BUILDERS, Question, digits, listing
+from cluster.eval.world.things import Scene
 from cluster.launch import grpc_address, http_url, running_cluster
 from ernie_serving.v1 import inference_pb2
 
-QUESTION = "What is in this picture?"
-MAX_TOKENS = 32
+SEEDS = {"picture": 4, "clip": 99, "thought": 26, "number": 26, "http": 29}
+"""Which pictures and which clip are shown, by the name they are saved under. Training has seen none of these seeds."""
+TASKS = {"picture": "colour", "clip": "event_time", "thought": "position", "http": "count"}
+"""What is asked about them; about ``number``, what it is."""
+
+MAX_TOKENS = 64
 TIMEOUT_S = 120.0
-WIDTH, HEIGHT = 336, 252
+THUMBNAIL_COLUMNS, GAP = 36, 2
+UPPER_HALF = "\u2580"
+"""A character whose upper half has the text's colour and whose lower half the background's."""
 
 
-def run_demo(config: ClusterConfig, console: Console) -> int:
-    """Runs the demo and returns the exit code; everything it started has ended by then.
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A question with its true answer, the encoded picture or clip it is about, and how to show that to people."""
+
+    question: Question
+    content: bytes
+    caption: str
+    shown: tuple[Image.Image, ...]
+    """The picture, or the frames of the clip that the model sees."""
+
+
+def run_demo(config: ClusterConfig, console: Console, *, command: str, save: Path | None = None) -> None:
+    """Asks everything; all it started has ended by then. A wrong answer is shown like any other.
+
+    ``command`` is how ``ernie`` can be called; in ``save`` the pictures and the clip are kept.
 
     Raises:
         StartFailed: the cluster did not come up.
         StopRequested: a signal came.
+        ClientError, httpx.HTTPError: the cluster refused or failed.
+        OSError: a reply broke off, or ``save`` cannot be written.
     """
-    with tempfile.TemporaryDirectory(prefix="ernie-demo-") as folder:
-        picture = Path(folder) / "sample.png"
-        draw_picture().save(picture)
-        with running_cluster(config, lambda line: console.print(escape(line), style="dim", soft_wrap=True)):
-            console.rule("gRPC StreamGenerate")
-            console.print(f"Q: {QUESTION} (a picture of a house, {WIDTH} x {HEIGHT} pixels)\n")
-            code = run_chat(
-                QUESTION,
-                images=[str(picture)],
-                address=grpc_address(config),
-                max_tokens=MAX_TOKENS,
-                temperature=0.0,
-                timeout_s=TIMEOUT_S,
-                console=console,
-            )
-            if code != EXIT_OK:
-                return code
-            console.rule("HTTP POST /v1/chat/completions")
-            console.print(f"Q: {QUESTION} (the same picture)\n")
-            ask_over_http(http_url(config), picture, console)
-            console.rule()
-    return EXIT_OK
+    samples = made_samples()
+    if save is not None:
+        keep(samples, save)
+    with running_cluster(config, lambda line: console.print(escape(line), style="dim", soft_wrap=True)):
+        asyncio.run(ask_over_grpc(grpc_address(config), samples, console))
+        console.rule("Over HTTP: POST /v1/chat/completions")
+        show_question(samples["http"], console)
+        ask_over_http(http_url(config), samples["http"], console)
+        console.rule()
+    for line in (
+        f"Ask about your own pictures: start {command} serve and, in another terminal, for example",
+        f'  {command} chat "What colour is the star?" --image picture.png',
+        "with --video clip.mp4 for a clip and --think for thinking. To see more:",
+        f"  {command} demo --save DIR      keeps the pictures and the clip of this demo",
+        f"  {command} eval nano            asks about many more and counts the right answers",
+    ):
+        console.print(Text(line), soft_wrap=True)
 
 
-def draw_picture() -> Image.Image:
-    """A house under a sun."""
-    image = Image.new("RGB", (WIDTH, HEIGHT), "#9fd3f5")
-    draw = ImageDraw.Draw(image)
-    draw.rectangle((0, 180, WIDTH, HEIGHT), fill="#6fae5a")
-    draw.ellipse((250, 24, 306, 80), fill="#ffd84a")
-    for ray in range(12):
-        angle = math.tau * ray / 12
-        near, far = ((278 + reach * math.cos(angle), 52 + reach * math.sin(angle)) for reach in (34, 46))
-        draw.line((near, far), fill="#ffd84a", width=4)
-    draw.rectangle((80, 120, 200, 210), fill="#e0c9a6")
-    draw.polygon(((68, 120), (140, 66), (212, 120)), fill="#b5483a")
-    draw.rectangle((128, 160, 156, 210), fill="#6b4a32")
-    return image
+def made_samples() -> dict[str, Sample]:
+    """All that is asked, by the names of SEEDS. The same each time."""
+    samples = {name: picture(TASKS[name], SEEDS[name]) for name in ("picture", "thought", "http")}
+    return samples | {"clip": clip(TASKS["clip"], SEEDS["clip"]), "number": small_number(SEEDS["number"])}
 
 
-def ask_over_http(url: str, picture: Path, console: Console) -> None:
+def picture(task: str, seed: int) -> Sample:
+    """A picture and a question of ``task`` about it."""
+    rng = random.Random(seed)
+    while True:
+        scene = scenes.scene(rng, task)
+        for question in BUILDERS[task](scene, rng):
+            return _picture_sample(scene, question)
+
+
+def small_number(seed: int) -> Sample:
+    """A picture with a number too small to read at first sight."""
+    rng = random.Random(seed)
+    scene = scenes.small_number(rng)
+    return _picture_sample(scene, next(digits(scene, rng)))
+
+
+def _picture_sample(scene: Scene, question: Question) -> Sample:
+    image = draw_scene(scene)
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    caption = f"A picture, {scene.width} x {scene.height} pixels: {listing(scene.things)}."
+    return Sample(question, buffer.getvalue(), caption, (image,))
+
+
+def clip(task: str, seed: int) -> Sample:
+    """A clip and a question of ``task`` about it."""
+    rng = random.Random(seed)
+    made = clips.clip(rng, task)
+    frames = made.sampled()
+    caption = f"A clip, {made.seconds:g} s, of which the model sees {len(frames)} frames: {listing(made.things)}."
+    return Sample(next(made.questions(rng)), clips.encode(made), caption, tuple(made.draw(frames)))
+
+
+def keep(samples: dict[str, Sample], directory: Path) -> None:
+    """Writes every picture and clip as ``<name>.png`` or ``<name>.mp4``."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, sample in samples.items():
+        (directory / name).with_suffix(".mp4" if name == "clip" else ".png").write_bytes(sample.content)
+
+
+async def ask_over_grpc(address: str, samples: dict[str, Sample], console: Console) -> None:
+    """A streamed answer with its cost, one about a clip, one after thinking, and one after a closer look."""
+    async with Client(address) as client:
+        console.rule("A picture, over gRPC: StreamGenerate")
+        sample = samples["picture"]
+        show_question(sample, console)
+        await stream_answer(client, sample, console)
+
+        console.rule("A clip")
+        sample = samples["clip"]
+        show_question(sample, console)
+        reply = await ask(client, sample.question.text, videos=[sample.content], timeout_s=TIMEOUT_S)
+        show_answer(reply.text, sample.question, console)
+
+        console.rule("Thinking before the answer")
+        sample = samples["thought"]
+        show_question(sample, console)
+        reply = await ask(client, sample.question.text, images=[sample.content], thinking=True, timeout_s=TIMEOUT_S)
+        console.print(Text(reply.reasoning.strip(), style="dim italic"), soft_wrap=True)
+        show_answer(reply.text, sample.question, console)
+
+        console.rule("A closer look: a tool call")
+        sample = samples["number"]
+        show_question(sample, console)
+        reply, look = await ask_with_zoom(client, sample.question.text, sample.content, timeout_s=TIMEOUT_S)
+        if look is not None:
+            console.print(Text(reply.text.strip(), style="dim italic"), soft_wrap=True)
+            part = Image.open(io.BytesIO(look.picture))
+            console.print(f"That part is cut out, {part.width} x {part.height} pixels, and shown to the model:")
+            show_images([part], console)
+            reply = look.reply
+        show_answer(reply.text, sample.question, console)
+
+
+async def stream_answer(client: Client, sample: Sample, console: Console) -> None:
+    """Prints one answer as it comes, then its usage and its timings.
+
+    Raises:
+        ClientError: the cluster refused or failed.
+        ConnectionError: the reply broke off.
+    """
+    message = user_message(sample.question.text, images=[sample.content])
+    request = generate_request(message, temperature=0, max_tokens=MAX_TOKENS, return_timings=True)
+    console.print("A: ", end="")
+    ending, finished = await stream_reply(client, request, ReplyPrinter(console), timeout_s=TIMEOUT_S)
+    console.print(truth(sample.question), soft_wrap=True)
+    if finished is None or ending.finish_reason == inference_pb2.FINISH_REASON_CANCELLED:
+        raise ConnectionError("the reply ended early")
+    print_cost(console, ending, finished)
+
+
+def ask_over_http(url: str, sample: Sample, console: Console) -> None:
     """Streams one answer and prints it, its usage and its timings.
 
     Raises:
         httpx.HTTPError: the cluster refused or broke off.
     """
-    data = base64.b64encode(picture.read_bytes()).decode()
+    data = base64.b64encode(sample.content).decode()
     parts = [
         {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}},
-        {"type": "text", "text": QUESTION},
+        {"type": "text", "text": sample.question.text},
     ]
     body = {
         "messages": [{"role": "user", "content": parts}],
@@ -93,6 +199,7 @@ def ask_over_http(url: str, picture: Path, console: Console) -> None:
         "return_timings": True,
     }
     last: dict[str, Any] = {}
+    console.print("A: ", end="")
     with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=TIMEOUT_S, trust_env=False) as response:
         if response.is_error:
             response.read()
@@ -103,10 +210,11 @@ def ask_over_http(url: str, picture: Path, console: Console) -> None:
                 raise httpx.HTTPError(str(chunk["error"]["message"]))
             for choice in chunk["choices"]:
                 text = choice["delta"].get("reasoning", "") + choice["delta"].get("content", "")
-                console.print(escape(text), end="", soft_wrap=True)
+                console.print(Text(text), end="", soft_wrap=True)
             last = chunk
+    console.print(truth(sample.question), soft_wrap=True)
     usage = last["usage"]
-    console.print(f"\n{usage['prompt_tokens']} prompt tokens, {usage['completion_tokens']} generated", style="dim")
+    console.print(f"{usage['prompt_tokens']} prompt tokens, {usage['completion_tokens']} generated", style="dim")
     console.print(timings_table(timings_message(last["timings"])))
 
 
@@ -130,3 +238,45 @@ def timings_message(timings: dict[str, Any]) -> inference_pb2.Timings:
         if name in timings["busy"]:
             stage.busy_duration.FromNanoseconds(round(timings["busy"][name] * 1e9))
     return message
+
+
+def show_question(sample: Sample, console: Console) -> None:
+    console.print(Text(sample.caption, style="dim"), soft_wrap=True)
+    show_images(sample.shown, console)
+    console.print(Text(f"Q: {sample.question.text}"), soft_wrap=True)
+
+
+def show_answer(answer: str, question: Question, console: Console) -> None:
+    console.print(Text(f"A: {answer.strip()}") + truth(question), soft_wrap=True)
+
+
+def truth(question: Question) -> Text:
+    return Text(f"   (truth: {question.answer})", style="dim")
+
+
+def show_images(images: Sequence[Image.Image], console: Console) -> None:
+    """Draws them side by side where the terminal has colours for it."""
+    if console.is_terminal and console.color_system in ("256", "truecolor") and not console.options.ascii_only:
+        widest = THUMBNAIL_COLUMNS if len(images) == 1 else THUMBNAIL_COLUMNS // 2
+        console.print(thumbnails(images, max(1, min(widest, (console.width + GAP) // len(images) - GAP))))
+
+
+def thumbnails(images: Sequence[Image.Image], columns: int) -> Text:
+    """Pictures of one size side by side, each so many columns wide; a character is two pixels high."""
+    width, height = images[0].size
+    rows = max(1, round(columns * height / width / 2))
+    small = [image.convert("RGB").resize((columns, 2 * rows), Image.Resampling.BOX) for image in images]
+    text = Text(no_wrap=True)
+    for row in range(rows):
+        for index, image in enumerate(small):
+            text.append(" " * GAP if index else "")
+            for column in range(columns):
+                upper, lower = (image.getpixel((column, 2 * row + half)) for half in (0, 1))
+                text.append(UPPER_HALF, f"rgb{_rgb(upper)} on rgb{_rgb(lower)}")
+        text.append("\n" if row < rows - 1 else "")
+    return text
+
+
+def _rgb(pixel: Any) -> str:
+    red, green, blue = pixel
+    return f"({red},{green},{blue})"

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import math
 import os
-import shutil
 import signal
 import sys
-import tempfile
 import threading
 import time
 import urllib.error
@@ -224,37 +221,3 @@ def missing_for_ready(url: str) -> str | None:
         return f"no router (HTTP {error.code})"
     except OSError:
         return "no router"
-
-
-def _generator_digest() -> str:
-    import actors.checkpoint
-    import actors.processing
-
-    digest = hashlib.blake2b(digest_size=8)
-    for package in (actors.checkpoint, actors.processing):
-        for file in sorted(Path(package.__path__[0]).rglob("*")):
-            if file.suffix in (".py", ".jinja", ".ttf"):
-                digest.update(file.name.encode() + file.read_bytes())
-    return digest.hexdigest()
-
-
-def builtin_checkpoint() -> Path:
-    """A small random checkpoint, written on first use to the user's cache folder and used again afterwards.
-
-    Its folder is named after the sources it is made by, so that a changed generator or template is seen.
-    """
-    from actors.checkpoint import write_random_checkpoint
-
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ernie-serving" / _generator_digest()
-    target = cache / "random-tiny"
-    if not target.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(prefix="random-tiny-", dir=cache))
-        try:
-            write_random_checkpoint(draft, preset="tiny", seed=0)
-            draft.chmod(0o755)
-            with contextlib.suppress(OSError):
-                draft.rename(target)
-        finally:
-            shutil.rmtree(draft, ignore_errors=True)
-    return target

@@ -84,7 +84,7 @@ def test_branches_are_conversations(kind: str, models: tuple[Nano, Ernie4_5_VLMo
     album = Album(rng)
     row = MAKERS[kind](rng, album)
     vision = album.batch()
-    batch = Batch(vision, batch_rows([row], vision.frames.tokens))
+    batch = Batch(vision, batch_rows([row], vision.frames.tokens), album.events(vision.frames.tokens))
     rows, frames = batch.rows, batch.frames
     ids, source, slot = (torch.from_numpy(x) for x in (rows.ids, rows.source, rows.slot))
     seen = torch.zeros(1, documents().model.text.hidden_size)

@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import dataclasses
 
+from actors.checkpoint import nano_directory
 from actors.config import EngineReplicaConfig
-from cluster.app import engine_config
+from cluster.app import _deployed, engine_config
 from cluster.config import ClusterConfig, EnginePool
 
 
@@ -28,3 +29,8 @@ def test_an_engine_is_told_all_that_its_pool_says() -> None:
     assert shared >= values.keys() - {"num_gpus"}
     for name in shared:
         assert getattr(told, name) == getattr(pool, name), name
+
+
+def test_a_deploy_file_without_a_model_serves_nano() -> None:
+    config = _deployed({"max_model_len": 512})
+    assert (config.model, config.model_name) == (str(nano_directory()), "nano")

@@ -8,6 +8,7 @@ import httpx
 import pytest
 from typer.testing import CliRunner
 
+from actors.checkpoint import nano_directory
 from cluster.cli import _config, app
 from tests.tiny_model import tiny_checkpoint
 
@@ -39,6 +40,27 @@ def test_options_win_over_the_file(tmp_path: Path) -> None:
     assert (config.http_port, config.grpc_port, config.dtype) == (4321, 1235, "auto")
     assert config.preprocessor.concurrency == 3
     assert config.preprocessor.limits.allowed_media_domains == ("a.example", "b.example", "c.example")
+
+
+def test_nano_is_served_unless_something_else_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    file = tmp_path / "c.yaml"
+    file.write_text("http_port: 1234\n")
+    for given, options in ((None, {"model": None}), (file, {}), (None, {"model": "nano"})):
+        config = _config(given, options, None)
+        assert (Path(config.model), config.model_name) == (nano_directory(), "nano")
+        assert "coloured shapes" in capsys.readouterr().out
+    config = _config(None, {"model": "random", "served_model_name": "mine"}, None)
+    assert Path(config.model).is_relative_to(tmp_path) and config.model_name == "mine"
+    assert "nonsense" in capsys.readouterr().out
+
+
+def test_a_directory_called_nano_is_named_by_its_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "nano").symlink_to(tiny_checkpoint())
+    monkeypatch.chdir(tmp_path)
+    assert Path(_config(None, {"model": "./nano"}, None).model) == tiny_checkpoint().resolve()
 
 
 def test_status_of_nothing() -> None:

@@ -24,7 +24,7 @@ def made(**values: Any) -> ClusterConfig:
 @pytest.mark.parametrize(
     ("values", "line"),
     [
-        ({}, "f: model: Field required"),
+        ({"model": None}, "f: model: Input should be a valid string"),
         ({"model": ""}, "f: model: String should have at least 1 character"),
         ({"model": "m", "modle": 1}, "f: modle: Extra inputs are not permitted"),
         ({"model": "m", "dtype": "int8"}, "f: dtype: Input should be 'auto'"),
@@ -132,6 +132,13 @@ def test_the_model_is_called_after_its_directory_unless_named() -> None:
     assert made().model_name == "m"
     assert made(served_model_name="other").model_name == "other"
     assert resolve(made(), gpus=0).served_model_name == "m"
+
+
+def test_without_a_model_nano_is_described(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert parse({}, "test").model == parse({}, "test").model_name == "nano"
+    (tmp_path / "nano").symlink_to(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert made(model="nano").model_name == "nano"
 
 
 def test_claims_cover_every_replica() -> None:

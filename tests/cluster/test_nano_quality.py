@@ -1,0 +1,44 @@
+"""nano answers questions about new pictures and clips through a real cluster with one prefill and one decode engine."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from cluster.client import Client
+from cluster.eval.run import Score, evaluate
+from tests.cluster.conftest import DEFAULTS, Clusters
+from tests.nano_model import SEED, nano_checkpoint
+
+SAMPLES = 12
+FLOORS = {
+    "colour": 0.75,
+    "shape": 0.75,
+    "count": 0.6,
+    "region": 0.8,
+    "digits": 0.8,
+    "moving": 0.8,
+    "direction": 0.8,
+    "event_time": 0.4,
+}
+"""Least share of right answers: well below what nano reaches on many samples, so that few samples do."""
+
+
+@pytest.fixture(scope="module")
+def scores(clusters: Clusters) -> dict[str, Score]:
+    changes = {"model": str(nano_checkpoint()), "served_model_name": "nano", "dtype": "float32"}
+    cluster = clusters.get(DEFAULTS | changes)
+
+    async def run() -> dict[str, Score]:
+        async with Client(cluster.grpc_address) as client:
+            return await evaluate(client, tuple(FLOORS), SEED, SAMPLES)
+
+    return asyncio.run(run())
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("task", FLOORS)
+def test_answers_are_right(scores: dict[str, Score], task: str) -> None:
+    assert scores[task].n == SAMPLES
+    assert scores[task].value >= FLOORS[task], scores
