@@ -37,6 +37,7 @@ async def test_a_refusal_for_want_of_blocks_waits_for_room_and_tries_again() -> 
         prefill, decode = w.engines
         task = w.ask()
         key, *_ = await prefill.taken()
+        assert (await decode.taken())[0] == key
         await fill(w, decode)
         prefill.end(key, NO_BLOCKS)
         assert await decode.cancelled() == key
@@ -44,6 +45,8 @@ async def test_a_refusal_for_want_of_blocks_waits_for_room_and_tries_again() -> 
         decode.free_blocks = 100
         again, *_ = await prefill.taken()
         assert again == key._replace(attempt=1)
+        # An engine says nothing of a request it has not got.
+        assert (await decode.taken())[0] == again
         prefill.say(key, 0, 25)  # a late token of the first attempt is nobody's
         prefill.say(again, 0, 0)
         decode.say(again, 1, 1, finish=FinishReason.LENGTH)
