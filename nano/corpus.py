@@ -16,7 +16,7 @@ from cluster.eval.world.clips import clip
 from cluster.eval.world.pairs import compare, in_either, pair
 from cluster.eval.world.questions import BUILDERS, Question
 from cluster.eval.world.scenes import scene
-from cluster.eval.world.zoom import TOOL, call
+from cluster.eval.world.zoom import OFFER, call
 from nano.files import TOKENIZER, documents
 
 REPEATS = 60
@@ -33,11 +33,13 @@ def corpus() -> list[str]:
             found += clip(rng, task).questions(rng)
         both = pair(rng)
         found += [*compare(both, rng), *in_either(both, rng), small_talk(rng), outside(rng), without_picture(rng)]
-        found += [q for q in (absent(scene(rng, "colour"), rng),) if q is not None]
+        missing = absent(scene(rng, "colour"), rng)
+        if missing is not None:
+            found.append(missing)
     lines = [f"User: Picture 1:\nUser: Video 1:\n{q.text}\nAssistant: \n{q.thought}\n{q.answer}" for q in found]
     lines += [*SYSTEM_PROMPTS, UNKNOWN, *SMALL_TALK] * 20
     lines += [
-        f"\n<tool_list>\n{json.dumps([TOOL])}\n</tool_list>\n\nUser: \n<tool_output>\n",
+        f"{OFFER}\nUser: \n<tool_output>\n",
         call([1, 2, 3, 4]),
         "\n\n",
     ] * 40

@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from actors.checkpoint.writer import CONFIG, write_json, write_neighbours
+from actors.ernie.files import SINGLE_FILE
 from actors.ernie.names import tensor_shapes
 from nano.files import documents, tokenizer_document
 
-WEIGHTS = "model.safetensors"
 HEADS = ("head", "early", "late")
 HEADS_FILE = Path(__file__).parent / "heads.safetensors"
 
@@ -39,7 +39,7 @@ def export(state: dict[str, torch.Tensor], directory: Path) -> int:
         raise ValueError(f"the checkpoint format has no {sorted(extra)[0]}")
     directory.mkdir(parents=True, exist_ok=True)
     write_neighbours(directory, made, tokenizer_document(), "pt")
-    _save(tensors, directory / WEIGHTS)
+    _save(tensors, directory / SINGLE_FILE)
     write_json(directory / CONFIG, made.config)
     return sum(t.nbytes for t in tensors.values())
 
@@ -58,7 +58,7 @@ def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
 
 def load_checkpoint(directory: Path, heads: Path = HEADS_FILE) -> dict[str, dict[str, torch.Tensor]]:
     """A checkpoint and its heads as the state of a training, without an optimiser's."""
-    state = {"nano": {name.removeprefix("model."): t.float() for name, t in load_file(directory / WEIGHTS).items()}}
+    state = {"nano": {name.removeprefix("model."): t.float() for name, t in load_file(directory / SINGLE_FILE).items()}}
     for name, tensor in load_file(heads).items():
         head, _, rest = name.partition(".")
         state.setdefault(head, {})[rest] = tensor.float()

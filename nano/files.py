@@ -41,7 +41,9 @@ OVERRIDES = {
 prompts of a few hundred positions with up to four frame pairs."""
 
 
+@functools.cache
 def documents() -> Documents:
+    """The configuration of the checkpoint; shared, so not to be changed."""
     return build_documents("tiny", OVERRIDES, dtype="bfloat16")
 
 

@@ -7,14 +7,14 @@ import io
 import math
 import random
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
 from actors.processing.images import PixelBounds, resize, smart_resize
-from actors.processing.patches import patchify
+from actors.processing.patches import Pixels, patchify
 from cluster.eval.world.clips import Clip
 from cluster.eval.world.things import Scene
 
@@ -24,7 +24,7 @@ long ones may get a few more."""
 BOUNDS = PixelBounds(low=MIN_TOKENS * 784, high=MAX_TOKENS * 784 + 392)
 """The half token lets 4 : 3 pictures have 5 x 4."""
 
-Pixels = npt.NDArray[np.uint8]
+Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,10 +72,15 @@ def places(rows: int, columns: int) -> npt.NDArray[np.int32]:
 class FrameBatch:
     """Frames padded to the largest; ``pairs`` int [U, 2] are the frames of each unit (a picture comes twice)."""
 
-    patches: npt.NDArray[np.uint8]
+    patches: Pixels
     places: npt.NDArray[np.int32]
     valid: npt.NDArray[np.bool_]
-    pairs: npt.NDArray[np.int64]
+    pairs: Ints
+
+    @property
+    def arrays(self) -> tuple[npt.NDArray[Any], ...]:
+        """What ``Nano.see`` takes, in its order."""
+        return self.patches, self.places, self.valid, self.pairs
 
     @property
     def tokens(self) -> int:

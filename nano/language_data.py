@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,11 +18,11 @@ from cluster.eval.world.pairs import compare, in_either, pair
 from cluster.eval.world.questions import BUILDERS, Question
 from cluster.eval.world.scenes import LARGE_DIGITS, dense, scene, small_number
 from cluster.eval.world.things import Scene, random_number
-from cluster.eval.world.zoom import SCALE, SIDE, TOOL, call, crop, where
+from cluster.eval.world.zoom import OFFER, SCALE, SIDE, call, crop, where
 from nano.files import FONT_PATH
-from nano.frames import Frame, FrameBatch, batch_frames, frame, smaller, spoil
+from nano.frames import Frame, FrameBatch, Ints, batch_frames, frame, smaller, spoil
 from nano.packing import ASSISTANT, BEGIN, NOT_THINKING, SEP, Answer, Media, Row, RowBatch, Segment, batch_rows
-from nano.vision_data import Ints, Targets, VisionBatch, stack, targets
+from nano.vision_data import Targets, VisionBatch, stack, targets
 
 LENGTH = 264
 LATER_TURN = 0.12
@@ -159,7 +158,7 @@ def language_batch(rng: random.Random, rows: int, mix: Mix = FULL) -> Batch:
 def _opening(rng: random.Random, *, tools: bool = False) -> str:
     # Tools leave little room in a row.
     prompt = rng.choice(SYSTEM_PROMPTS) if rng.random() < (0 if tools else 0.15) else None
-    listed = f"\n<tool_list>\n{json.dumps([TOOL])}\n</tool_list>\n" if tools else ""
+    listed = OFFER if tools else ""
     # As the chat template renders a system message and tools.
     head = f"{prompt or ''}{listed}\n" if prompt or tools else ""
     return f"{BEGIN}{head}User: "
@@ -234,14 +233,15 @@ def _picture(rng: random.Random, album: Album) -> Row:
 def _clip(rng: random.Random, album: Album) -> Row:
     film = smaller(clip(rng, _choose(rng, album.mix.clips)), rng)
     row = Row.begin(LENGTH, [f"{_opening(rng)}Video 1:", album.clip(film)])
-    questions = list(film.questions(rng))
     still = Scene(film.width, film.height, film.ground, film.things if film.change is None else film.things[1:])
-    others = [q for task in ("colour", "shape", "exist") for q in BUILDERS[task](still, rng) if q.answer != "no"]
-    if film.change is not None:
+    if film.change is None:
+        others = [q for task in ("colour", "shape", "exist") for q in BUILDERS[task](still, rng) if q.answer != "no"]
+    else:
+        # What is true of the colours it has at first need not be true at the end.
+        others = [*BUILDERS["colour"](still, rng), *BUILDERS["shape"](still, rng)]
         others = [q for q in others if q.task != "shape" or film.change.colour not in q.text]
-        others = [q for q in others if q.task != "exist"]
     rng.shuffle(others)
-    asked = [*questions, *film.questions(rng), *film.questions(rng), *film.questions(rng)]
+    asked = [question for _ in range(4) for question in film.questions(rng)]
     _fill(row, [*asked, *others[:2]], rng, album.mix)
     return row
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from actors.ernie.config import ErnieConfig, TextConfig, VisionConfig
+from actors.ernie.config_keys import DEFAULT_MEAN, DEFAULT_STD
 
 EARLY, LATE = 2, 4
 """Layers after which tokens of pictures and clips are to know where they lie, and whether something changed there."""
@@ -279,8 +280,7 @@ class Nano(nn.Module):
         return self.resampler_model(self.vision_tower(normalise(patches), places, valid), pairs)
 
 
-_MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).repeat_interleave(196)
-_STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).repeat_interleave(196)
+_MEAN, _STD = (torch.tensor(values).repeat_interleave(14 * 14) for values in (DEFAULT_MEAN, DEFAULT_STD))
 
 
 def normalise(patches: Tensor) -> Tensor:

@@ -18,8 +18,8 @@ from tokenizers import Tokenizer
 
 from actors.checkpoint.tokens import BEGIN_OF_SENTENCE, END_OF_SENTENCE
 from nano.files import documents, tokenizer_document
+from nano.frames import Ints
 
-Ints = npt.NDArray[np.int64]
 BEGIN, SEP = BEGIN_OF_SENTENCE, END_OF_SENTENCE
 END = "</s>"
 NOT_THINKING = "<think>\n\n</think>\n\n"

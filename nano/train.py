@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -20,18 +21,35 @@ def check_seed(seed: int) -> None:
         raise SystemExit(f"seed {seed} is of the evaluation's range; take one from {EVALUATION_SEEDS.stop} on")
 
 
-def launch(run: Callable[..., None], ranks: int, *args: object) -> None:
-    """Calls ``run(rank, *args)`` in so many processes of one thread each, joined by gloo."""
+Stage = Callable[[int, argparse.Namespace], None]
+
+
+def launch(run: Stage, parser: argparse.ArgumentParser) -> None:
+    """Calls ``run(rank, options)`` in ``--ranks`` processes of one thread each, joined by gloo.
+
+    ``parser`` has the stage's own options; those that all stages have are added.
+    """
+    parser.add_argument("--minutes", type=float, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seed", type=int, default=EVALUATION_SEEDS.stop)
+    parser.add_argument("--ranks", type=int, default=2)
+    options = parser.parse_args()
+    check_seed(options.seed)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
     port = 20000 + os.getpid() % 20000
-    torch.multiprocessing.start_processes(_start, args=(run, ranks, port, args), nprocs=ranks, start_method="spawn")  # type: ignore[attr-defined]
+    torch.multiprocessing.start_processes(  # type: ignore[attr-defined]
+        _start, args=(run, port, options), nprocs=options.ranks, start_method="spawn"
+    )
 
 
-def _start(rank: int, run: Callable[..., None], ranks: int, port: int, args: tuple[object, ...]) -> None:
+def _start(rank: int, run: Stage, port: int, options: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     os.nice(5)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=options.ranks)
     try:
-        run(rank, *args)
+        run(rank, options)
+        # The first process saves a little longer; leaving it behind would end this one by an abort.
+        dist.barrier()
     finally:
         dist.destroy_process_group()
 
@@ -89,6 +107,15 @@ def orthogonalise(g: Tensor, steps: int = 5) -> Tensor:
         a = x @ x.mT
         x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
     return x.mT if flip else x
+
+
+def step(optimisers: Sequence[torch.optim.Optimizer], bases: Sequence[float], scale: float) -> None:
+    """One step of all at ``scale`` times the base rates of their groups; gradients are gone afterwards."""
+    for group, base in zip((g for o in optimisers for g in o.param_groups), bases, strict=True):
+        group["lr"] = base * scale
+    for optimiser in optimisers:
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
 
 
 class Clock:

@@ -21,7 +21,7 @@ from nano.files import documents
 from nano.language_data import MIXES, Batch, language_batch
 from nano.model import Bank, Nano
 from nano.packing import RowBatch
-from nano.train import Clock, Muon, average, check_seed, launch, save
+from nano.train import Clock, Muon, average, launch, save, step
 from nano.vision_data import DIGITS, OUTPUTS, digits_of_tokens
 from nano.vision_loss import losses
 
@@ -120,12 +120,10 @@ class Learner:
 
     def see(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Rows of the resampler's output, and the loss of the head that tells what lies on each patch."""
-        f = batch.frames
-        if not len(f.pairs):
+        if not len(batch.frames.pairs):
             return torch.zeros(1, documents().model.text.hidden_size), torch.zeros(())
-        arrays = [torch.from_numpy(x) for x in (f.patches, f.places, f.valid, f.pairs)]
         with torch.set_grad_enabled(self.sees), torch.autocast("cpu", dtype=torch.bfloat16):
-            seen = self.nano.see(*arrays)
+            seen = self.nano.see(*map(torch.from_numpy, batch.frames.arrays))
             if not self.sees:
                 return seen.flatten(0, 1), torch.zeros(())
             classes, box, _ = losses(self.head(seen), batch.vision)
@@ -177,13 +175,12 @@ class Learner:
         total, answers, loads, hits = self.loss(batch)
         total.backward()
         trained = [*self.language, *(self.vision if self.sees else [])]
-        average([*(p.grad if p.grad is not None else torch.zeros_like(p) for p in trained), loads])
+        for p in trained:
+            # Every process averages the same list, also where its own batch had no picture.
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        average([*(p.grad for p in trained if p.grad is not None), loads])
         nn.utils.clip_grad_norm_(trained, 1.0)
-        for group, base in zip((g for o in self.optimisers for g in o.param_groups), self.bases, strict=True):
-            group["lr"] = base * scale
-        for optimiser in self.optimisers:
-            optimiser.step()
-            optimiser.zero_grad(set_to_none=False)
+        step(self.optimisers, self.bases, scale)
         for bank, load in zip(self.banks, loads.flatten(0, 1), strict=True):
             bias = bank.gate.moe_statics["e_score_correction_bias"]
             bias.data += BIAS_STEP * torch.sign(load.mean() - load)
@@ -222,13 +219,9 @@ def train(rank: int, options: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, required=True)
-    parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--vision", type=Path, help="the outcome of stage one")
     parser.add_argument("--resume", type=Path, help="an earlier outcome of this stage, or a checkpoint directory")
     parser.add_argument("--fresh-optimiser", action="store_true")
-    parser.add_argument("--seed", type=int, default=1 << 20)
-    parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--rows", type=int, default=8, help="of each process and step")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--matrix-lr", type=float, default=0.015, help="of the language model's matrices, by Muon")
@@ -237,10 +230,7 @@ def main() -> None:
     parser.add_argument("--decay", type=float, default=0.3, help="last share of the time in which the rate falls")
     parser.add_argument("--mix", choices=sorted(MIXES), default="full", help="what is asked about")
     parser.add_argument("--compile", action="store_true")
-    options = parser.parse_args()
-    check_seed(options.seed)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    launch(train, options.ranks, options)
+    launch(train, parser)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from nano.files import documents
 from nano.model import Nano
-from nano.train import Clock, Muon, average, check_seed, launch, save
+from nano.train import Clock, Muon, average, launch, save, step
 from nano.vision_data import OUTPUTS, VisionBatch, vision_batch
 from nano.vision_loss import losses
 
@@ -40,38 +40,30 @@ def train(rank: int, options: argparse.Namespace) -> None:
     ]
     bases = [group["lr"] for optimiser in optimisers for group in optimiser.param_groups]
 
-    def forward(patches: Tensor, places: Tensor, valid: Tensor, pairs: Tensor) -> Tensor:
+    def forward(batch: VisionBatch) -> Tensor:
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            return head(nano.see(patches, places, valid, pairs))
-
-    def run(batch: VisionBatch) -> Tensor:
-        f = batch.frames
-        return forward(*(torch.from_numpy(x) for x in (f.patches, f.places, f.valid, f.pairs)))
+            return head(nano.see(*map(torch.from_numpy, batch.frames.arrays)))
 
     rng = random.Random(f"vision/{options.seed}/{rank}")
-    clock, step, seen = Clock(options.minutes), 0, np.zeros((4, 2))
+    clock, steps, seen = Clock(options.minutes), 0, np.zeros((4, 2))
     while (share := clock.share) < 1:
-        warm = min(1.0, (step + 1) / 150)
+        warm = min(1.0, (steps + 1) / 150)
         scale = warm * (1 if share < 0.5 else max(0.02, 2 * (1 - share)))
-        for group, base in zip((g for o in optimisers for g in o.param_groups), bases, strict=True):
-            group["lr"] = base * scale
         batch = vision_batch(rng, PICTURES, CLIPS)
-        classes, box, right = losses(run(batch), batch)
+        classes, box, right = losses(forward(batch), batch)
         (classes + options.box_weight * box).backward()
         average(p.grad for p in vision if p.grad is not None)
         nn.utils.clip_grad_norm_(vision, 1.0)
-        for optimiser in optimisers:
-            optimiser.step()
-            optimiser.zero_grad(set_to_none=True)
-        step += 1
+        step(optimisers, bases, scale)
+        steps += 1
         seen = 0.97 * seen + np.array(list(right.values()))
-        if rank == 0 and step % 100 == 0:
+        if rank == 0 and steps % 100 == 0:
             rates = " ".join(f"{name} {100 * a / max(b, 1):.1f}" for name, (a, b) in zip(right, seen, strict=True))
             print(
-                f"{clock.minutes:6.1f} min  step {step}  loss {classes.item():.3f}  box {box.item():.4f}  {rates}",
+                f"{clock.minutes:6.1f} min  step {steps}  loss {classes.item():.3f}  box {box.item():.4f}  {rates}",
                 flush=True,
             )
-        if rank == 0 and step % 1000 == 0:
+        if rank == 0 and steps % 1000 == 0:
             save(options.out, {"nano": nano.state_dict(), "head": head.state_dict()})
     if rank == 0:
         save(options.out, {"nano": nano.state_dict(), "head": head.state_dict()})
@@ -79,17 +71,10 @@ def train(rank: int, options: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--minutes", type=float, required=True)
-    parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--resume", type=Path)
-    parser.add_argument("--seed", type=int, default=1 << 20)
-    parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--box-weight", type=float, default=2.0)
-    options = parser.parse_args()
-    check_seed(options.seed)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    launch(train, options.ranks, options)
+    launch(train, parser)
 
 
 if __name__ == "__main__":

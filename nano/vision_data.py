@@ -20,7 +20,7 @@ from cluster.eval.world.questions import BUILDERS
 from cluster.eval.world.scenes import dense, scene
 from cluster.eval.world.things import COLOURS, NUMBER, SHAPES, Scene
 from nano.files import FONT_PATH
-from nano.frames import Frame, FrameBatch, batch_frames, frame, smaller, spoil
+from nano.frames import Frame, FrameBatch, Ints, batch_frames, frame, smaller, spoil
 
 COLOUR_INDEX = {name: i + 1 for i, name in enumerate(COLOURS)}
 SHAPE_INDEX = {name: i + 1 for i, name in enumerate(SHAPES)}
@@ -29,7 +29,6 @@ CLASSES = (len(COLOURS) + 1, len(SHAPES) + 1, 11, 11)
 OUTPUTS = sum(CLASSES) + 4
 DIGITS = 3
 """Digits of one frame in one token that are told apart; there is hardly ever room for more."""
-Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
 
 

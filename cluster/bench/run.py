@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import random
-from pathlib import Path
 
 from rich.console import Console
 from rich.text import Text
@@ -16,6 +14,7 @@ from cluster.bench.report import as_json, print_tables
 from cluster.bench.senders import Unreachable, make_sender
 from cluster.bench.settings import BenchSettings
 from cluster.bench.workload import TokenScale, Turn, make_conversations, text_of, warmup_settings
+from cluster.json_output import STANDARD_OUTPUT, write_json
 
 EXIT_OK = 0
 EXIT_FAILED = 1
@@ -50,15 +49,11 @@ def run_bench(settings: BenchSettings, *, json_to: str | None, console: Console,
         errors.print("interrupted", style="red")
         return EXIT_INTERRUPTED
     summary = summarise(records, settings.slo)
-    if json_to != "-":
+    if json_to != STANDARD_OUTPUT:
         print_tables(settings, summary, console)
     if json_to is not None:
-        text = json.dumps(as_json(settings, summary), indent=2)
         try:
-            if json_to == "-":
-                console.out(text, highlight=False)
-            else:
-                Path(json_to).write_text(text + "\n", encoding="utf-8")
+            write_json(as_json(settings, summary), json_to, console)
         except OSError as error:
             errors.print(Text(f"cannot write {json_to}: {error.strerror}", style="red"), soft_wrap=True)
             return EXIT_USAGE

@@ -21,7 +21,6 @@ from ernie_serving.v1 import content_pb2
 
 MAX_TOKENS = 256
 """Bound on an answer, thinking included; the model's own answers and thoughts are shorter."""
-TOOLS_TEXT = f"\n<tool_list>\n{json.dumps([zoom.TOOL])}\n</tool_list>\n"
 CALL_ID = "zoom-1"
 
 _CALL = re.compile(r"<tool_call>\s*(\{.*?\})\s*</tool_call>", re.DOTALL)
@@ -78,7 +77,7 @@ async def ask_with_zoom(
         ClientError: the cluster refused or failed.
         OSError: ``image`` is no picture.
     """
-    offer = content_pb2.ChatMessage(role=content_pb2.ROLE_SYSTEM, parts=[content_pb2.ContentPart(text=TOOLS_TEXT)])
+    offer = content_pb2.ChatMessage(role=content_pb2.ROLE_SYSTEM, parts=[content_pb2.ContentPart(text=zoom.OFFER)])
     conversation = [offer, user_message(text, images=[image])]
     first = await _reply(client, conversation, thinking=False, timeout_s=timeout_s)
     corners = zoom_call(first.text)

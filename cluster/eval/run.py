@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from cluster.config import NANO, ClusterConfig, parse, resolve
 from cluster.eval.asking import ask, ask_with_zoom
 from cluster.eval.scoring import metric, score
 from cluster.eval.tasks import TASKS, Sample, check_seed, sample
+from cluster.json_output import STANDARD_OUTPUT, write_json
 from cluster.launch import StopRequested, grpc_address, running_cluster
 from cluster.model_check import check_model
 from cluster.ports import free_ports
@@ -126,15 +126,11 @@ def run_eval(settings: EvalSettings, *, json_to: str | None, console: Console, e
     except KeyboardInterrupt:
         errors.print("interrupted", style="red")
         return EXIT_INTERRUPTED
-    if json_to != "-":
+    if json_to != STANDARD_OUTPUT:
         console.print(table(scores))
     if json_to is not None:
-        text = json.dumps(as_json(scores), indent=2)
         try:
-            if json_to == "-":
-                console.out(text, highlight=False)
-            else:
-                Path(json_to).write_text(text + "\n", encoding="utf-8")
+            write_json(as_json(scores), json_to, console)
         except OSError as error:
             errors.print(Text(f"cannot write {json_to}: {error.strerror}", style="red"), soft_wrap=True)
             return EXIT_USAGE

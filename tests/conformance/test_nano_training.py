@@ -89,8 +89,7 @@ def test_branches_are_conversations(kind: str, models: tuple[Nano, Ernie4_5_VLMo
     ids, source, slot = (torch.from_numpy(x) for x in (rows.ids, rows.source, rows.slot))
     seen = torch.zeros(1, documents().model.text.hidden_size)
     if len(frames.pairs):
-        arrays = (frames.patches, frames.places, frames.valid, frames.pairs)
-        seen = nano.see(*(torch.from_numpy(x) for x in arrays)).flatten(0, 1)
+        seen = nano.see(*map(torch.from_numpy, frames.arrays)).flatten(0, 1)
     x = nano.language_model.embed(ids, seen, source, slot)
     special = ids >= documents().model.im_patch_id
     positions, branch = torch.from_numpy(rows.positions), torch.from_numpy(rows.branch)

@@ -31,7 +31,7 @@ from cluster.eval.world.things import (
 CLIP_SIZES = ((320, 240), (240, 320), (256, 256), (224, 224), (320, 180), (448, 336), (360, 360), (180, 320))
 RATES = (4, 6, 8, 10)
 """Frames per second of a file. All divide a half second."""
-SAMPLES_PER_SECOND, FEWEST, MOST = 2, 4, 8
+SAMPLES_PER_SECOND, MOST = 2, 8
 """How the model's video processor samples; the clips' times are made to fit."""
 STAMP = Box(0.0, 0.0, 1.0, 0.15)
 """Where the processor draws the time: nothing else lies there."""

@@ -103,7 +103,7 @@ def count(scene: Scene, rng: random.Random) -> Iterator[Question]:
 
 def region(scene: Scene, rng: random.Random) -> Iterator[Question]:
     for thing, name in unique_names(scene, rng):
-        if thing.clearly_in_region:
+        if thing.box.clearly_in_region:
             text = rng.choice(
                 (f"Where is the {name}?", f"Where is the {name}?", f"In which part of the picture is the {name}?")
             )

@@ -62,6 +62,11 @@ class Box:
     def centre(self) -> tuple[float, float]:
         return (self.x1 + self.x2) / 2, (self.y1 + self.y2) / 2
 
+    @property
+    def clearly_in_region(self) -> bool:
+        """Whether the centre keeps away from the borders between regions."""
+        return all(abs(value - border) > NEAR for value in self.centre for border in (1 / 3, 2 / 3))
+
     def shifted(self, dx: float, dy: float) -> Box:
         return Box(self.x1 + dx, self.y1 + dy, self.x2 + dx, self.y2 + dy)
 
@@ -102,10 +107,6 @@ class Thing:
         if row == column:
             return "middle"
         return " ".join(part for part in (row, column) if part != "middle")
-
-    @property
-    def clearly_in_region(self) -> bool:
-        return all(abs(value - border) > NEAR for value in self.box.centre for border in (1 / 3, 2 / 3))
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,7 +205,7 @@ def place(
                 box.x2 + gx < other.x1 or other.x2 + gx < box.x1 or box.y2 + gy < other.y1 or other.y2 + gy < box.y1
                 for other in (*boxes, *taken)
             )
-            if apart and (not clear or Thing("circle", "red", box).clearly_in_region):
+            if apart and (not clear or box.clearly_in_region):
                 boxes.append(box)
                 break
         else:

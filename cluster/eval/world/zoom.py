@@ -23,6 +23,8 @@ TOOL: dict[str, Any] = {
     },
 }
 """As a client declares it. Coordinates are in thousandths of the sides: x1, y1, x2, y2."""
+OFFER = f"\n<tool_list>\n{json.dumps([TOOL])}\n</tool_list>\n"
+"""The tool on offer, as the chat template writes it into a prompt."""
 SIDE, STEP, SCALE = 240, 20, 1000
 
 

@@ -13,7 +13,7 @@ from actors.processing.conversation import to_chat
 from actors.processing.processor import Processor
 from actors.types import ImagePart, MessageRole, PreprocessRequest, TextPart, ThinkingMode, VideoPart
 from cluster.client import Client
-from cluster.eval.asking import TOOLS_TEXT, Look, Reply, ask, ask_with_zoom, zoom_call
+from cluster.eval.asking import Look, Reply, ask, ask_with_zoom, zoom_call
 from cluster.eval.world import zoom
 from cluster.grpc_request import generate_call
 from ernie_serving.v1 import inference_pb2
@@ -154,5 +154,5 @@ def test_zoom_call(text: str, corners: list[Any] | None) -> None:
 
 
 def test_the_tool_is_what_the_world_says() -> None:
-    listed = TOOLS_TEXT.removeprefix("\n<tool_list>\n").removesuffix("\n</tool_list>\n")
+    listed = zoom.OFFER.removeprefix("\n<tool_list>\n").removesuffix("\n</tool_list>\n")
     assert json.loads(listed) == [zoom.TOOL]
