@@ -59,6 +59,8 @@ class FinishReason(enum.StrEnum):
 
     STOP = "stop"
     LENGTH = "length"
+    TOOL_CALLS = "tool_calls"
+    """STOP of a reply that calls tools: what the router makes of it, never said by an engine."""
     CANCELLED = "cancelled"
 
 
@@ -159,6 +161,18 @@ class ToolCall:
     id: str
     name: str
     arguments: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ToolCallDelta:
+    """More of a call that a reply makes. ``id`` and ``name`` come with the first of its deltas and are empty in others."""
+
+    index: int
+    """Counts the calls of a reply from 0."""
+    id: str = ""
+    name: str = ""
+    arguments: str = ""
+    """As the model writes them; may be no JSON in the end."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

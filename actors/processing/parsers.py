@@ -121,7 +121,7 @@ class ReasoningParser:
             self._held = rest
             self._state = following
             return text.rstrip("\n")
-        keep = 0 if final else _prefix_at_end(text, marker)
+        keep = 0 if final else prefix_at_end(text, marker)
         certain = text[: len(text) - keep].rstrip("\n")
         self._held = "" if final else text[len(certain) :]
         return certain
@@ -156,7 +156,7 @@ class StopStrings:
             _, start, self.matched = min(found)
             certain, self._held = self._held[:start], ""
             return certain
-        keep = max((_prefix_at_end(self._held, stop) for stop in self._stops), default=0)
+        keep = max((prefix_at_end(self._held, stop) for stop in self._stops), default=0)
         cut = len(self._held) - keep
         certain, self._held = self._held[:cut], self._held[cut:]
         self._exempt = max(0, self._exempt - cut)
@@ -172,7 +172,7 @@ class StopStrings:
         return text
 
 
-def _prefix_at_end(text: str, marker: str) -> int:
+def prefix_at_end(text: str, marker: str) -> int:
     """Length of the longest proper beginning of ``marker`` that ``text`` ends with."""
     for length in range(min(len(marker) - 1, len(text)), 0, -1):
         if marker.startswith(text[-length:]):
