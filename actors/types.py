@@ -165,7 +165,7 @@ class ToolCall:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ToolCallDelta:
-    """More of a call that a reply makes. ``id`` and ``name`` come with the first of its deltas and are empty in others."""
+    """More of a call that a reply makes. ``id`` and ``name`` come with the first of its deltas alone."""
 
     index: int
     """Counts the calls of a reply from 0."""

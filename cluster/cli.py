@@ -121,6 +121,9 @@ def chat(
     max_tokens: Annotated[int | None, typer.Option(help="Bound on generated tokens.", min=1, max=2**31 - 1)] = None,
     temperature: Annotated[float | None, typer.Option(help="0 is greedy.", min=0, max=2)] = None,
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.", min=0, max=2**63 - 1)] = None,
+    tools: Annotated[
+        str | None, typer.Option(help="JSON file: a list of functions the model may call, as OpenAI has them.")
+    ] = None,
     timeout: Annotated[
         float | None, typer.Option(help="Seconds the whole request may take.", min=0.001, max=86_400)
     ] = None,
@@ -138,6 +141,7 @@ def chat(
         max_tokens=max_tokens,
         temperature=temperature,
         seed=seed,
+        tools=tools,
         timeout_s=timeout,
     )
     raise typer.Exit(code)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 from collections.abc import Sequence
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -33,12 +35,13 @@ def run_chat(
     max_tokens: int | None = None,
     temperature: float | None = None,
     seed: int | None = None,
+    tools: str | None = None,
     timeout_s: float | None = None,
     show_timings: bool = True,
     console: Console | None = None,
     errors: Console | None = None,
 ) -> int:
-    """Runs one exchange and returns the exit code.
+    """Runs one exchange and returns the exit code. ``tools`` is a JSON file of functions as OpenAI has them.
 
     0: answered. 1: the cluster refused or failed, or the reply was cancelled elsewhere. 2: a file could not be read.
     3: nothing answers at the address. 130: interrupted.
@@ -47,21 +50,30 @@ def run_chat(
     errors = errors or Console(stderr=True, highlight=False)
     try:
         message = user_message(prompt, images=images, videos=videos)
+        offered = [] if tools is None else json.loads(Path(tools).read_bytes())
     except OSError as error:
         errors.print(Text(f"cannot read {error.filename}: {error.strerror}", style="red"), soft_wrap=True)
         return EXIT_USAGE
     except UnicodeEncodeError:
         errors.print("the prompt is not UTF-8", style="red")
         return EXIT_USAGE
-    request = generate_request(
-        message,
-        model=model,
-        temperature=temperature,
-        max_tokens=max_tokens,
-        seed=seed,
-        enable_thinking=think,
-        return_timings=show_timings,
-    )
+    except ValueError as error:
+        errors.print(Text(f"{tools}: {error}", style="red"), soft_wrap=True)
+        return EXIT_USAGE
+    try:
+        request = generate_request(
+            message,
+            model=model,
+            temperature=temperature,
+            max_tokens=max_tokens,
+            seed=seed,
+            tools=offered,
+            enable_thinking=think,
+            return_timings=show_timings,
+        )
+    except (ValueError, TypeError) as error:
+        errors.print(Text(f"{tools}: {error}", style="red"), soft_wrap=True)
+        return EXIT_USAGE
     try:
         return asyncio.run(_chat(request, address, timeout_s, console))
     except ClientError as error:
@@ -114,12 +126,14 @@ def print_cost(
 
 
 class ReplyPrinter:
-    """Prints deltas as they come: thinking dim under its own heading, the answer plain."""
+    """Prints deltas as they come: thinking dim under its own heading, the answer plain, each call on a line of its own,
+    ``name(arguments)``."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
         self._section = ""
         self._thought = False
+        self._in_call = False
 
     def show(self, response: inference_pb2.StreamGenerateResponse) -> None:
         """Prints the text of one response, if it has any."""
@@ -128,9 +142,17 @@ class ReplyPrinter:
             self._write(response.delta.reasoning_text, "Thinking", "dim italic")
         if response.delta.text:
             self._write(response.delta.text, "Answer", "")
+        for call in response.delta.tool_calls:
+            if call.name:
+                self._write(f"{call.name}(", f"Call {call.index + 1}", "")
+                self._in_call = True
+            self._console.print(Text(call.arguments_json), end="", soft_wrap=True)
 
     def end(self) -> None:
         """Ends the last line."""
+        if self._in_call:
+            self._console.print(")", end="")
+            self._in_call = False
         if self._section:
             self._console.print()
 

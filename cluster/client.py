@@ -178,6 +178,9 @@ def generate_request(
     regex: str | None = None,
     grammar: str | None = None,
     choice: Iterable[str] | None = None,
+    tools: Iterable[Mapping[str, Any]] = (),
+    tool_choice: str | Mapping[str, Any] | None = None,
+    parallel_tool_calls: bool | None = None,
     enable_thinking: bool | None = None,
     priority: int = 0,
     cache_salt: str | None = None,
@@ -187,7 +190,9 @@ def generate_request(
     """A request from the names the HTTP API uses. None leaves the choice to the model or the cluster.
 
     ``messages`` may be one question as plain text. ``logprobs`` and ``prompt_logprobs`` are counts of most likely
-    tokens. The text of a stop string must come as a list of one.
+    tokens. The text of a stop string must come as a list of one. ``tools`` and ``tool_choice`` are as OpenAI has them:
+    {"type": "function", "function": {"name": ..., "description": ..., "parameters": ...}}, and "auto", "none",
+    "required" or {"type": "function", "function": {"name": ...}}.
 
     Raises:
         ValueError: more than one structure, or something that has no wire form.
@@ -236,6 +241,9 @@ def generate_request(
         request_id=request_id or "",
         sampling_params=params,
         structured_output=_structured_output(json_schema, json_object, regex, grammar, choice),
+        tools=[_tool(tool) for tool in tools],
+        tool_choice=_tool_choice(tool_choice),
+        parallel_tool_calls=parallel_tool_calls,
         choice_count=n,
         top_logprob_count=logprobs,
         prompt_top_logprob_count=prompt_logprobs,
@@ -276,6 +284,41 @@ def _structured_output(
     if choice is not None:
         return inference_pb2.StructuredOutput(choices=inference_pb2.TextChoices(texts=choice))
     return None
+
+
+def _tool(tool: Mapping[str, Any]) -> content_pb2.Tool:
+    function = _function(tool, "a tool", {"name", "description", "parameters", "strict"})
+    parameters = function.get("parameters")
+    return content_pb2.Tool(
+        name=function["name"],
+        description=function.get("description") or "",
+        parameters_json="" if parameters is None else json.dumps(parameters, ensure_ascii=False),
+    )
+
+
+_TOOL_MODES = {
+    "auto": inference_pb2.TOOL_CHOICE_MODE_AUTO,
+    "none": inference_pb2.TOOL_CHOICE_MODE_NONE,
+    "required": inference_pb2.TOOL_CHOICE_MODE_REQUIRED,
+}
+
+
+def _tool_choice(choice: str | Mapping[str, Any] | None) -> inference_pb2.ToolChoice | None:
+    if choice is None:
+        return None
+    if isinstance(choice, str):
+        if choice not in _TOOL_MODES:
+            raise ValueError(f"tool_choice must be {', '.join(_TOOL_MODES)} or name a function, not {choice!r}")
+        return inference_pb2.ToolChoice(mode=_TOOL_MODES[choice])
+    return inference_pb2.ToolChoice(function_name=_function(choice, "tool_choice", {"name"})["name"])
+
+
+def _function(value: Mapping[str, Any], what: str, known: set[str]) -> Mapping[str, Any]:
+    """The inner object of OpenAI's two."""
+    function = value.get("function") if set(value) == {"type", "function"} and value["type"] == "function" else None
+    if not isinstance(function, Mapping) or "name" not in function or not set(function) <= known:
+        raise ValueError(f'{what} must be {{"type": "function", "function": {{...}}}} with {", ".join(sorted(known))}')
+    return function
 
 
 def user_message(text: str, *, images: Iterable[Media] = (), videos: Iterable[Media] = ()) -> content_pb2.ChatMessage:

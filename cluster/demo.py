@@ -154,7 +154,8 @@ async def ask_over_grpc(address: str, samples: dict[str, Sample], console: Conso
         show_question(sample, console)
         reply, look = await ask_with_zoom(client, sample.question.text, sample.content, timeout_s=TIMEOUT_S)
         if look is not None:
-            console.print(Text(reply.text.strip(), style="dim italic"), soft_wrap=True)
+            call = reply.calls[0]
+            console.print(Text(f"{call.name}({call.arguments_json})", style="dim italic"), soft_wrap=True)
             part = Image.open(io.BytesIO(look.picture))
             console.print(f"That part is cut out, {part.width} x {part.height} pixels, and shown to the model:")
             show_images([part], console)

@@ -2,11 +2,40 @@
 
 from __future__ import annotations
 
+import enum
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
-from actors.types import FinishReason, Message, Structure, ThinkingMode, Timings
+from actors.types import FinishReason, Message, Structure, ThinkingMode, Timings, ToolCallDelta
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tool:
+    """A function the model may call. ``parameters`` is the JSON schema of its arguments; None: it takes none."""
+
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+
+
+class ToolMode(enum.StrEnum):
+    """Whether the model calls tools."""
+
+    AUTO = "auto"
+    """As it sees fit."""
+    NONE = "none"
+    """Never: it does not see them, and what looks like a call is text."""
+    REQUIRED = "required"
+    """In every reply."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ToolChoice:
+    """``function`` goes with REQUIRED: the reply is one call of that function."""
+
+    mode: ToolMode = ToolMode.AUTO
+    function: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,6 +70,10 @@ class GenerateCall:
     prompt_logprobs: int | None = None
     """The same for the prompt, in one ``PromptScored``."""
     structure: Structure | None = None
+    tools: tuple[Tool, ...] = ()
+    tool_choice: ToolChoice = ToolChoice()
+    parallel_tool_calls: bool = True
+    """A reply may make several calls; otherwise it ends behind the first."""
     reasoning_max_tokens: int | None = None
     """Thinking is closed after so many tokens."""
     priority: int = 0
@@ -51,6 +84,15 @@ class GenerateCall:
     timeout_s: float | None = None
     return_token_ids: bool = False
     return_timings: bool = False
+
+    @property
+    def offered_tools(self) -> tuple[Tool, ...]:
+        """Those the model sees."""
+        return () if self.tool_choice.mode is ToolMode.NONE else self.tools
+
+    @property
+    def forces_call(self) -> bool:
+        return self.tool_choice.mode is ToolMode.REQUIRED
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -108,12 +150,13 @@ class PromptScored:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Delta:
-    """New text of one choice. ``token_ids`` are the tokens taken up since its last delta, only when asked for, and
-    ``logprobs`` their scores, one per token, only when asked for."""
+    """New text of one choice, and more of its tool calls, one entry per call. ``token_ids`` are the tokens taken up
+    since its last delta, only when asked for, and ``logprobs`` their scores, one per token, only when asked for."""
 
     choice: int = 0
     text: str = ""
     reasoning: str = ""
+    tool_calls: tuple[ToolCallDelta, ...] = ()
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[PositionScores, ...] = ()
 
@@ -161,7 +204,11 @@ class GenerationService(Protocol):
         """Ends a request by assigned id or alias; no effect when already over; NotFound when never seen."""
 
     async def count_tokens(
-        self, model: str | None, messages: tuple[Message, ...], thinking: ThinkingMode
+        self,
+        model: str | None,
+        messages: tuple[Message, ...],
+        thinking: ThinkingMode,
+        tools: tuple[Tool, ...] = (),
     ) -> tuple[int, int]:
         """Returns (all tokens, media tokens)."""
 

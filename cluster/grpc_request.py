@@ -22,8 +22,9 @@ from actors.types import (
     ToolCall,
     VideoPart,
 )
-from cluster.generation import GenerateCall
+from cluster.generation import GenerateCall, Tool, ToolChoice, ToolMode
 from cluster.request_checks import MAX_INT32, check_call, check_finite, check_messages, check_pixels, media_from_uri
+from cluster.tools import check_tool_choice, check_tools, parse_parameters
 from ernie_serving.v1 import content_pb2, inference_pb2
 
 SPELLING = {
@@ -65,13 +66,19 @@ _THINKING: Mapping[int, ThinkingMode] = {
     inference_pb2.THINKING_MODE_ENABLED: ThinkingMode.ON,
     inference_pb2.THINKING_MODE_DISABLED: ThinkingMode.OFF,
 }
+_TOOL_MODES: Mapping[int, ToolMode] = {
+    inference_pb2.TOOL_CHOICE_MODE_UNSPECIFIED: ToolMode.AUTO,
+    inference_pb2.TOOL_CHOICE_MODE_AUTO: ToolMode.AUTO,
+    inference_pb2.TOOL_CHOICE_MODE_NONE: ToolMode.NONE,
+    inference_pb2.TOOL_CHOICE_MODE_REQUIRED: ToolMode.REQUIRED,
+}
+_TOOL_FIELDS = {"name": "name", "parameters": "parameters_json"}
 
 
 def generate_call(request: inference_pb2.GenerateRequest) -> GenerateCall:
     """Translates and checks a request. Raises InvalidRequest naming the first wrong field."""
     params = request.sampling_params
-    if request.tools:
-        raise _not_yet("tools")
+    offered = tools(request.tools)
     call = GenerateCall(
         messages=messages(request.messages),
         model=request.model or None,
@@ -99,6 +106,9 @@ def generate_call(request: inference_pb2.GenerateRequest) -> GenerateCall:
         logprobs=request.top_logprob_count if request.HasField("top_logprob_count") else None,
         prompt_logprobs=request.prompt_top_logprob_count if request.HasField("prompt_top_logprob_count") else None,
         structure=_structure(request.structured_output) if request.HasField("structured_output") else None,
+        tools=offered,
+        tool_choice=_tool_choice(request.tool_choice, offered) if request.HasField("tool_choice") else ToolChoice(),
+        parallel_tool_calls=request.parallel_tool_calls if request.HasField("parallel_tool_calls") else True,
         thinking=thinking_mode(request.thinking_mode),
         priority=request.priority,
         cache_salt=request.cache_salt or None,
@@ -131,6 +141,38 @@ def messages(protos: Iterable[content_pb2.ChatMessage]) -> tuple[Message, ...]:
     turns = tuple(_message(proto, f"messages[{index}]") for index, proto in enumerate(protos))
     check_messages(turns, "parts")
     return turns
+
+
+def tools(protos: Iterable[content_pb2.Tool]) -> tuple[Tool, ...]:
+    """Translates and checks functions on offer."""
+    offered = tuple(
+        Tool(
+            name=proto.name,
+            description=proto.description or None,
+            parameters=(
+                parse_parameters(proto.parameters_json, f"tools[{index}].parameters_json")
+                if proto.parameters_json
+                else None
+            ),
+        )
+        for index, proto in enumerate(protos)
+    )
+    check_tools(offered, lambda index, part: f"tools[{index}].{_TOOL_FIELDS[part]}")
+    return offered
+
+
+def _tool_choice(proto: inference_pb2.ToolChoice, offered: tuple[Tool, ...]) -> ToolChoice:
+    match proto.WhichOneof("choice"):
+        case "function_name":
+            choice = ToolChoice(mode=ToolMode.REQUIRED, function=proto.function_name)
+        case "mode" if proto.mode in _TOOL_MODES:
+            choice = ToolChoice(mode=_TOOL_MODES[proto.mode])
+        case "mode":
+            raise _wrong("tool_choice.mode", f"has the unknown value {proto.mode}")
+        case _:
+            raise _wrong("tool_choice", "must have a mode or a function_name")
+    check_tool_choice(offered, choice, "tool_choice.function_name")
+    return choice
 
 
 def thinking_mode(value: int) -> ThinkingMode:
@@ -225,10 +267,6 @@ def _source(proto: content_pb2.MediaSource, field: str, kind: str) -> MediaSourc
 
 def _wrong(field: str, rule: str) -> InvalidRequest:
     return InvalidRequest(f"{field} {rule}", field=field)
-
-
-def _not_yet(field: str) -> InvalidRequest:
-    return InvalidRequest(f"{field} is not supported yet", field=field, reason="UNSUPPORTED_FIELD")
 
 
 _INNER_SPELLING = {

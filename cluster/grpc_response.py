@@ -9,7 +9,8 @@ from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-unty
 from grpc import StatusCode
 
 from actors.errors import InternalError, ServingError, Status
-from actors.types import FinishReason, Stage, Timings
+from actors.processing.tool_calls import joined
+from actors.types import FinishReason, Stage, Timings, ToolCallDelta
 from cluster.generation import (
     ChoiceFinished,
     Delta,
@@ -24,7 +25,7 @@ from cluster.generation import (
 )
 from cluster.grpc_request import client_field
 from cluster.request_checks import told
-from ernie_serving.v1 import inference_pb2
+from ernie_serving.v1 import content_pb2, inference_pb2
 
 ERROR_DOMAIN = "ernie-serving"
 MAX_STATUS_MESSAGE_BYTES = 1024
@@ -33,6 +34,7 @@ MAX_STATUS_MESSAGE_BYTES = 1024
 _FINISH: Mapping[FinishReason, inference_pb2.FinishReason.ValueType] = {
     FinishReason.STOP: inference_pb2.FINISH_REASON_STOP,
     FinishReason.LENGTH: inference_pb2.FINISH_REASON_LENGTH,
+    FinishReason.TOOL_CALLS: inference_pb2.FINISH_REASON_TOOL_CALLS,
     FinishReason.CANCELLED: inference_pb2.FINISH_REASON_CANCELLED,
 }
 _STAGE: Mapping[Stage, inference_pb2.Stage.ValueType] = {
@@ -71,6 +73,12 @@ def stream_response(event: Event) -> inference_pb2.StreamGenerateResponse:
                     reasoning_text=event.reasoning,
                     token_ids=event.token_ids,
                     logprobs=_positions(event.logprobs),
+                    tool_calls=[
+                        inference_pb2.ToolCallDelta(
+                            index=call.index, id=call.id, name=call.name, arguments_json=call.arguments
+                        )
+                        for call in event.tool_calls
+                    ],
                 )
             )
         case ChoiceFinished():
@@ -92,6 +100,7 @@ def whole_response(choice_count: int, events: Iterable[Event]) -> inference_pb2.
     choices = [inference_pb2.Choice(index=index) for index in range(choice_count)]
     texts: list[list[str]] = [[] for _ in choices]
     thoughts: list[list[str]] = [[] for _ in choices]
+    calls: list[list[ToolCallDelta]] = [[] for _ in choices]
     response = inference_pb2.GenerateResponse()
     for event in events:
         match event:
@@ -104,6 +113,7 @@ def whole_response(choice_count: int, events: Iterable[Event]) -> inference_pb2.
             case Delta():
                 texts[event.choice].append(event.text)
                 thoughts[event.choice].append(event.reasoning)
+                calls[event.choice].extend(event.tool_calls)
                 choices[event.choice].token_ids.extend(event.token_ids)
                 choices[event.choice].logprobs.extend(_positions(event.logprobs))
             case ChoiceFinished():
@@ -114,11 +124,14 @@ def whole_response(choice_count: int, events: Iterable[Event]) -> inference_pb2.
                 response.usage.CopyFrom(_usage(event.usage))
                 if (timings := _timings(event.timings)) is not None:
                     response.timings.CopyFrom(timings)
-    for choice, text, thought in zip(choices, texts, thoughts, strict=True):
+    for choice, text, thought, called in zip(choices, texts, thoughts, calls, strict=True):
         if choice.finish_reason == inference_pb2.FINISH_REASON_UNSPECIFIED:
             raise InternalError(f"the request ended before its choice {choice.index}")
         choice.text = "".join(text)
         choice.reasoning_text = "".join(thought)
+        choice.tool_calls.extend(
+            content_pb2.ToolCall(id=call.id, name=call.name, arguments_json=call.arguments) for call in joined(called)
+        )
     response.choices.extend(choices)
     return response
 

@@ -20,7 +20,7 @@ from grpc_health.v1 import health_pb2  # type: ignore[import-untyped]
 from actors.errors import InternalError, InvalidRequest, NotFound, ServingError
 from cluster.event_reader import EventReader
 from cluster.generation import Event, Finished, GenerationService, Started
-from cluster.grpc_request import generate_call, messages, thinking_mode
+from cluster.grpc_request import generate_call, messages, thinking_mode, tools
 from cluster.grpc_response import STATUS_CODE, model, status, stream_response, whole_response
 from cluster.request_checks import COMPLETION_PREFIX
 from ernie_serving.v1 import inference_pb2
@@ -109,7 +109,10 @@ class InferenceServicer:
 
         async def answer() -> inference_pb2.CountTokensResponse:
             tokens, media = await self.router.count_tokens(
-                request.model or None, messages(request.messages), thinking_mode(request.thinking_mode)
+                request.model or None,
+                messages(request.messages),
+                thinking_mode(request.thinking_mode),
+                tools(request.tools),
             )
             return inference_pb2.CountTokensResponse(token_count=tokens, media_token_count=media)
 

@@ -26,6 +26,7 @@ from actors.types import (
 )
 from cluster.generation import GenerateCall
 from cluster.openai_structure import ResponseFormat, SchemaText, Strict, StructuredOutputs, find_structure
+from cluster.openai_tools import ToolBody, ToolChoiceBody, to_tool_choice, to_tools
 from cluster.request_checks import check_call, check_messages, check_pixels, media_from_uri, not_supported
 
 SPELLING = {"timeout_s": "timeout", "thinking": "enable_thinking", "bad_words_ids": "bad_words"}
@@ -174,6 +175,9 @@ class ChatRequest(Strict):
     guided_regex: str | None = None
     guided_choice: list[str] | None = None
     guided_grammar: str | None = None
+    tools: list[ToolBody] | None = None
+    tool_choice: ToolChoiceBody | None = None
+    parallel_tool_calls: bool | None = None
     enable_thinking: bool | None = None
     priority: int | None = None
     cache_salt: str | None = None
@@ -237,6 +241,7 @@ def to_call(chat: ChatRequest) -> GenerateCall:
     if chat.stream_options is not None and not chat.stream:
         raise InvalidRequest("stream_options belongs to requests with stream", field="stream_options")
     _, structure = find_structure(chat)
+    tools = to_tools(chat.tools)
     call = GenerateCall(
         messages=tuple(_message(message, f"messages[{index}]") for index, message in enumerate(chat.messages)),
         model=chat.model,
@@ -261,6 +266,9 @@ def to_call(chat: ChatRequest) -> GenerateCall:
         logprobs=_logprobs(chat),
         prompt_logprobs=chat.prompt_logprobs,
         structure=structure,
+        tools=tools,
+        tool_choice=to_tool_choice(chat.tool_choice, tools),
+        parallel_tool_calls=chat.parallel_tool_calls is not False,
         thinking=_thinking(chat.enable_thinking),
         priority=chat.priority or 0,
         cache_salt=chat.cache_salt,

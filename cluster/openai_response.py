@@ -1,8 +1,10 @@
 """OpenAI-shaped responses: completions, stream chunks, errors.
 
 Thinking comes as ``reasoning`` (vLLM's present name) and once more as ``reasoning_content`` (FastDeploy, DeepSeek and
-most clients). Token ids and the prompt's log-probabilities use vLLM's names: ``prompt_token_ids`` and
-``prompt_logprobs`` at the top level, ``choices[].token_ids``. ``timings`` is ours.
+most clients). Calls come as OpenAI's ``tool_calls``: in a stream the first delta of a call has its id and name, the
+others more of its arguments; a message of calls alone has the content null. Token ids and the prompt's
+log-probabilities use vLLM's names: ``prompt_token_ids`` and ``prompt_logprobs`` at the top level,
+``choices[].token_ids``. ``timings`` is ours.
 """
 
 from __future__ import annotations
@@ -13,7 +15,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from actors.errors import ContextExceeded, InternalError, ServingError, Status
-from actors.types import FinishReason, Timings
+from actors.processing.tool_calls import joined
+from actors.types import FinishReason, Timings, ToolCallDelta
 from cluster.generation import (
     ChoiceFinished,
     Delta,
@@ -35,6 +38,7 @@ MAX_MESSAGE_LENGTH = 1000
 _FINISH: Mapping[FinishReason, str] = {
     FinishReason.STOP: "stop",
     FinishReason.LENGTH: "length",
+    FinishReason.TOOL_CALLS: "tool_calls",
     FinishReason.CANCELLED: "abort",
 }
 """``abort`` is vLLM's word: OpenAI has none."""
@@ -126,6 +130,7 @@ class _Choice:
     def __init__(self) -> None:
         self.text: list[str] = []
         self.reasoning: list[str] = []
+        self.calls: list[ToolCallDelta] = []
         self.token_ids: list[int] = []
         self.scores: list[PositionScores] = []
         self.finished: ChoiceFinished | None = None
@@ -148,6 +153,7 @@ class Completion:
                 choice = self._choices[event.choice]
                 choice.text.append(event.text)
                 choice.reasoning.append(event.reasoning)
+                choice.calls.extend(event.tool_calls)
                 choice.token_ids.extend(event.token_ids)
                 choice.scores.extend(event.logprobs)
             case ChoiceFinished():
@@ -174,8 +180,11 @@ class Completion:
     def _choice(self, index: int, choice: _Choice) -> dict[str, Any]:
         if choice.finished is None:
             raise InternalError(f"the request ended before its choice {index}")
-        message: dict[str, Any] = {"role": "assistant", "content": "".join(choice.text)}
+        text, calls = "".join(choice.text), joined(choice.calls)
+        message: dict[str, Any] = {"role": "assistant", "content": text or (None if calls else "")}
         message |= _reasoning("".join(choice.reasoning))
+        if calls:
+            message["tool_calls"] = [_call(call) for call in calls]
         scores = None if self._call.logprobs is None else logprobs_body(choice.scores)
         body: dict[str, Any] = {"index": index, "message": message, "logprobs": scores, **_ending(choice.finished)}
         if self._call.return_token_ids:
@@ -210,6 +219,8 @@ class Chunks:
         match event:
             case Delta():
                 delta = _reasoning(event.reasoning) | ({"content": event.text} if event.text else {})
+                if event.tool_calls:
+                    delta["tool_calls"] = [{"index": call.index, **_call(call)} for call in event.tool_calls]
                 bodies.append(self._choice_chunk(event.choice, delta, event.token_ids, event.logprobs))
             case ChoiceFinished():
                 chunk = self._choice_chunk(event.choice, {})
@@ -262,6 +273,13 @@ class Chunks:
 
 def _reasoning(text: str) -> dict[str, Any]:
     return {"reasoning": text, "reasoning_content": text} if text else {}
+
+
+def _call(call: ToolCallDelta) -> dict[str, Any]:
+    """A whole call, or what one delta adds to it."""
+    if not call.id:
+        return {"function": {"arguments": call.arguments}}
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
 
 
 def _ending(event: ChoiceFinished) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from actors.errors import InvalidRequest
 from actors.types import MediaSource, Message, MessageRole, Structure, StructureKind, TextPart
 from cluster.generation import GenerateCall
+from cluster.tools import answer_structure
 
 MAX_TEMPERATURE = 2.0
 MAX_INT32 = 2**31 - 1
@@ -92,6 +93,12 @@ def check_call(call: GenerateCall, spelling: Mapping[str, str]) -> None:
         _check_ids(call.allowed_token_ids, spelt("allowed_token_ids"), MAX_ALLOWED_TOKEN_IDS)
     if call.structure is not None:
         _check_structure(call.structure, spelt("structure"))
+        if call.offered_tools:
+            rule = "does not go together with tools, as no such answer can be a call: give one, or tool_choice none"
+            raise _wrong(spelt("structure"), rule)
+    elif (forced := answer_structure(call)) is not None and len(forced.text) > MAX_STRUCTURE_BYTES:
+        rule = f"are {len(forced.text)} bytes as a structure to force a call by, the limit is {MAX_STRUCTURE_BYTES}"
+        raise _wrong("tools", rule)
 
 
 def _check_alias(alias: str, field: str) -> None:

@@ -25,6 +25,7 @@ from cluster.generation import (
     PromptScored,
     Started,
     TokenScore,
+    Tool,
     Usage,
 )
 from cluster.grpc_service import InferenceServicer
@@ -90,7 +91,7 @@ class ScriptedService:
         ModelCard(name="ernie", source="/models/ernie", max_model_len=4096, created=1_700_000_000),
     )
     calls: list[GenerateCall] = field(default_factory=list)
-    counted: list[tuple[str | None, tuple[Message, ...], ThinkingMode]] = field(default_factory=list)
+    counted: list[tuple[str | None, tuple[Message, ...], ThinkingMode, tuple[Tool, ...]]] = field(default_factory=list)
     cancelled: list[str] = field(default_factory=list)
     ended: asyncio.Queue[str] = field(default_factory=asyncio.Queue)
     """One entry a request: "finished" or "closed"."""
@@ -119,9 +120,13 @@ class ScriptedService:
         self.cancelled.append(request_id)
 
     async def count_tokens(
-        self, model: str | None, messages: tuple[Message, ...], thinking: ThinkingMode
+        self,
+        model: str | None,
+        messages: tuple[Message, ...],
+        thinking: ThinkingMode,
+        tools: tuple[Tool, ...] = (),
     ) -> tuple[int, int]:
-        self.counted.append((model, messages, thinking))
+        self.counted.append((model, messages, thinking, tools))
         return 12, 6
 
     def models(self) -> tuple[ModelCard, ...]:

@@ -1,16 +1,12 @@
-"""Questions to a running cluster over gRPC, answered greedily, and the loop in which the model looks closer.
-
-The server takes no list of tools yet and leaves calls in the text. So the tool is offered by a system message that
-reads as the chat template would write it, and the call is read from the text here.
-"""
+"""Questions to a running cluster over gRPC, answered greedily, and the loop in which the model looks closer."""
 
 from __future__ import annotations
 
 import io
 import json
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from PIL import Image, ImageOps
 
@@ -21,17 +17,15 @@ from ernie_serving.v1 import content_pb2
 
 MAX_TOKENS = 256
 """Bound on an answer, thinking included; the model's own answers and thoughts are shorter."""
-CALL_ID = "zoom-1"
-
-_CALL = re.compile(r"<tool_call>\s*(\{.*?\})\s*</tool_call>", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """``reasoning`` is what thinking mode wrote before the answer; both as they came."""
+    """``reasoning`` is what thinking mode wrote before the answer; all as it came."""
 
     reasoning: str
     text: str
+    calls: tuple[content_pb2.ToolCall, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,17 +64,16 @@ async def ask_with_zoom(
 ) -> tuple[Reply, Look | None]:
     """One question about a picture, with the tool that zooms in on offer.
 
-    The first reply and, if it is a call of the tool for some part of the picture, what followed: that part is cut out
+    The first reply and, if it calls the tool for some part of the picture, what followed: that part is cut out
     and shown, and the model answers again. ``timeout_s`` bounds each of the two requests.
 
     Raises:
         ClientError: the cluster refused or failed.
         OSError: ``image`` is no picture.
     """
-    offer = content_pb2.ChatMessage(role=content_pb2.ROLE_SYSTEM, parts=[content_pb2.ContentPart(text=zoom.OFFER)])
-    conversation = [offer, user_message(text, images=[image])]
-    first = await _reply(client, conversation, thinking=False, timeout_s=timeout_s)
-    corners = zoom_call(first.text)
+    conversation = [user_message(text, images=[image])]
+    first = await _reply(client, conversation, tools=[zoom.TOOL], thinking=False, timeout_s=timeout_s)
+    corners = zoom_call(first.calls[0]) if first.calls else None
     if corners is None:
         return first, None
     with Image.open(io.BytesIO(image)) as opened:
@@ -90,35 +83,36 @@ async def ask_with_zoom(
     except ValueError:
         return first, None
     picture = _png(part)
-    call = content_pb2.ToolCall(id=CALL_ID, name=zoom.NAME, arguments_json=json.dumps({"bbox_2d": corners}))
+    call = content_pb2.ToolCall(id=first.calls[0].id, name=zoom.NAME, arguments_json=json.dumps({"bbox_2d": corners}))
     seen = content_pb2.ContentPart(image=content_pb2.ImagePart(source=media_source(picture)))
     conversation += [
         content_pb2.ChatMessage(role=content_pb2.ROLE_ASSISTANT, tool_calls=[call]),
-        content_pb2.ChatMessage(role=content_pb2.ROLE_TOOL, tool_call_id=CALL_ID, parts=[seen]),
+        content_pb2.ChatMessage(role=content_pb2.ROLE_TOOL, tool_call_id=call.id, parts=[seen]),
     ]
-    second = await _reply(client, conversation, thinking=False, timeout_s=timeout_s)
+    second = await _reply(client, conversation, tools=[zoom.TOOL], thinking=False, timeout_s=timeout_s)
     return first, Look(corners, picture, second)
 
 
-def zoom_call(text: str) -> list[float] | None:
-    """Corners (thousandths of the sides) that a reply asks to look at; None when it is no readable call of the tool."""
-    found = _CALL.search(text)
-    if found is None:
-        return None
+def zoom_call(call: content_pb2.ToolCall) -> list[float] | None:
+    """Corners (thousandths of the sides) that a call asks to look at; None when it is no readable call of the tool."""
     try:
-        call = json.loads(found[1])
+        arguments = json.loads(call.arguments_json)
     except ValueError:
         return None
-    arguments = call.get("arguments") if call.get("name") == zoom.NAME else None
-    return read_box(arguments)
+    return read_box(arguments) if call.name == zoom.NAME else None
 
 
 async def _reply(
-    client: Client, messages: Iterable[content_pb2.ChatMessage], *, thinking: bool, timeout_s: float
+    client: Client,
+    messages: Iterable[content_pb2.ChatMessage],
+    *,
+    tools: Iterable[Mapping[str, Any]] = (),
+    thinking: bool,
+    timeout_s: float,
 ) -> Reply:
-    request = generate_request(messages, temperature=0, max_tokens=MAX_TOKENS, enable_thinking=thinking)
+    request = generate_request(messages, tools=tools, temperature=0, max_tokens=MAX_TOKENS, enable_thinking=thinking)
     choice = (await client.generate(request, timeout_s=timeout_s)).choices[0]
-    return Reply(choice.reasoning_text, choice.text)
+    return Reply(choice.reasoning_text, choice.text, tuple(choice.tool_calls))
 
 
 def _png(image: Image.Image) -> bytes:

@@ -16,6 +16,7 @@ from actors.ernie.config import ErnieConfig
 from actors.processing.detokenize import IncrementalDetokenizer
 from actors.processing.parsers import ReasoningParser, StopStrings
 from actors.processing.tokenizer import TextTokenizer
+from actors.processing.tool_calls import ToolCallParser
 from actors.types import PreprocessReply, SamplingParams
 from actors.wire.audit import Audit, fetch_audit, take_audit
 from actors.wire.media_client import MediaClient
@@ -126,12 +127,21 @@ def _resolve(
 
 
 def _output(tokenizer: TextTokenizer, score: TokenScorer, call: GenerateCall, starts_thinking: bool) -> OutputAssembler:
-    """Stop strings end answers; a structured answer is whole only if nothing cuts it."""
+    """Stop strings end answers; a structured answer, forced calls among them, is whole only if nothing cuts it."""
+    structured = call.structure is not None or call.forces_call
     return OutputAssembler(
         IncrementalDetokenizer(tokenizer),
-        ReasoningParser(starts_thinking, structured=call.structure is not None),
-        StopStrings(call.stop if call.structure is None else ()),
+        ReasoningParser(starts_thinking, structured=structured),
+        StopStrings(() if structured else call.stop),
+        tools=ToolCallParser(_new_call_id, most=None if call.parallel_tool_calls else 1)
+        if call.offered_tools
+        else None,
         stop_token_ids=call.stop_token_ids,
         min_tokens=call.min_tokens,
         score=None if call.logprobs is None else score,
     )
+
+
+def _new_call_id() -> str:
+    """Unlike every other, also in other replies: clients keep calls of a conversation by their ids."""
+    return f"call_{secrets.token_hex(12)}"

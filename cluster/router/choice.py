@@ -200,7 +200,7 @@ class ChoiceRun:
             self._decodes()
         if not state.call.return_token_ids:
             delta = replace(delta, token_ids=())
-        if delta.text or delta.reasoning or delta.token_ids or delta.logprobs:
+        if delta.text or delta.reasoning or delta.tool_calls or delta.token_ids or delta.logprobs:
             state.events.put_nowait(replace(delta, choice=self.index))
         return self.output.ending is not None
 

@@ -1,18 +1,26 @@
-"""From token ids to what the client sees of one choice: order, text, reasoning, stop strings, finish reason. Pure."""
+"""From token ids to what the client sees of one choice. Pure.
+
+    tokens in index order -> text -> reasoning apart -> cut at stop strings -> tool calls apart -> finish reason
+
+Stop strings see an answer as the model writes it, calls and their markers included: a call that one cuts is left
+unfinished.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from actors.errors import InternalError
-from actors.types import FinishReason, TokenEvent, TokenLogprobs
+from actors.processing.tool_calls import joined
+from actors.types import FinishReason, TokenEvent, TokenLogprobs, ToolCallDelta
 from cluster.generation import Delta, PositionScores
 
 if TYPE_CHECKING:
     from actors.processing.detokenize import IncrementalDetokenizer
     from actors.processing.parsers import ReasoningParser, StopStrings
+    from actors.processing.tool_calls import ToolCallParser
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,6 +36,7 @@ class OutputAssembler:
     order.
 
     Args:
+        tools: given when the model may call some.
         stop_token_ids: the caller's own.
         min_tokens: no stop string is completed by so many first tokens.
         score: given when the caller asked for log-probabilities.
@@ -39,6 +48,7 @@ class OutputAssembler:
         reasoning: ReasoningParser,
         stop: StopStrings,
         *,
+        tools: ToolCallParser | None = None,
         stop_token_ids: tuple[int, ...],
         min_tokens: int = 0,
         score: Callable[[TokenLogprobs], PositionScores] | None = None,
@@ -46,6 +56,7 @@ class OutputAssembler:
         self._detokenizer = detokenizer
         self._reasoning = reasoning
         self._stop = stop
+        self._tools = tools
         self._stop_token_ids = frozenset(stop_token_ids)
         self._min_tokens = min_tokens
         self._score = score
@@ -73,24 +84,32 @@ class OutputAssembler:
                 self._early[event.index] = event
         first = len(self.token_ids)
         text = thought = ""
+        calls: list[ToolCallDelta] = []
         scores: list[PositionScores] = []
         while self.ending is None and len(self.token_ids) in self._early:
             event = self._early.pop(len(self.token_ids))
-            more_text, more_thought = self._take(event)
+            more_text, more_thought, more_calls = self._take(event)
             text += more_text
             thought += more_thought
+            calls += more_calls
             if self._score is not None:
                 scores.append(self._scored(event))
         if self.ending is None and self._early and len(self.token_ids) != self._first:
             raise InternalError(f"token {len(self.token_ids)} is missing before token {min(self._early)}")
-        return Delta(text=text, reasoning=thought, token_ids=tuple(self.token_ids[first:]), logprobs=tuple(scores))
+        return Delta(
+            text=text,
+            reasoning=thought,
+            tool_calls=joined(calls),
+            token_ids=tuple(self.token_ids[first:]),
+            logprobs=tuple(scores),
+        )
 
     def _scored(self, event: TokenEvent) -> PositionScores:
         if event.logprobs is None or self._score is None:
             raise InternalError(f"token {event.index} came without its log-probability")
         return self._score(event.logprobs)
 
-    def _take(self, event: TokenEvent) -> tuple[str, str]:
+    def _take(self, event: TokenEvent) -> tuple[str, str, tuple[ToolCallDelta, ...]]:
         self.token_ids.append(event.token_id)
         self.reasoning_tokens += self._reasoning.in_reasoning
         self.engine_finished = event.finish is not None
@@ -109,4 +128,19 @@ class OutputAssembler:
             text += self._stop.flush()
             named = event.token_id if stopped and event.token_id in self._stop_token_ids else None
             self.ending = Ending(reason=event.finish, stop_reason=named)
-        return text, thought
+        if self._tools is None:
+            return text, thought, ()
+        text, calls = self._split(text, self._tools)
+        return text, thought, calls
+
+    def _split(self, text: str, tools: ToolCallParser) -> tuple[str, tuple[ToolCallDelta, ...]]:
+        """Takes calls out of the text; they may end the reply, and say why it ended."""
+        text, calls = tools.push(text)
+        if tools.full and self.ending is None:
+            self.ending = Ending(reason=FinishReason.STOP)
+        if self.ending is not None:
+            late_text, late_calls = tools.flush()
+            text, calls = text + late_text, calls + late_calls
+            if self.ending.reason is FinishReason.STOP and tools.count and not tools.unfinished:
+                self.ending = replace(self.ending, reason=FinishReason.TOOL_CALLS)
+        return text, calls

@@ -13,6 +13,7 @@ from cluster.policy import pick_encoder
 from cluster.router.services import Services
 from cluster.router.stages import MissingPatches
 from cluster.router.timeline import Progress, Timeline
+from cluster.tools import template_form
 
 log = logging.getLogger(__name__)
 
@@ -132,6 +133,7 @@ class PromptKeeper:
                 lease=lease,
                 messages=self._call.messages,
                 thinking=self._call.thinking,
+                tools=tuple(map(template_form, self._call.offered_tools)),
                 max_prompt_tokens=self._services.context_limit() - 1,
             )
         )

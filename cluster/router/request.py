@@ -80,6 +80,9 @@ class RequestRun:
                 DeadlineExceeded(f"the request took longer than {self._timeout_s:g} s", field="timeout")
             )
         except ServingError as error:
+            if error.field == "structure" and self._call.forces_call:
+                # Engines know calls that are forced as a structure; the client wrote them as tools.
+                error.field = "tools"
             self.events.put_nowait(error)
         except asyncio.CancelledError:
             if not self._cancelled_by_name:

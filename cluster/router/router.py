@@ -20,11 +20,12 @@ from actors.errors import (
     Unavailable,
 )
 from actors.types import Message, PreprocessRequest, ThinkingMode
-from cluster.generation import Event, Finished, GenerateCall, ModelCard
+from cluster.generation import Event, Finished, GenerateCall, ModelCard, Tool
 from cluster.policy import pick_encoder, pick_route
 from cluster.registry import LoadingEntry
 from cluster.router.request import RequestRun
 from cluster.router.services import Services
+from cluster.tools import template_form
 
 log = logging.getLogger(__name__)
 
@@ -133,7 +134,11 @@ class Router:
             raise NotFound(f"request_id: {request_id!r} is not known", reason="REQUEST_NOT_FOUND", field="request_id")
 
     async def count_tokens(
-        self, model: str | None, messages: tuple[Message, ...], thinking: ThinkingMode
+        self,
+        model: str | None,
+        messages: tuple[Message, ...],
+        thinking: ThinkingMode,
+        tools: tuple[Tool, ...] = (),
     ) -> tuple[int, int]:
         """Returns (all tokens, media tokens) of a prompt, without keeping anything.
 
@@ -146,6 +151,7 @@ class Router:
             lease="",
             messages=messages,
             thinking=thinking,
+            tools=tuple(map(template_form, tools)),
             max_prompt_tokens=self._services.context_limit() - 1,
             keep_patches=False,
         )

@@ -13,6 +13,7 @@ from typing import Any
 from actors.errors import ContextExceeded, InvalidRequest
 from actors.types import SamplingParams
 from cluster.generation import GenerateCall
+from cluster.tools import answer_structure
 
 log = logging.getLogger(__name__)
 
@@ -116,7 +117,7 @@ def resolve_sampling(
         ignore_eos=call.ignore_eos,
         logprobs=call.logprobs,
         prompt_logprobs=call.prompt_logprobs,
-        structure=call.structure,
+        structure=answer_structure(call),
         starts_thinking=starts_thinking,
         reasoning_max_tokens=call.reasoning_max_tokens if starts_thinking else None,
     )

@@ -22,6 +22,34 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _ToolChoiceMode:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ToolChoiceModeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ToolChoiceMode.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    TOOL_CHOICE_MODE_UNSPECIFIED: _ToolChoiceMode.ValueType  # 0
+    """As AUTO."""
+    TOOL_CHOICE_MODE_AUTO: _ToolChoiceMode.ValueType  # 1
+    """As the model sees fit. Arguments may not match the parameters."""
+    TOOL_CHOICE_MODE_NONE: _ToolChoiceMode.ValueType  # 2
+    """Never: the model does not see the tools."""
+    TOOL_CHOICE_MODE_REQUIRED: _ToolChoiceMode.ValueType  # 3
+    """The reply is at least one call, whose arguments match the parameters."""
+
+class ToolChoiceMode(_ToolChoiceMode, metaclass=_ToolChoiceModeEnumTypeWrapper):
+    """Whether the model calls tools."""
+
+TOOL_CHOICE_MODE_UNSPECIFIED: ToolChoiceMode.ValueType  # 0
+"""As AUTO."""
+TOOL_CHOICE_MODE_AUTO: ToolChoiceMode.ValueType  # 1
+"""As the model sees fit. Arguments may not match the parameters."""
+TOOL_CHOICE_MODE_NONE: ToolChoiceMode.ValueType  # 2
+"""Never: the model does not see the tools."""
+TOOL_CHOICE_MODE_REQUIRED: ToolChoiceMode.ValueType  # 3
+"""The reply is at least one call, whose arguments match the parameters."""
+Global___ToolChoiceMode: _TypeAlias = ToolChoiceMode  # noqa: Y015
+
 class _ThinkingMode:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -58,6 +86,8 @@ class _FinishReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FinishRe
     """End token or stop sequence."""
     FINISH_REASON_LENGTH: _FinishReason.ValueType  # 2
     """Token bound or context length."""
+    FINISH_REASON_TOOL_CALLS: _FinishReason.ValueType  # 3
+    """As STOP, and the reply calls tools."""
     FINISH_REASON_CANCELLED: _FinishReason.ValueType  # 4
     """Cancelled."""
 
@@ -70,6 +100,8 @@ FINISH_REASON_STOP: FinishReason.ValueType  # 1
 """End token or stop sequence."""
 FINISH_REASON_LENGTH: FinishReason.ValueType  # 2
 """Token bound or context length."""
+FINISH_REASON_TOOL_CALLS: FinishReason.ValueType  # 3
+"""As STOP, and the reply calls tools."""
 FINISH_REASON_CANCELLED: FinishReason.ValueType  # 4
 """Cancelled."""
 Global___FinishReason: _TypeAlias = FinishReason  # noqa: Y015
@@ -167,6 +199,8 @@ class GenerateRequest(_message.Message):
     PROMPT_TOP_LOGPROB_COUNT_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
     CACHE_SALT_FIELD_NUMBER: _builtins.int
+    TOOL_CHOICE_FIELD_NUMBER: _builtins.int
+    PARALLEL_TOOL_CALLS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Name of the model. May be empty when one model is served."""
     thinking_mode: Global___ThinkingMode.ValueType
@@ -191,13 +225,15 @@ class GenerateRequest(_message.Message):
     """Requests of lower priority values are served first."""
     cache_salt: _builtins.str
     """Cached prefixes are shared only among requests of the same salt. At most 256 characters."""
+    parallel_tool_calls: _builtins.bool
+    """False ends a reply behind its first call. True when unset."""
     @_builtins.property
     def messages(self) -> _containers.RepeatedCompositeFieldContainer[_content_pb2.ChatMessage]:
         """The conversation, oldest first."""
 
     @_builtins.property
     def tools(self) -> _containers.RepeatedCompositeFieldContainer[_content_pb2.Tool]:
-        """Callable functions. Not supported yet: INVALID_ARGUMENT when set."""
+        """Functions the model may call, at most 128. Not together with structured_output, unless tool_choice is NONE."""
 
     @_builtins.property
     def sampling_params(self) -> Global___SamplingParams:
@@ -210,6 +246,10 @@ class GenerateRequest(_message.Message):
     @_builtins.property
     def structured_output(self) -> Global___StructuredOutput:
         """What the answer must match. It begins after any thinking, and stop sequences do not cut it."""
+
+    @_builtins.property
+    def tool_choice(self) -> Global___ToolChoice:
+        """Whether the model calls tools. As it sees fit when unset."""
 
     def __init__(
         self,
@@ -229,21 +269,55 @@ class GenerateRequest(_message.Message):
         prompt_top_logprob_count: _builtins.int | None = ...,
         priority: _builtins.int = ...,
         cache_salt: _builtins.str = ...,
+        tool_choice: Global___ToolChoice | None = ...,
+        parallel_tool_calls: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_prompt_top_logprob_count", b"_prompt_top_logprob_count", "_top_logprob_count", b"_top_logprob_count", "prompt_top_logprob_count", b"prompt_top_logprob_count", "sampling_params", b"sampling_params", "structured_output", b"structured_output", "timeout", b"timeout", "top_logprob_count", b"top_logprob_count"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_parallel_tool_calls", b"_parallel_tool_calls", "_prompt_top_logprob_count", b"_prompt_top_logprob_count", "_top_logprob_count", b"_top_logprob_count", "parallel_tool_calls", b"parallel_tool_calls", "prompt_top_logprob_count", b"prompt_top_logprob_count", "sampling_params", b"sampling_params", "structured_output", b"structured_output", "timeout", b"timeout", "tool_choice", b"tool_choice", "top_logprob_count", b"top_logprob_count"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_prompt_top_logprob_count", b"_prompt_top_logprob_count", "_top_logprob_count", b"_top_logprob_count", "cache_salt", b"cache_salt", "choice_count", b"choice_count", "messages", b"messages", "model", b"model", "priority", b"priority", "prompt_top_logprob_count", b"prompt_top_logprob_count", "request_id", b"request_id", "return_timings", b"return_timings", "return_token_ids", b"return_token_ids", "sampling_params", b"sampling_params", "structured_output", b"structured_output", "thinking_mode", b"thinking_mode", "timeout", b"timeout", "tools", b"tools", "top_logprob_count", b"top_logprob_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_parallel_tool_calls", b"_parallel_tool_calls", "_prompt_top_logprob_count", b"_prompt_top_logprob_count", "_top_logprob_count", b"_top_logprob_count", "cache_salt", b"cache_salt", "choice_count", b"choice_count", "messages", b"messages", "model", b"model", "parallel_tool_calls", b"parallel_tool_calls", "priority", b"priority", "prompt_top_logprob_count", b"prompt_top_logprob_count", "request_id", b"request_id", "return_timings", b"return_timings", "return_token_ids", b"return_token_ids", "sampling_params", b"sampling_params", "structured_output", b"structured_output", "thinking_mode", b"thinking_mode", "timeout", b"timeout", "tool_choice", b"tool_choice", "tools", b"tools", "top_logprob_count", b"top_logprob_count"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__parallel_tool_calls: _TypeAlias = _typing.Literal["parallel_tool_calls"]  # noqa: Y015
+    _WhichOneofArgType__parallel_tool_calls: _TypeAlias = _typing.Literal["_parallel_tool_calls", b"_parallel_tool_calls"]  # noqa: Y015
     _WhichOneofReturnType__prompt_top_logprob_count: _TypeAlias = _typing.Literal["prompt_top_logprob_count"]  # noqa: Y015
     _WhichOneofArgType__prompt_top_logprob_count: _TypeAlias = _typing.Literal["_prompt_top_logprob_count", b"_prompt_top_logprob_count"]  # noqa: Y015
     _WhichOneofReturnType__top_logprob_count: _TypeAlias = _typing.Literal["top_logprob_count"]  # noqa: Y015
     _WhichOneofArgType__top_logprob_count: _TypeAlias = _typing.Literal["_top_logprob_count", b"_top_logprob_count"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__parallel_tool_calls) -> _WhichOneofReturnType__parallel_tool_calls | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__prompt_top_logprob_count) -> _WhichOneofReturnType__prompt_top_logprob_count | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__top_logprob_count) -> _WhichOneofReturnType__top_logprob_count | None: ...
 
 Global___GenerateRequest: _TypeAlias = GenerateRequest  # noqa: Y015
+
+@_typing.final
+class ToolChoice(_message.Message):
+    """Whether the model calls tools."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODE_FIELD_NUMBER: _builtins.int
+    FUNCTION_NAME_FIELD_NUMBER: _builtins.int
+    mode: Global___ToolChoiceMode.ValueType
+    """For all tools alike."""
+    function_name: _builtins.str
+    """The reply is one call of this function, whose arguments match its parameters."""
+    def __init__(
+        self,
+        *,
+        mode: Global___ToolChoiceMode.ValueType = ...,
+        function_name: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["choice", b"choice", "function_name", b"function_name", "mode", b"mode"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["choice", b"choice", "function_name", b"function_name", "mode", b"mode"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_choice: _TypeAlias = _typing.Literal["mode", "function_name"]  # noqa: Y015
+    _WhichOneofArgType_choice: _TypeAlias = _typing.Literal["choice", b"choice"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_choice) -> _WhichOneofReturnType_choice | None: ...
+
+Global___ToolChoice: _TypeAlias = ToolChoice  # noqa: Y015
 
 @_typing.final
 class SamplingParams(_message.Message):
@@ -548,6 +622,7 @@ class Choice(_message.Message):
     STOP_CAUSE_FIELD_NUMBER: _builtins.int
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     LOGPROBS_FIELD_NUMBER: _builtins.int
+    TOOL_CALLS_FIELD_NUMBER: _builtins.int
     index: _builtins.int
     """Position among the choices."""
     text: _builtins.str
@@ -568,6 +643,10 @@ class Choice(_message.Message):
     def logprobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___PositionLogprobs]:
         """Log-probabilities, one entry per generated token. Only on request."""
 
+    @_builtins.property
+    def tool_calls(self) -> _containers.RepeatedCompositeFieldContainer[_content_pb2.ToolCall]:
+        """Calls the model made. Their text is not part of the answer."""
+
     def __init__(
         self,
         *,
@@ -578,10 +657,11 @@ class Choice(_message.Message):
         stop_cause: Global___StopCause | None = ...,
         token_ids: _abc.Iterable[_builtins.int] | None = ...,
         logprobs: _abc.Iterable[Global___PositionLogprobs] | None = ...,
+        tool_calls: _abc.Iterable[_content_pb2.ToolCall] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["stop_cause", b"stop_cause"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["finish_reason", b"finish_reason", "index", b"index", "logprobs", b"logprobs", "reasoning_text", b"reasoning_text", "stop_cause", b"stop_cause", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["finish_reason", b"finish_reason", "index", b"index", "logprobs", b"logprobs", "reasoning_text", b"reasoning_text", "stop_cause", b"stop_cause", "text", b"text", "token_ids", b"token_ids", "tool_calls", b"tool_calls"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -933,6 +1013,7 @@ class ChoiceDelta(_message.Message):
     REASONING_TEXT_FIELD_NUMBER: _builtins.int
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     LOGPROBS_FIELD_NUMBER: _builtins.int
+    TOOL_CALLS_FIELD_NUMBER: _builtins.int
     choice_index: _builtins.int
     """Position among the choices; 0 where one was asked for."""
     text: _builtins.str
@@ -947,6 +1028,10 @@ class ChoiceDelta(_message.Message):
     def logprobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___PositionLogprobs]:
         """Log-probabilities of the same tokens. Only on request."""
 
+    @_builtins.property
+    def tool_calls(self) -> _containers.RepeatedCompositeFieldContainer[Global___ToolCallDelta]:
+        """More of calls, at most one entry each."""
+
     def __init__(
         self,
         *,
@@ -955,14 +1040,49 @@ class ChoiceDelta(_message.Message):
         reasoning_text: _builtins.str = ...,
         token_ids: _abc.Iterable[_builtins.int] | None = ...,
         logprobs: _abc.Iterable[Global___PositionLogprobs] | None = ...,
+        tool_calls: _abc.Iterable[Global___ToolCallDelta] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["choice_index", b"choice_index", "logprobs", b"logprobs", "reasoning_text", b"reasoning_text", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["choice_index", b"choice_index", "logprobs", b"logprobs", "reasoning_text", b"reasoning_text", "text", b"text", "token_ids", b"token_ids", "tool_calls", b"tool_calls"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ChoiceDelta: _TypeAlias = ChoiceDelta  # noqa: Y015
+
+@_typing.final
+class ToolCallDelta(_message.Message):
+    """More of a call the model makes."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INDEX_FIELD_NUMBER: _builtins.int
+    ID_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    ARGUMENTS_JSON_FIELD_NUMBER: _builtins.int
+    index: _builtins.int
+    """Position of the call in the reply."""
+    id: _builtins.str
+    """Set on the first fragment."""
+    name: _builtins.str
+    """Set on the first fragment."""
+    arguments_json: _builtins.str
+    """More of the arguments."""
+    def __init__(
+        self,
+        *,
+        index: _builtins.int = ...,
+        id: _builtins.str = ...,
+        name: _builtins.str = ...,
+        arguments_json: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arguments_json", b"arguments_json", "id", b"id", "index", b"index", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ToolCallDelta: _TypeAlias = ToolCallDelta  # noqa: Y015
 
 @_typing.final
 class ChoiceFinished(_message.Message):
@@ -1074,6 +1194,7 @@ class CountTokensRequest(_message.Message):
     MODEL_FIELD_NUMBER: _builtins.int
     MESSAGES_FIELD_NUMBER: _builtins.int
     THINKING_MODE_FIELD_NUMBER: _builtins.int
+    TOOLS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Name of the model."""
     thinking_mode: Global___ThinkingMode.ValueType
@@ -1082,16 +1203,21 @@ class CountTokensRequest(_message.Message):
     def messages(self) -> _containers.RepeatedCompositeFieldContainer[_content_pb2.ChatMessage]:
         """The conversation."""
 
+    @_builtins.property
+    def tools(self) -> _containers.RepeatedCompositeFieldContainer[_content_pb2.Tool]:
+        """Functions the model would be offered."""
+
     def __init__(
         self,
         *,
         model: _builtins.str = ...,
         messages: _abc.Iterable[_content_pb2.ChatMessage] | None = ...,
         thinking_mode: Global___ThinkingMode.ValueType = ...,
+        tools: _abc.Iterable[_content_pb2.Tool] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["messages", b"messages", "model", b"model", "thinking_mode", b"thinking_mode"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["messages", b"messages", "model", b"model", "thinking_mode", b"thinking_mode", "tools", b"tools"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

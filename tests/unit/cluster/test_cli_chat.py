@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from actors.errors import Overloaded
-from actors.types import FinishReason, ImagePart, MediaSource, TextPart, ThinkingMode
+from actors.types import FinishReason, ImagePart, MediaSource, TextPart, ThinkingMode, ToolCallDelta
 from cluster.cli_chat import run_chat
 from cluster.generation import ChoiceFinished, Delta
 from tests.doubles import FINISHED, SCRIPT, STARTED, ScriptedService
@@ -90,3 +90,34 @@ def test_nobody_listens() -> None:
 def test_unreadable_files(tmp_path: Path) -> None:
     code, _, err = chat("hi", images=[str(tmp_path / "none.png")])
     assert code == 2 and "none.png: No such file" in err
+
+
+def test_calls_are_printed_plainly(tmp_path: Path) -> None:
+    tools = tmp_path / "tools.json"
+    tools.write_text('[{"type": "function", "function": {"name": "look"}}]')
+    script = (
+        STARTED,
+        Delta(reasoning="hm"),
+        Delta(text="[b]So[/b]", tool_calls=(ToolCallDelta(index=0, id="c1", name="look", arguments='{"at": '),)),
+        Delta(tool_calls=(ToolCallDelta(index=0, arguments="[1]}"), ToolCallDelta(index=1, id="c2", name="wait"))),
+        Delta(tool_calls=(ToolCallDelta(index=1, arguments="{}"),)),
+        ChoiceFinished(reason=FinishReason.TOOL_CALLS),
+        FINISHED,
+    )
+    with running(lambda: ScriptedService(script=script)) as (address, service):
+        code, out, err = chat("What?", tools=str(tools), show_timings=False, address=address)
+    assert (code, err) == (0, "")
+    assert out.startswith('Thinking\nhm\nAnswer\n[b]So[/b]\nCall 1\nlook({"at": [1]})\nCall 2\nwait({})\n12 prompt')
+    assert "ended by tool_calls" in out
+    assert [tool.name for tool in service.calls[0].tools] == ["look"]
+
+
+@pytest.mark.parametrize(
+    "content", [None, "{", "5", '["f"]', '{"name": "f"}', '[{"type": "function", "function": {}}]']
+)
+def test_unreadable_tools(content: str | None, tmp_path: Path) -> None:
+    tools = tmp_path / "tools.json"
+    if content is not None:
+        tools.write_text(content)
+    code, _, err = chat("hi", tools=str(tools))
+    assert code == 2 and "tools.json: " in err.replace("\n", "")

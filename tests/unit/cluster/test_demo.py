@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import io
-import json
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,21 +14,21 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from actors.types import FinishReason, ThinkingMode
+from actors.types import FinishReason, ThinkingMode, ToolCallDelta
 from cluster.demo import GAP, SEEDS, UPPER_HALF, Sample, ask_over_grpc, keep, made_samples, show_images, thumbnails
 from cluster.eval.world import zoom
 from cluster.generation import ChoiceFinished, Delta, GenerateCall
 from tests.doubles import FINISHED, STARTED, ScriptedService
 from tests.doubles import grpc_serving_in_a_thread as running
 
-CALL = zoom.call([0, 0, 500, 500])
+CALL = ToolCallDelta(index=0, id="call_1", name=zoom.NAME, arguments='{"bbox_2d": [0, 0, 500, 500]}')
 
 
 @dataclass
 class Answering(ScriptedService):
-    """Answers one text a request, in turn, after a thought where one was asked for."""
+    """Answers one text or call a request, in turn, after a thought where one was asked for."""
 
-    answers: tuple[str, ...] = ()
+    answers: tuple[str | ToolCallDelta, ...] = ()
 
     async def generate(self, call: GenerateCall) -> AsyncGenerator[Any, None]:
         answer = self.answers[len(self.calls)]
@@ -37,8 +36,12 @@ class Answering(ScriptedService):
         yield STARTED
         if call.thinking is ThinkingMode.ON:
             yield Delta(reasoning="One here, one there.")
-        yield Delta(text=answer)
-        yield ChoiceFinished(reason=FinishReason.STOP)
+        if isinstance(answer, str):
+            yield Delta(text=answer)
+            yield ChoiceFinished(reason=FinishReason.STOP)
+        else:
+            yield Delta(tool_calls=(answer,))
+            yield ChoiceFinished(reason=FinishReason.TOOL_CALLS)
         yield FINISHED
 
 
@@ -47,7 +50,7 @@ def samples() -> dict[str, Sample]:
     return made_samples()
 
 
-def asked(samples: dict[str, Sample], answers: tuple[str, ...]) -> tuple[str, list[GenerateCall]]:
+def asked(samples: dict[str, Sample], answers: tuple[str | ToolCallDelta, ...]) -> tuple[str, list[GenerateCall]]:
     out = io.StringIO()
     with running(lambda: Answering(answers=answers)) as (address, service):
         asyncio.run(ask_over_grpc(address, samples, Console(file=out, width=100, highlight=False)))
@@ -79,7 +82,8 @@ def test_answers_stand_beside_the_truth(samples: dict[str, Sample]) -> None:
         assert f"Q: {samples[name].question.text}\n" in out
         assert f"A: {right[name]}   (truth: {right[name]})\n" in out
     assert "One here, one there.\nA: " in out
-    assert json.dumps({"name": zoom.NAME, "arguments": {"bbox_2d": [0, 0, 500, 500]}}) in out
+    assert f"{CALL.name}({CALL.arguments})\n" in out
+    assert [len(call.tools) for call in calls] == [0, 0, 0, 1, 1]
     width, height = samples["number"].shown[0].size
     assert f"cut out, {round(width / 2)} x {round(height / 2)} pixels" in out
     assert "first token after" in out and "decode" in out

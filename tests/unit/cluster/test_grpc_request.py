@@ -161,7 +161,6 @@ IMAGE = {"source": {"content": "cG5n"}}
         ({"structured_output": {"grammar": ""}}, "structured_output"),
         ({"structured_output": {"choices": {}}}, "structured_output"),
         ({"structured_output": {"choices": {"texts": ["a", ""]}}}, "structured_output"),
-        ({"tools": [{"name": "f"}]}, "tools"),
         ({"timeout": "0s"}, "timeout"),
         ({"timeout": "-1s"}, "timeout"),
         ({"timeout": "100000s"}, "timeout"),

@@ -17,9 +17,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc  # type: ignore[import-un
 from actors.errors import InvalidRequest, NotFound, Overloaded, ServingError, Unavailable
 from actors.types import ThinkingMode
 from cluster import grpc_service
-from cluster.generation import ModelCard
+from cluster.generation import ModelCard, Tool
 from cluster.grpc_service import InferenceServicer
-from ernie_serving.v1 import inference_pb2, inference_pb2_grpc
+from ernie_serving.v1 import content_pb2, inference_pb2, inference_pb2_grpc
 from ernie_serving.v1.content_pb2 import ROLE_USER, ChatMessage, ContentPart
 from tests.doubles import SCRIPT, Pause, ScriptedService, grpc_serving
 
@@ -175,15 +175,17 @@ async def test_cancel_takes_names_in_either_form() -> None:
 async def test_count_tokens() -> None:
     service = ScriptedService()
     request = inference_pb2.CountTokensRequest(
-        messages=ASK.messages, thinking_mode=inference_pb2.THINKING_MODE_DISABLED
+        messages=ASK.messages,
+        thinking_mode=inference_pb2.THINKING_MODE_DISABLED,
+        tools=[content_pb2.Tool(name="f")],
     )
     async with stubs(service) as stub:
         reply = await stub.CountTokens(request)
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await stub.CountTokens(inference_pb2.CountTokensRequest())
     assert (reply.token_count, reply.media_token_count) == (12, 6)
-    ((model, _, thinking),) = service.counted
-    assert (model, thinking) == (None, ThinkingMode.OFF)
+    ((model, _, thinking, tools),) = service.counted
+    assert (model, thinking, tools) == (None, ThinkingMode.OFF, (Tool(name="f"),))
     assert error_info(caught.value).metadata["field"] == "messages"
 
 

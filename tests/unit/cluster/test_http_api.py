@@ -377,7 +377,7 @@ async def test_unknown_fields_are_named() -> None:
                 "stream_options.continuous_usage_stats",
                 {"stream_options": {"continuous_usage_stats": True}, "stream": True},
             ),
-            ("tools", {"tools": [{"type": "function", "function": {"name": "f"}}]}),
+            ("functions", {"functions": [{"name": "f", "parameters": {}}]}),
             ("user", {"user": "u"}),
         ):
             with pytest.raises(openai.BadRequestError) as caught:

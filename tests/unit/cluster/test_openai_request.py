@@ -251,7 +251,7 @@ def test_wrong_values_name_their_field(fields: dict[str, Any], field: str) -> No
 
 @pytest.mark.parametrize(
     "field",
-    ["tools", "tool_choice", "parallel_tool_calls", "metadata", "user", "best_of", "guided_decoding_backend",
+    ["functions", "function_call", "metadata", "user", "best_of", "guided_decoding_backend",
      "chat_template_kwargs", "extra", "(odd)"],
 )  # fmt: skip
 @pytest.mark.parametrize("value", [None, 1, {}])

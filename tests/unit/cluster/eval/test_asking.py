@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -11,24 +14,26 @@ from PIL import Image
 
 from actors.processing.conversation import to_chat
 from actors.processing.processor import Processor
-from actors.types import ImagePart, MessageRole, PreprocessRequest, TextPart, ThinkingMode, VideoPart
+from actors.types import ImagePart, Message, MessageRole, PreprocessRequest, TextPart, ThinkingMode, VideoPart
 from cluster.client import Client
 from cluster.eval.asking import Look, Reply, ask, ask_with_zoom, zoom_call
 from cluster.eval.world import zoom
 from cluster.grpc_request import generate_call
-from ernie_serving.v1 import inference_pb2
+from cluster.tools import template_form
+from ernie_serving.v1 import content_pb2, inference_pb2
 from tests.media import mp4, png
+from tests.nano_model import nano_checkpoint
 from tests.tiny_model import tiny_checkpoint
 
 PICTURE = png(200, 100, 1)
-CALL = zoom.call([500, 400, 740, 640])
+CALL = content_pb2.ToolCall(id="call_9", name=zoom.NAME, arguments_json='{"bbox_2d": [500, 400, 740, 640]}')
 
 
 class FakeClient:
-    """Answers with the given texts in turn and keeps what it was asked."""
+    """Answers with the given texts and calls in turn and keeps what it was asked."""
 
-    def __init__(self, *texts: str, reasoning: str = "") -> None:
-        self._texts = list(texts)
+    def __init__(self, *answers: str | content_pb2.ToolCall, reasoning: str = "") -> None:
+        self._answers = list(answers)
         self._reasoning = reasoning
         self.requests: list[inference_pb2.GenerateRequest] = []
         self.timeouts: list[float | None] = []
@@ -40,7 +45,9 @@ class FakeClient:
         copied.CopyFrom(request)
         self.requests.append(copied)
         self.timeouts.append(timeout_s)
-        choice = inference_pb2.Choice(text=self._texts.pop(0), reasoning_text=self._reasoning)
+        answer = self._answers.pop(0)
+        said = {"text": answer} if isinstance(answer, str) else {"tool_calls": [answer]}
+        choice = inference_pb2.Choice(reasoning_text=self._reasoning, **said)  # type: ignore[arg-type]
         return inference_pb2.GenerateResponse(choices=[choice])
 
 
@@ -75,7 +82,7 @@ async def test_ask_question_first() -> None:
 async def test_zoom_shows_the_part_that_was_asked_for() -> None:
     fake = FakeClient(CALL, "42")
     first, look = await ask_with_zoom(as_client(fake), "What is the number?", PICTURE, timeout_s=9.0)
-    assert first == Reply("", CALL) and look == Look(
+    assert first == Reply("", "", (CALL,)) and look == Look(
         [500, 400, 740, 640], look.picture if look else b"", Reply("", "42")
     )
     assert look is not None and fake.timeouts == [9.0, 9.0]
@@ -83,38 +90,50 @@ async def test_zoom_shows_the_part_that_was_asked_for() -> None:
         assert part.format == "PNG" and part.size == (48, 24)
         assert part.tobytes() == whole.convert("RGB").crop((100, 40, 148, 64)).tobytes()
     conversation = generate_call(fake.requests[1]).messages
-    assert [m.role for m in conversation] == [
-        MessageRole.SYSTEM,
-        MessageRole.USER,
-        MessageRole.ASSISTANT,
-        MessageRole.TOOL,
-    ]
-    assert conversation[:2] == generate_call(fake.requests[0]).messages
-    (seen,) = conversation[3].parts
+    assert [m.role for m in conversation] == [MessageRole.USER, MessageRole.ASSISTANT, MessageRole.TOOL]
+    assert conversation[:1] == generate_call(fake.requests[0]).messages
+    assert conversation[2].tool_call_id == conversation[1].tool_calls[0].id == "call_9"
+    (seen,) = conversation[2].parts
     assert isinstance(seen, ImagePart) and seen.source.content == look.picture
 
 
-async def test_zoom_reads_as_the_chat_template_writes_tools() -> None:
+@pytest.mark.parametrize("checkpoint", [tiny_checkpoint, nano_checkpoint])
+async def test_the_model_reads_what_it_was_trained_on(checkpoint: Callable[[], Path]) -> None:
+    """Training offered the tool by a system message of ``zoom.OFFER`` and wrote calls as ``zoom.call`` does."""
     fake = FakeClient(CALL, "42")
     await ask_with_zoom(as_client(fake), "What is the number?", PICTURE)
-    processor = Processor(tiny_checkpoint())
+    processor = Processor(checkpoint())
     prompts = []
     for request in fake.requests:
-        messages = generate_call(request).messages
-        # Takes them: roles, order, media and lengths are checked here.
-        processor.process(PreprocessRequest(lease="", messages=messages, max_prompt_tokens=4096))
-        chat = to_chat(messages, processor.template.support, processor.tokenizer.protect)
-        tools = processor.template.render(chat[1:], [zoom.TOOL], ThinkingMode.OFF)
-        prompts.append(processor.template.render(chat, [], ThinkingMode.OFF))
-        assert processor.tokenizer.encode(prompts[-1]) == processor.tokenizer.encode(tools)
-    assert f"\nAssistant: {CALL}\n" in prompts[1]
+        call = generate_call(request)
+        tools = tuple(map(template_form, call.offered_tools))
+        offer = Message(role=MessageRole.SYSTEM, parts=(TextPart(text=zoom.OFFER),))
+        asked = PreprocessRequest(lease="", messages=call.messages, tools=tools, max_prompt_tokens=4096)
+        trained = replace(asked, messages=(offer, *call.messages), tools=())
+        assert processor.process(asked).prompt_ids == processor.process(trained).prompt_ids
+        chat = to_chat(call.messages, processor.template.support, processor.tokenizer.protect)
+        prompts.append(processor.template.render(chat, tools, call.thinking))
+    assert all(zoom.OFFER in prompt for prompt in prompts)
+    assert f"\nAssistant: {zoom.call([500, 400, 740, 640])}\n" in prompts[1]
     assert "<tool_output>\nPicture 2:" in prompts[1]
 
 
-@pytest.mark.parametrize("text", ["42", "", "<tool_call>\n{}\n</tool_call>", zoom.call([300, 300, 300, 300])])
-async def test_zoom_without_a_look(text: str) -> None:
-    fake = FakeClient(text)
-    assert await ask_with_zoom(as_client(fake), "What is the number?", PICTURE) == (Reply("", text), None)
+def zoom_in(corners: list[int]) -> content_pb2.ToolCall:
+    return content_pb2.ToolCall(id="c", name=zoom.NAME, arguments_json=json.dumps({"bbox_2d": corners}))
+
+
+@pytest.mark.parametrize(
+    ("answer", "reply"),
+    [
+        ("42", Reply("", "42")),
+        ("", Reply("", "")),
+        ("<tool_call>\n{}\n</tool_call>", Reply("", "<tool_call>\n{}\n</tool_call>")),
+        (zoom_in([300, 300, 300, 300]), Reply("", "", (zoom_in([300, 300, 300, 300]),))),
+    ],
+)
+async def test_zoom_without_a_look(answer: str | content_pb2.ToolCall, reply: Reply) -> None:
+    fake = FakeClient(answer)
+    assert await ask_with_zoom(as_client(fake), "What is the number?", PICTURE) == (reply, None)
     assert len(fake.requests) == 1
 
 
@@ -125,32 +144,33 @@ async def test_zoom_turns_pictures_upright_as_the_server_does() -> None:
     exif[0x0112] = 6
     buffer = io.BytesIO()
     upright.transpose(Image.Transpose.ROTATE_90).save(buffer, "PNG", exif=exif)
-    _, look = await ask_with_zoom(as_client(FakeClient(zoom.call([0, 0, 1000, 500]), "7")), "?", buffer.getvalue())
+    _, look = await ask_with_zoom(as_client(FakeClient(zoom_in([0, 0, 1000, 500]), "7")), "?", buffer.getvalue())
     assert look is not None
     with Image.open(io.BytesIO(look.picture)) as part:
         assert part.size == (60, 50) and part.getextrema() == ((0, 0),) * 3
 
 
+BOX = '{"bbox_2d": [500, 400, 740, 640]}'
+
+
 @pytest.mark.parametrize(
-    ("text", "corners"),
+    ("name", "arguments", "corners"),
     [
-        (CALL, [500, 400, 740, 640]),
-        (f"Let me look.\n{CALL}\n", [500, 400, 740, 640]),
-        (CALL.replace("\n", ""), [500, 400, 740, 640]),
-        (CALL.replace("500", "0.5"), [0.5, 400, 740, 640]),
-        (CALL.replace(zoom.NAME, "other"), None),
-        (CALL.removesuffix("</tool_call>"), None),
-        (CALL.replace("bbox_2d", "box"), None),
-        (CALL.replace("640]", '"640"]'), None),
-        (CALL.replace(", 640]", "]"), None),
-        (CALL.replace("640", "NaN"), None),
-        (CALL.replace("640", "1" + 400 * "0"), None),
-        (CALL.replace("}}", "}"), None),
-        ("42", None),
+        (zoom.NAME, BOX, [500, 400, 740, 640]),
+        (zoom.NAME, BOX.replace("500", "0.5"), [0.5, 400, 740, 640]),
+        ("other", BOX, None),
+        (zoom.NAME, BOX.replace("bbox_2d", "box"), None),
+        (zoom.NAME, BOX.replace("640]", '"640"]'), None),
+        (zoom.NAME, BOX.replace(", 640]", "]"), None),
+        (zoom.NAME, BOX.replace("640", "NaN"), None),
+        (zoom.NAME, BOX.replace("640", "1" + 400 * "0"), None),
+        (zoom.NAME, BOX.removesuffix("}"), None),
+        (zoom.NAME, "", None),
+        (zoom.NAME, "[]", None),
     ],
 )
-def test_zoom_call(text: str, corners: list[Any] | None) -> None:
-    assert zoom_call(text) == corners
+def test_zoom_call(name: str, arguments: str, corners: list[Any] | None) -> None:
+    assert zoom_call(content_pb2.ToolCall(id="c", name=name, arguments_json=arguments)) == corners
 
 
 def test_the_tool_is_what_the_world_says() -> None:

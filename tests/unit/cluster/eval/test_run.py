@@ -60,13 +60,15 @@ class Knowing:
         question = next(m for m in request.messages if m.role == content_pb2.ROLE_USER)
         media = [part.image.source.content or part.video.source.content for part in question.parts]
         task, answer = self._answers[frozenset(file for file in media if file)]
+        calls: list[content_pb2.ToolCall] = []
         if task == "zoom":
-            offered = request.messages[0].role == content_pb2.ROLE_SYSTEM
             looked = request.messages[-1].role == content_pb2.ROLE_TOOL
-            answer = answer if looked else zoom.call([0, 0, 240, 240]) if offered else "?"
+            if request.tools and not looked:
+                calls = [content_pb2.ToolCall(id="c", name=zoom.NAME, arguments_json='{"bbox_2d": [0, 0, 240, 240]}')]
+            answer = answer if looked else "" if calls else "?"
         thinking = request.thinking_mode == inference_pb2.THINKING_MODE_ENABLED
         assert thinking == (task in ("position", "compare"))
-        return inference_pb2.GenerateResponse(choices=[inference_pb2.Choice(text=answer)])
+        return inference_pb2.GenerateResponse(choices=[inference_pb2.Choice(text=answer, tool_calls=calls)])
 
 
 def scores_of(client: Knowing, tasks: tuple[str, ...]) -> dict[str, Score]:

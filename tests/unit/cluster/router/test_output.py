@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import permutations
 
 import pytest
@@ -11,7 +12,8 @@ from actors.errors import InternalError
 from actors.processing.detokenize import IncrementalDetokenizer
 from actors.processing.parsers import ReasoningParser, StopStrings
 from actors.processing.tokenizer import TextTokenizer
-from actors.types import FinishReason, SequenceKey, TokenEvent
+from actors.processing.tool_calls import ToolCallParser, joined
+from actors.types import FinishReason, SequenceKey, TokenEvent, ToolCallDelta
 from cluster.router.output import Ending, OutputAssembler
 from tests.tiny_model import tiny_checkpoint
 from tests.unit.cluster.router.world import SCORE, logprobs_of
@@ -25,12 +27,19 @@ def tokenizer() -> TextTokenizer:
 
 
 def assembler(
-    tokenizer: TextTokenizer, *stop: str, thinking: bool = False, min_tokens: int = 0, scored: bool = False
+    tokenizer: TextTokenizer,
+    *stop: str,
+    thinking: bool = False,
+    min_tokens: int = 0,
+    scored: bool = False,
+    tools: bool = False,
+    most: int | None = None,
 ) -> OutputAssembler:
     return OutputAssembler(
         IncrementalDetokenizer(tokenizer),
         ReasoningParser(thinking),
         StopStrings(stop),
+        tools=ToolCallParser(lambda: "call_x", most=most) if tools else None,
         stop_token_ids=(7,),
         min_tokens=min_tokens,
         score=SCORE if scored else None,
@@ -139,3 +148,80 @@ def test_what_comes_after_the_end_changes_nothing(tokenizer: TextTokenizer) -> N
     assert output.push(events(ids, first=count)).token_ids == ()
     assert len(output.token_ids) == count and output.ending == Ending(reason=FinishReason.STOP, stop_reason="2")
     assert not output.engine_finished
+
+
+BLOCK = '<tool_call>\n{"name": "f", "arguments": {"a": "END"}}\n</tool_call>'
+CALL = ToolCallDelta(index=0, id="call_x", name="f", arguments='{"a": "END"}')
+
+
+def whole(output: OutputAssembler, ids: Sequence[int], finish: FinishReason) -> tuple[str, tuple[ToolCallDelta, ...]]:
+    """One token at a time: text, calls."""
+    deltas = [output.push([event]) for event in events(ids, finish=finish)]
+    return "".join(delta.text for delta in deltas), joined(call for delta in deltas for call in delta.tool_calls)
+
+
+def test_calls_are_told_apart_and_say_why_the_reply_ended(tokenizer: TextTokenizer) -> None:
+    ids = tokenizer.encode(f"Look.\n{BLOCK}\n{BLOCK}")
+    for finish, reason in (
+        (FinishReason.STOP, FinishReason.TOOL_CALLS),
+        (FinishReason.LENGTH, FinishReason.LENGTH),
+    ):
+        output = assembler(tokenizer, tools=True)
+        text, calls = whole(output, [*ids, 2], finish)
+        assert text == "Look." and calls == (CALL, replace(CALL, index=1))
+        assert output.ending == Ending(reason=reason) and len(output.token_ids) == len(ids) + 1
+
+
+def test_without_tools_what_looks_like_a_call_is_text(tokenizer: TextTokenizer) -> None:
+    output = assembler(tokenizer)
+    assert whole(output, [*tokenizer.encode(BLOCK), 2], FinishReason.STOP) == (BLOCK, ())
+    assert output.ending == Ending(reason=FinishReason.STOP)
+
+
+def test_with_tools_text_without_calls_ends_as_ever(tokenizer: TextTokenizer) -> None:
+    output = assembler(tokenizer, tools=True)
+    assert whole(output, [*tokenizer.encode("\n\nno <tool_call> at all\n"), 2], FinishReason.STOP) == (
+        "\n\nno <tool_call> at all\n",
+        (),
+    )
+    assert output.ending == Ending(reason=FinishReason.STOP)
+
+
+def test_a_call_that_breaks_off_is_no_reason_to_end(tokenizer: TextTokenizer) -> None:
+    output = assembler(tokenizer, tools=True)
+    text, (call,) = whole(output, [*tokenizer.encode(BLOCK.partition("END")[0]), 2], FinishReason.STOP)
+    assert (text, call.arguments) == ("", '{"a": "')
+    assert output.ending == Ending(reason=FinishReason.STOP)
+
+
+def test_stop_strings_see_calls_as_they_are_written(tokenizer: TextTokenizer) -> None:
+    ids = tokenizer.encode(f"Look.\n{BLOCK}\nEND")
+    for stop, arguments, reason in (
+        ("END", '{"a": "', FinishReason.STOP),
+        ("\nEND", '{"a": "END"}', FinishReason.TOOL_CALLS),
+    ):
+        output = assembler(tokenizer, stop, tools=True)
+        text, (call,) = whole(output, ids, FinishReason.LENGTH)
+        assert (text, call.arguments) == ("Look.", arguments)
+        assert output.ending == Ending(reason=reason, stop_reason=stop)
+
+
+def test_the_reply_ends_behind_the_last_call_it_may_make(tokenizer: TextTokenizer) -> None:
+    ids = tokenizer.encode(f"{BLOCK}\n{BLOCK} and more")
+    output = assembler(tokenizer, tools=True, most=1)
+    assert whole(output, ids, FinishReason.LENGTH) == ("", (CALL,))
+    assert output.ending == Ending(reason=FinishReason.TOOL_CALLS) and not output.engine_finished
+    assert len(output.token_ids) == len(tokenizer.encode(BLOCK))
+
+
+def test_a_later_attempt_goes_on_with_a_call(tokenizer: TextTokenizer) -> None:
+    ids = tokenizer.encode(f"hm</think>\n\nLook.\n{BLOCK}")
+    expected = assembler(tokenizer, thinking=True, tools=True).push(events(ids))
+    assert (expected.reasoning, expected.text, expected.tool_calls) == ("hm", "Look.", (CALL,))
+    for cut in range(1, len(ids)):
+        output = assembler(tokenizer, thinking=True, tools=True)
+        before = output.push(events(ids[:cut]))
+        output.begin_attempt()
+        after = output.push(events(ids[cut:], first=cut))
+        assert before.text + after.text == expected.text
+        assert joined(before.tool_calls + after.tool_calls) == expected.tool_calls

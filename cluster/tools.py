@@ -1,0 +1,154 @@
+"""Tools of a request: bounds that both facades check, the form chat templates read, and the structure of forced calls.
+
+A forced call (``tool_choice`` required or named) is structured output: after any thinking comes
+
+    <tool_call>
+    {"name": "f", "arguments": {...}}
+    </tool_call>
+
+once, or several times where parallel calls are allowed and no function is named. The arguments match the function's
+schema and are spaced as the templates write them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from actors.errors import InvalidRequest
+from actors.processing.tool_calls import CLOSE_CALL, OPEN_CALL
+from actors.types import Structure, StructureKind
+from cluster.generation import GenerateCall, Tool, ToolChoice, ToolMode
+
+MAX_TOOLS = 128
+MAX_NAME_LENGTH = 64
+MAX_SCHEMA_DEPTH = 60
+"""Nesting costs stack later on."""
+
+_NAME = re.compile(rf"[A-Za-z0-9_-]{{1,{MAX_NAME_LENGTH}}}")
+_SPACING = {"lenient": False, "whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+_LIBRARY_OPTIONS = "x-guidance"
+
+
+def check_tools(tools: Sequence[Tool], field: Callable[[int, str], str]) -> None:
+    """Form only: whether a schema makes sense is for the engine that compiles it, when calls are forced.
+
+    ``field`` gives the client's path of the name or the parameters of a tool.
+
+    Raises:
+        InvalidRequest: too many tools, a name that is none or that two have, or parameters that describe no object.
+    """
+    if len(tools) > MAX_TOOLS:
+        raise _wrong("tools", f"has {len(tools)} tools, the limit is {MAX_TOOLS}")
+    first: dict[str, int] = {}
+    for index, tool in enumerate(tools):
+        name = field(index, "name")
+        if _NAME.fullmatch(tool.name) is None:
+            raise _wrong(name, f'must be 1 to {MAX_NAME_LENGTH} letters, digits, "_" or "-"')
+        if first.setdefault(tool.name, index) != index:
+            raise _wrong(name, f"is {tool.name!r}, as that of tools[{first[tool.name]}]")
+        if tool.parameters is not None:
+            _check_parameters(tool.parameters, field(index, "parameters"))
+
+
+def _check_parameters(schema: dict[str, Any], field: str) -> None:
+    if schema.get("type", "object") != "object":
+        raise _wrong(field, 'must be the JSON schema of an object: its type must be "object"')
+    if not isinstance(schema.get("properties", {}), dict):
+        raise _wrong(f"{field}.properties", "must be an object")
+    required = schema.get("required", [])
+    if not (isinstance(required, list) and all(isinstance(name, str) for name in required)):
+        raise _wrong(f"{field}.required", "must be a list of names")
+    _check_depth(schema, field)
+    if _LIBRARY_OPTIONS in schema:
+        raise _wrong(f"{field}.{_LIBRARY_OPTIONS}", "is not supported")
+
+
+def _check_depth(schema: dict[str, Any], field: str) -> None:
+    level: list[Any] = [schema]
+    for _ in range(MAX_SCHEMA_DEPTH):
+        level = [
+            inner
+            for value in level
+            if isinstance(value, dict | list)
+            for inner in (value.values() if isinstance(value, dict) else value)
+        ]
+        if not level:
+            return
+    raise _wrong(field, f"is nested deeper than {MAX_SCHEMA_DEPTH} levels")
+
+
+def check_tool_choice(tools: Sequence[Tool], choice: ToolChoice, function_field: str) -> None:
+    """Raises InvalidRequest for a call that nothing offered could make."""
+    if choice.mode is not ToolMode.REQUIRED:
+        return
+    if choice.function is not None:
+        if all(tool.name != choice.function for tool in tools):
+            raise _wrong(function_field, f"is {choice.function!r}, which tools does not have")
+    elif not tools:
+        raise _wrong("tool_choice", "is required, but there are no tools")
+
+
+def parse_parameters(text: str, field: str) -> dict[str, Any]:
+    """The JSON schema of a function's arguments. Raises InvalidRequest for text that is no JSON object."""
+    try:
+        schema = json.loads(text)
+    except ValueError as error:
+        raise _wrong(field, f"is not valid JSON: {error}") from None
+    except RecursionError:
+        raise _wrong(field, "is nested too deeply") from None
+    if not isinstance(schema, dict):
+        raise _wrong(field, "must be a JSON schema, which is an object")
+    return schema
+
+
+def template_form(tool: Tool) -> dict[str, Any]:
+    """As OpenAI declares it, which is what chat templates write into the prompt: the same for both APIs."""
+    function: dict[str, Any] = {"name": tool.name}
+    if tool.description is not None:
+        function["description"] = tool.description
+    if tool.parameters is not None:
+        function["parameters"] = tool.parameters
+    return {"type": "function", "function": function}
+
+
+def answer_structure(call: GenerateCall) -> Structure | None:
+    """What the answer must match: what the caller says, or calls that are forced."""
+    return _forced_calls(call) if call.forces_call else call.structure
+
+
+def _text(text: str) -> str:
+    """A literal of the grammar."""
+    return json.dumps(text)
+
+
+_NEWLINE = _text("\n")
+
+
+def _forced_calls(call: GenerateCall) -> Structure:
+    """In Lark, with the arguments as JSON schemas inside."""
+    choice = call.tool_choice.function
+    tools = [tool for tool in call.tools if choice in (None, tool.name)]
+    more = f" ({_NEWLINE} call)*" if call.parallel_tool_calls and choice is None else ""
+    rules = [
+        f"start: call{more}",
+        f"call: {_text(OPEN_CALL)} {_NEWLINE} ({' | '.join(f'call_{index}' for index in range(len(tools)))}) "
+        f"{_NEWLINE} {_text(CLOSE_CALL)}",
+    ]
+    for index, tool in enumerate(tools):
+        head = _text(f'{{"name": {json.dumps(tool.name)}, "arguments": ')
+        if tool.parameters is None:
+            rules.append(f"call_{index}: {head} {_text('{}}')}")
+        else:
+            schema = {**tool.parameters, "type": "object", _LIBRARY_OPTIONS: _SPACING}
+            rules += [
+                f"call_{index}: {head} arguments_{index} {_text('}')}",
+                f"arguments_{index}: %json {json.dumps(schema)}",
+            ]
+    return Structure(kind=StructureKind.GRAMMAR, text="\n".join(rules))
+
+
+def _wrong(field: str, rule: str) -> InvalidRequest:
+    return InvalidRequest(f"{field} {rule}", field=field)
