@@ -70,7 +70,7 @@ def test_what_python_reads_is_read_to_its_end(text: str) -> None:
         '{"a":+1}',
         '{"a":NaN}',
         '{"a":Infinity}',
-        '{"a":tru}',
+        '{"a":truly}',
         '{"a":True}',
         '{"a":"\n"}',
         '{"a":"\\x"}',
