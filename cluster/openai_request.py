@@ -112,6 +112,9 @@ class FunctionBody(Strict):
 
 
 class ToolCallBody(Strict):
+    """A call as a reply told it. ``index`` is what is left over when it was put together from a stream."""
+
+    index: int | None = None
     id: str
     type: Literal["function"] = "function"
     function: FunctionBody

@@ -340,7 +340,7 @@ def test_roles(role: str, expected: MessageRole) -> None:
 
 @pytest.mark.parametrize("name", ["reasoning", "reasoning_content"])
 def test_assistant_history_keeps_thinking_and_calls(name: str) -> None:
-    tool_call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    tool_call = {"index": 0, "id": "c1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
     assert message(role="assistant", content=None, tool_calls=[tool_call], **{name: "hm"}) == Message(
         role=MessageRole.ASSISTANT,
         parts=(),
