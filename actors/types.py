@@ -247,14 +247,16 @@ class StructureKind(enum.StrEnum):
     REGEX = "regex"
     GRAMMAR = "grammar"
     CHOICE = "choice"
+    TOOL_CALLS = "tool_calls"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Structure:
     """Structured output: the answer, after any thinking, matches ``text``.
 
-    ``text`` is a JSON schema, nothing (JSON_OBJECT), a regular expression, a grammar in Lark syntax, or a JSON list of
-    strings (CHOICE).
+    ``text`` is a JSON schema, nothing (JSON_OBJECT), a regular expression, a grammar in Lark syntax, a JSON list of
+    strings (CHOICE), or for TOOL_CALLS the JSON object ``{"functions": [{"name": ..., "parameters": a JSON schema or
+    null}], "several": whether more than one call may be made}``.
     """
 
     kind: StructureKind

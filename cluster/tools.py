@@ -6,8 +6,7 @@ A forced call (``tool_choice`` required or named) is structured output: after an
     {"name": "f", "arguments": {...}}
     </tool_call>
 
-once, or several times where parallel calls are allowed and no function is named. The arguments match the function's
-schema and are spaced as the templates write them.
+once, or several times where parallel calls are allowed and no function is named. Engines make a grammar of it.
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from actors.errors import InvalidRequest
-from actors.processing.tool_calls import CLOSE_CALL, OPEN_CALL
 from actors.types import Structure, StructureKind
 from cluster.generation import GenerateCall, Tool, ToolChoice, ToolMode
 
@@ -28,7 +26,6 @@ MAX_SCHEMA_DEPTH = 60
 """Nesting costs stack later on."""
 
 _NAME = re.compile(rf"[A-Za-z0-9_-]{{1,{MAX_NAME_LENGTH}}}")
-_SPACING = {"lenient": False, "whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 _LIBRARY_OPTIONS = "x-guidance"
 
 
@@ -119,35 +116,13 @@ def answer_structure(call: GenerateCall) -> Structure | None:
     return _forced_calls(call) if call.forces_call else call.structure
 
 
-def _text(text: str) -> str:
-    """A literal of the grammar."""
-    return json.dumps(text)
-
-
-_NEWLINE = _text("\n")
-
-
 def _forced_calls(call: GenerateCall) -> Structure:
-    """In Lark, with the arguments as JSON schemas inside."""
     choice = call.tool_choice.function
-    tools = [tool for tool in call.tools if choice in (None, tool.name)]
-    more = f" ({_NEWLINE} call)*" if call.parallel_tool_calls and choice is None else ""
-    rules = [
-        f"start: call{more}",
-        f"call: {_text(OPEN_CALL)} {_NEWLINE} ({' | '.join(f'call_{index}' for index in range(len(tools)))}) "
-        f"{_NEWLINE} {_text(CLOSE_CALL)}",
+    functions = [
+        {"name": tool.name, "parameters": tool.parameters} for tool in call.tools if choice in (None, tool.name)
     ]
-    for index, tool in enumerate(tools):
-        head = _text(f'{{"name": {json.dumps(tool.name)}, "arguments": ')
-        if tool.parameters is None:
-            rules.append(f"call_{index}: {head} {_text('{}}')}")
-        else:
-            schema = {**tool.parameters, "type": "object", _LIBRARY_OPTIONS: _SPACING}
-            rules += [
-                f"call_{index}: {head} arguments_{index} {_text('}')}",
-                f"arguments_{index}: %json {json.dumps(schema)}",
-            ]
-    return Structure(kind=StructureKind.GRAMMAR, text="\n".join(rules))
+    several = call.parallel_tool_calls and choice is None
+    return Structure(kind=StructureKind.TOOL_CALLS, text=json.dumps({"functions": functions, "several": several}))
 
 
 def _wrong(field: str, rule: str) -> InvalidRequest:

@@ -1,7 +1,7 @@
 """Structured output: which tokens may come next in an answer that must match a structure. llguidance computes it.
 
-* Only ordinary text may stand in an answer. End tokens come when the structure may end; a caller's stop tokens too, or
-  where nothing else is left.
+* Only ordinary text may stand in an answer, and where it must be calls of tools their markers. End tokens come when the
+  structure may end; a caller's stop tokens too, or where nothing else is left.
 * No structure can hold up or kill the process: its size and that of everything derived from it are bounded.
 """
 
@@ -14,10 +14,10 @@ import numpy as np
 from llguidance import LLMatcher, LLParserLimits
 
 from actors.engine.constraints.constraint import PackedMask
-from actors.engine.constraints.structure_grammar import grammar_of, refused
+from actors.engine.constraints.structure_grammar import CALL_MARKERS, grammar_of, refused
 from actors.engine.constraints.vocabulary import ConstraintVocabulary
 from actors.errors import InternalError, ServingError
-from actors.types import Structure
+from actors.types import Structure, StructureKind
 
 MAX_RENEWAL_S = 0.05
 """A structure that took longer to compile is not compiled again between two steps."""
@@ -43,7 +43,12 @@ class StructureTemplate:
     def __init__(self, structure: Structure, vocabulary: ConstraintVocabulary) -> None:
         """Raises InvalidRequest saying what is wrong with the structure."""
         self._vocabulary = vocabulary
-        self._grammar = grammar_of(structure)
+        self._grammar = grammar_of(structure, vocabulary.special_id)
+        self.text_W = vocabulary.plain_W
+        """What may stand in an answer."""
+        if structure.kind is StructureKind.TOOL_CALLS:
+            markers = map(vocabulary.special_id, CALL_MARKERS)
+            self.text_W = vocabulary.plain_W | vocabulary.pack(token for token in markers if token is not None)
         started = time.perf_counter()
         self._matcher = self._compile()
         self._renewable = time.perf_counter() - started < MAX_RENEWAL_S
@@ -103,7 +108,7 @@ class StructureState:
         if self._matcher.is_error() and self._renew():
             row_W = self._compute()
         may_end = self._matcher.is_accepting()
-        row_W &= self._vocabulary.plain_W
+        row_W &= self._template.text_W
         if may_end:
             row_W |= self._vocabulary.ends_W | self._stops_W
         else:

@@ -4,6 +4,8 @@
   stands at most ``WHITESPACE``, so that no model can pad for ever. Keywords that cannot be enforced are refused.
 * Regular expressions have the syntax of Rust's regex crate, without look-around and back references, and match the
   whole answer. There and in JSON schemas ``\\d`` and ``\\w`` stand for ASCII, as in ECMA 262.
+* Calls of tools stand between the checkpoint's own marker tokens, where it has them, as the model was trained to write
+  calls, and are spaced as the chat templates write them.
 * Grammars are llguidance's variant of Lark, and consist of text: special tokens are refused.
 """
 
@@ -11,7 +13,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from llguidance import LLMatcher
@@ -35,8 +37,11 @@ def check_size(structure: Structure) -> None:
         raise refused(f"it has {size} bytes, the limit is {MAX_BYTES}")
 
 
-def grammar_of(structure: Structure) -> str:
-    """Raises InvalidRequest."""
+CALL_MARKERS = ("<tool_call>", "</tool_call>")
+
+
+def grammar_of(structure: Structure, token_id: Callable[[str], int | None]) -> str:
+    """``token_id`` gives the id of a marker, None where the checkpoint has no such token. Raises InvalidRequest."""
     match structure.kind:
         case StructureKind.JSON_SCHEMA:
             return _schema(structure.text)
@@ -49,6 +54,11 @@ def grammar_of(structure: Structure) -> str:
         case StructureKind.GRAMMAR:
             _check_lark(structure.text)
             return json.dumps({"grammars": [{"lark_grammar": structure.text}]})
+        case StructureKind.TOOL_CALLS:
+            ids = ((marker, token_id(marker)) for marker in CALL_MARKERS)
+            markers = [_quoted(text) if token is None else f"<[{token}]>" for text, token in ids]
+            lark = _calls(markers=markers, **json.loads(structure.text))
+            return json.dumps({"grammars": [{"lark_grammar": lark}]})
         case StructureKind.CHOICE:
             return LLMatcher.grammar_from_regex("|".join(map(_literal, _choices(structure.text))))
 
@@ -66,6 +76,35 @@ def _schema(text: str) -> str:
         return LLMatcher.grammar_from_json_schema(json.dumps(_with_ascii_patterns(schema)), overrides=options)
     except (ValueError, RecursionError) as error:
         raise refused(str(error)) from None
+
+
+_CALL_SPACING = {"lenient": False, "whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+
+
+def _calls(*, functions: list[dict[str, Any]], several: bool, markers: list[str]) -> str:
+    """In Lark, with the arguments as JSON schemas inside."""
+    newline, (opening, closing) = _quoted("\n"), markers
+    ways = " | ".join(f"call_{index}" for index in range(len(functions)))
+    rules = [
+        f"start: call ({newline} call)*" if several else "start: call",
+        f"call: {opening} {newline} ({ways}) {newline} {closing}",
+    ]
+    for index, function in enumerate(functions):
+        head = _quoted(f'{{"name": {json.dumps(function["name"])}, "arguments": ')
+        schema = function["parameters"]
+        if schema is None:
+            rules.append(f"call_{index}: {head} {_quoted('{}}')}")
+            continue
+        if "x-guidance" in schema:
+            raise refused("x-guidance is not supported in the JSON schema")
+        bound = {**_with_ascii_patterns(schema), "type": "object", "x-guidance": _CALL_SPACING}
+        rules.append(f"call_{index}: {head} arguments_{index} {_quoted('}')}")
+        rules.append(f"arguments_{index}: %json {json.dumps(bound)}")
+    return "\n".join(rules)
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text)
 
 
 _VALUES = frozenset(("const", "enum", "default", "examples"))

@@ -75,6 +75,7 @@ class ConstraintVocabulary:
         for content, token in specials.items():
             texts[token] = content.encode()
         self._texts = texts
+        self._specials = specials
         plain = [
             token
             for token, text in enumerate(texts[:limit])
@@ -108,6 +109,10 @@ class ConstraintVocabulary:
         except Exception as error:
             # Both libraries raise bare Exception for a bad file.
             raise ValueError(f"{path}: {error}") from error
+
+    def special_id(self, content: str) -> int | None:
+        """Id of a token that no ordinary text spells; None where the checkpoint has none of that name."""
+        return self._specials.get(content)
 
     def text(self, ids: Sequence[int]) -> bytes:
         """What tokens write, special ones their own names; unknown ids nothing."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import openai
 import pytest
+from llguidance import LLMatcher
 
 from actors.engine.constraints.structure_grammar import grammar_of
 from actors.errors import InvalidRequest
@@ -213,9 +214,14 @@ def test_only_forced_calls_bind_the_answer() -> None:
     }
     for choice in ("required", NAMED):
         forced = answer_structure(over_http(tools=[F, tool("g", parameters=awkward), tool("h")], tool_choice=choice))
-        assert forced is not None and forced.kind is StructureKind.GRAMMAR
-        grammar_of(forced)
-        assert ("call_1" in forced.text) == (choice == "required")
+        assert forced is not None and forced.kind is StructureKind.TOOL_CALLS
+        for marker in (None, 7):
+            assert not LLMatcher.validate_grammar(grammar_of(forced, lambda _, marker=marker: marker))  # type: ignore[misc]
+        wanted = json.loads(forced.text)
+        assert [function["name"] for function in wanted["functions"]] == (
+            ["f", "g", "h"] if choice == "required" else ["f"]
+        )
+        assert wanted["several"] == (choice == "required")
 
 
 LOOKED = (
