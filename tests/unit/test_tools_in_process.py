@@ -174,6 +174,19 @@ async def test_a_call_that_is_required_is_made_and_valid(roles: str) -> None:
                     assert made(streamed.choices[0].message) == [(name, arguments)]
 
 
+async def test_a_call_that_is_required_is_the_one_the_model_makes_of_itself() -> None:
+    """Token for token: the markers are its own, the spacing is that of its training."""
+    async with faces(EngineRole.COLOCATED) as on:
+        for sample in samples("zoom", SEED, 4):
+            asked: dict[str, Any] = {"messages": question(sample), "tools": [zoom.TOOL], "temperature": 0}
+            asked |= {"max_tokens": 96, "parallel_tool_calls": False, "extra_body": {"return_token_ids": True}}
+            free = await on.sdk.chat.completions.create(model="nano", **asked)
+            forced = await on.sdk.chat.completions.create(model="nano", **asked, tool_choice="required")
+            assert made(free.choices[0].message) == made(forced.choices[0].message)
+            ids = free.choices[0].model_dump()["token_ids"]
+            assert ids and forced.choices[0].model_dump()["token_ids"] == ids
+
+
 async def test_several_choices_and_calls_have_ids_of_their_own() -> None:
     (sample,) = samples("zoom", SEED, 1)
     async with faces(EngineRole.COLOCATED) as on:
