@@ -18,7 +18,7 @@ from actors.ernie.files import SINGLE_FILE
 from actors.ernie.names import tensor_shapes
 from nano.files import documents, tokenizer_document
 
-HEADS = ("head", "early", "late")
+HEADS = ("head", "early", "late", "things", "corners", "ordinals")
 HEADS_FILE = Path(__file__).parent / "heads.safetensors"
 
 

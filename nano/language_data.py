@@ -22,7 +22,7 @@ from cluster.eval.world.zoom import OFFER, SCALE, SIDE, call, crop, where
 from nano.files import FONT_PATH
 from nano.frames import Frame, FrameBatch, Ints, batch_frames, frame, smaller, spoil
 from nano.packing import ASSISTANT, BEGIN, NOT_THINKING, SEP, Answer, Media, Row, RowBatch, Segment, batch_rows
-from nano.vision_data import Targets, VisionBatch, stack, targets
+from nano.vision_data import ABOUT_THING, Targets, VisionBatch, stack, targets, things_of_tokens
 
 LENGTH = 264
 LATER_TURN = 0.12
@@ -41,20 +41,20 @@ class Mix:
 
 
 FULL = Mix(
-    kinds={"picture": 0.46, "clip": 0.25, "pair": 0.08, "zoom": 0.13, "late": 0.06, "chat": 0.02},
+    kinds={"picture": 0.38, "clip": 0.17, "pair": 0.08, "zoom": 0.13, "late": 0.22, "chat": 0.02},
     scenes={
-        "colour": 1.0,
-        "shape": 1.0,
-        "count": 2.0,
-        "region": 1.2,
-        "digits": 2.0,
-        "position": 1.0,
+        "colour": 1.2,
+        "shape": 1.5,
+        "count": 3.0,
+        "region": 0.8,
+        "digits": 1.5,
+        "position": 0.8,
         "odd": 0.8,
         "exist": 0.2,
-        "describe": 0.6,
-        "grounding": 0.8,
+        "describe": 0.8,
+        "grounding": 1.0,
     },
-    clips={"moving": 1.0, "direction": 1.2, "event_time": 1.4, "timestamp": 1.2},
+    clips={"moving": 0.5, "direction": 0.8, "event_time": 1.4, "timestamp": 1.4},
     thinking=0.25,
 )
 FIRST = Mix(
@@ -72,7 +72,8 @@ SECOND = Mix(
 )
 """Then where things are, what numbers say, and when something happens."""
 MIXES = {"first": FIRST, "second": SECOND, "full": FULL}
-BOX_WEIGHT = 12.0
+WEIGHTS = {"grounding": 12.0, "count": 8.0}
+"""Of answers that are harder to learn than others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +82,8 @@ class Batch:
     rows: RowBatch
     events: Ints
     """int [U, P / 4]: 1 or 2 where a thing changes in the first or the second frame of a unit."""
+    things: Ints
+    """int [U, P / 4, ABOUT_THING]: as ``things_of_tokens`` tells; -1 where nothing is known."""
 
     @property
     def frames(self) -> FrameBatch:
@@ -97,13 +100,16 @@ class Album:
         self._pairs: list[tuple[int, int]] = []
         self._targets: list[tuple[Targets, Targets] | None] = []
         self._events: list[tuple[int, int, int]] = []
+        self._things: dict[int, Ints] = {}
 
-    def picture(self, image: Image.Image, made: Scene | None = None) -> Media:
-        """``made``: what is in it, if it is known."""
+    def picture(self, image: Image.Image, made: Scene | None = None, *, legible: bool = True) -> Media:
+        """``made``: what is in it, if it is known; ``legible``: whether one can read its numbers."""
         item = frame(spoil(image, self._rng))
+        if made is not None:
+            self._things[len(self._pairs)] = things_of_tokens(made, item.grid)
         self._pairs.append((len(self._frames), len(self._frames)))
         self._frames.append(item)
-        seen = None if made is None else targets(made, item.grid)
+        seen = targets(made, item.grid) if made is not None and legible else None
         self._targets.append(None if seen is None else (seen, seen))
         return Media((len(self._pairs) - 1,), item.grid)
 
@@ -132,15 +138,23 @@ class Album:
             self._targets.append((seen, seen_later))
         return Media(tuple(range(first, len(self._pairs))), items[0][0].grid, video=True)
 
-    def batch(self) -> VisionBatch:
+    def batch(self, rows: list[Row]) -> Batch:
+        """Everything of rows whose pictures and clips are these."""
         frames = batch_frames(self._frames, self._pairs)
-        return VisionBatch(frames, *stack(self._targets, frames))
+        vision = VisionBatch(frames, *stack(self._targets, frames))
+        tokens = frames.tokens
+        return Batch(vision, batch_rows(rows, tokens), self._event_map(tokens), self._thing_map(tokens))
 
-    def events(self, tokens: int) -> Ints:
-        """As in Batch, for units of so many tokens."""
+    def _event_map(self, tokens: int) -> Ints:
         found = np.zeros((len(self._pairs), tokens), dtype=np.int64)
         for unit, token, kind in self._events:
             found[unit, token] = kind
+        return found
+
+    def _thing_map(self, tokens: int) -> Ints:
+        found = np.full((len(self._pairs), tokens, ABOUT_THING), -1, dtype=np.int64)
+        for unit, things in self._things.items():
+            found[unit, : len(things)] = things
         return found
 
 
@@ -150,9 +164,7 @@ def language_batch(rng: random.Random, rows: int, mix: Mix = FULL) -> Batch:
     for _ in range(rows):
         kind = _choose(rng, mix.kinds)
         made.append(MAKERS[kind](rng, album))
-    vision = album.batch()
-    tokens = vision.frames.tokens
-    return Batch(vision, batch_rows(made, tokens), album.events(tokens))
+    return album.batch(made)
 
 
 def _opening(rng: random.Random, *, tools: bool = False) -> str:
@@ -170,7 +182,7 @@ def _choose(rng: random.Random, weights: Mapping[str, float]) -> str:
 
 def _reply(question: Question, rng: random.Random, mix: Mix) -> list[Segment]:
     """The assistant's turn up to its end."""
-    weight = BOX_WEIGHT if question.task == "grounding" else mix.thought_weight
+    weight = WEIGHTS.get(question.task, mix.thought_weight)
     if question.thought and rng.random() < mix.thinking:
         return [
             f"{ASSISTANT}<think>",
@@ -190,7 +202,7 @@ def _fill(row: Row, questions: Sequence[Question], rng: random.Random, mix: Mix)
             return
 
 
-MOST = {"digits": 4, "region": 3, "position": 2, "count": 2}
+MOST = {"digits": 4, "region": 3, "position": 2, "count": 4}
 """Questions of a task about one picture; one of every other."""
 
 
@@ -270,9 +282,9 @@ def _zoom(rng: random.Random, album: Album) -> Row:
     number = made.numbers[0]
     corners = where(number.box)
     question = next(iter(BUILDERS["digits"](made, rng)))
-    row = Row.begin(LENGTH, [f"{_opening(rng, tools=True)}Picture 1:", album.picture(image)])
+    row = Row.begin(LENGTH, [f"{_opening(rng, tools=True)}Picture 1:", album.picture(image, made, legible=False)])
     # A row has room for the call or for what follows it.
-    if rng.random() < 0.4:
+    if rng.random() < 0.55:
         row.add([f"{question.text}{ASSISTANT}{NOT_THINKING}", Answer(call(corners), 14.0, "zoom call")])
         return row
     looked = [max(0, min(SCALE - SIDE, c + rng.choice((-40, -20, 0, 20, 40)))) for c in corners[:2]]
@@ -284,11 +296,15 @@ def _zoom(rng: random.Random, album: Album) -> Row:
     return row
 
 
+LATE_SCENES = {"colour": 9.0}
+"""Weights of their own: which shape was asked about is the hardest to keep in mind past a picture."""
+
+
 def _late(rng: random.Random, album: Album) -> Row:
     """Questions before their pictures, each with one of its own."""
     row = Row.begin(LENGTH, [_opening(rng)])
     for _ in range(3):
-        task = _choose(rng, album.mix.scenes)
+        task = _choose(rng, {**album.mix.scenes, **LATE_SCENES})
         made = scene(rng, task)
         question = about(made, rng, album.mix, task)[0]
         row.add([f"{question.text}Picture 1:", album.scene(made), *_reply(question, rng, album.mix)])

@@ -7,7 +7,7 @@ are computed for every token and weighted with zero outside the chosen ones: at 
 from __future__ import annotations
 
 import math
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,8 @@ from actors.ernie.config_keys import DEFAULT_MEAN, DEFAULT_STD
 
 EARLY, LATE = 2, 4
 """Layers after which tokens of pictures and clips are to know where they lie, and whether something changed there."""
+BLIND = 2
+"""Layers in which words are not to look at pictures: what they read later has passed the vision experts."""
 
 
 class VisionBlock(nn.Module):
@@ -171,15 +173,24 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(width, self.kv_heads * head, bias=False)
         self.o_proj = nn.Linear(self.heads * head, width, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, seen: Tensor | None) -> tuple[Tensor, Tensor]:
+        """x [R, S, width] -> the same, and which share of their attention [R, heads, S] tokens give to those of
+        ``seen`` (bool [R, S]); zeros without it."""
         rows, length, _ = x.shape
         q = self.q_proj(x).view(rows, length, self.heads, -1)
         k = self.k_proj(x).view(rows, length, self.kv_heads, -1)
         v = self.v_proj(x).view(rows, length, self.kv_heads, -1).transpose(1, 2)
         q, k = (rotate_pairs(t.float(), cos, sin).to(v.dtype).transpose(1, 2) for t in (q, k))
         k, v = (t.repeat_interleave(self.heads // self.kv_heads, dim=1) for t in (k, v))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return self.o_proj(out.transpose(1, 2).reshape(rows, length, -1))
+        if seen is None:
+            share = torch.zeros(rows, self.heads, length)
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        else:
+            scores = (q @ k.mT).float() / math.sqrt(q.shape[-1])
+            weights = scores.masked_fill(~mask, -math.inf).softmax(-1)
+            share = (weights * seen[:, None, None, :]).sum(-1)
+            out = weights.to(v.dtype) @ v
+        return self.o_proj(out.transpose(1, 2).reshape(rows, length, -1)), share
 
 
 def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -195,6 +206,27 @@ class Layer(nn.Module):
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.mlp: Mlp | Moe = Mlp(config.hidden_size, config.intermediate_size) if dense else Moe(config)
+
+
+class Passed(NamedTuple):
+    """What a pass through the language model tells."""
+
+    hidden: Tensor
+    """[R, S, width] after the last norm."""
+    loads: Tensor
+    """[L, 2, E]: share of its bank's tokens that each expert of a sparse layer gets."""
+    probabilities: Tensor
+    """[L, 2, E]: their mean."""
+    early: Tensor
+    """[V, width]: states of pictures and clips after EARLY layers."""
+    late: Tensor
+    """[V, width]: after LATE layers."""
+    before: Tensor
+    """The size of states there before the first sparse layer: the root mean square of a token."""
+    written: Tensor
+    """The same for what attention and shared experts add to them in the first BLIND layers, summed."""
+    looks: Tensor
+    """The share of their attention that words give to pictures and clips in the first BLIND layers, summed."""
 
 
 class LanguageModel(nn.Module):
@@ -226,43 +258,63 @@ class LanguageModel(nn.Module):
         places = slot[there]
         return flat.index_add(0, places, vision[source[there]].to(flat.dtype) - flat[places]).view_as(x)
 
-    def forward(
-        self, x: Tensor, positions: Tensor, branch: Tensor, special: Tensor, slot: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def forward(self, x: Tensor, positions: Tensor, branch: Tensor, special: Tensor, slot: Tensor) -> Passed:
         """Hidden states [R, S, width] of rows packed with a shared beginning and branches.
 
         x [R, S, width] from ``embed``; positions int [R, S, 3]; branch int [R, S]: 0 for what every branch sees, -1 for
-        padding; special bool [R, S]: for the vision experts. Also the load [L, 2, E] and probability of experts, and
-        the states [V, width] at the slots after EARLY and after LATE layers.
+        padding; special bool [R, S]: for the vision experts.
         """
         rows, length, width = x.shape
         angles = positions.gather(2, self.axis.expand(rows, length, -1)).float() * self.inverse
         cos, sin = angles.cos(), angles.sin()
-        before = torch.ones(length, length, dtype=torch.bool).tril()
+        earlier = torch.ones(length, length, dtype=torch.bool).tril()
         same = (branch[:, None, :] == 0) | (branch[:, None, :] == branch[:, :, None])
-        mask = (before & same)[:, None]
+        mask = (earlier & same)[:, None]
         text_valid = ((branch >= 0) & ~special).view(-1).float()
-        loads, probabilities = [], []
+        routed = (slot > 0).float()
+
+        def size(out: Tensor) -> Tensor:
+            rms = out.reshape(-1, width)[slot].float().square().mean(-1).add(1e-6).sqrt()
+            return (rms * routed).sum() / routed.sum().clamp_min(1)
+
+        words = ((branch >= 0) & ~special).float()
+        loads, probabilities, before, written, looks = [], [], [], [], []
         early = late = x
         for i, layer in enumerate(cast("list[Layer]", list(self.layers))):
             if i == EARLY:
                 early = x.view(-1, width)[slot]
             if i == LATE:
                 late = x.view(-1, width)[slot]
-            x = x + layer.self_attn(layer.input_layernorm(x), cos, sin, mask)
+            attended, share = layer.self_attn(layer.input_layernorm(x), cos, sin, mask, special if i < BLIND else None)
+            if i < BLIND:
+                looks.append((share.mean(1) * words).sum() / words.sum())
+                written.append(size(attended))
+            x = x + attended
             h = layer.post_attention_layernorm(x)
             moe, flat = layer.mlp, h.view(-1, width)
             if isinstance(moe, Mlp):
                 x = x + moe(h)
+                before.append(size(x))
                 continue
-            routed = (slot > 0).float()
             text, text_load, text_p = moe.text_moe(flat, text_valid)
             seen, seen_load, seen_p = moe.vision_moe(flat[slot], routed)
-            out = text.index_add(0, slot, seen.to(text.dtype)) + moe.shared_experts(flat)
+            shared = moe.shared_experts(flat)
+            if i < BLIND:
+                written.append(size(shared))
+            out = text.index_add(0, slot, seen.to(text.dtype)) + shared
             x = x + out.view(rows, length, width)
             loads.append(torch.stack((text_load, seen_load)))
             probabilities.append(torch.stack((text_p, seen_p)))
-        return self.norm(x.float()), torch.stack(loads), torch.stack(probabilities), early, late
+        return Passed(
+            hidden=self.norm(x.float()),
+            loads=torch.stack(loads),
+            probabilities=torch.stack(probabilities),
+            early=early,
+            late=late,
+            before=torch.stack(before).sum(),
+            written=torch.stack(written).sum(),
+            looks=torch.stack(looks).sum(),
+        )
 
 
 class Nano(nn.Module):

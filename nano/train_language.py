@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from nano.export import load_checkpoint
 from nano.files import documents
 from nano.language_data import MIXES, Batch, language_batch
-from nano.model import Bank, Nano
+from nano.model import Bank, Nano, Passed
 from nano.packing import RowBatch
 from nano.train import Clock, Muon, average, launch, save, step
-from nano.vision_data import DIGITS, OUTPUTS, digits_of_tokens
+from nano.vision_data import COLOUR_INDEX, CORNER_BINS, DIGITS, ORDINALS, OUTPUTS, THING_INDEX, digits_of_tokens
 from nano.vision_loss import losses
 
 BALANCE = 0.01
@@ -34,6 +34,11 @@ KNOWN = 0.2
 """Weight of what tokens of pictures and clips are to know before the last layers: where they lie, which the tower
 cannot know, which digits they hold, and whether something changes there."""
 PLACE_CLASSES, DIGIT_CLASSES, EVENT_CLASSES = 24, 11, 3
+THING_CLASSES = (len(THING_INDEX) + 1, len(COLOUR_INDEX) + 1)
+BEFORE, WRITTEN, LOOKS = 3.0, 0.8, 2.0
+"""Weights of the states of pictures before the vision experts, of what others than they add to them, and of words that
+look at them too early: with all three small the experts carry what is seen, as in a model whose banks had to learn
+different things."""
 PATCHES = 0.2
 """Weight of the first stage's loss while the tower learns on."""
 SMOOTH = 0.99
@@ -63,6 +68,13 @@ def is_matrix(name: str, parameter: nn.Parameter) -> bool:
     return parameter.requires_grad and parameter.ndim >= 2 and "gate.weight" not in name
 
 
+def per_find(guesses: Tensor, wanted: Tensor) -> Tensor:
+    """Cross-entropy [N, C] against [N] (-1 for unknown), summed and divided by how many are not 0: most tokens hold
+    nothing."""
+    lost = F.cross_entropy(guesses, wanted, reduction="sum", ignore_index=-1)
+    return lost / (wanted > 0).sum().clamp_min(1)
+
+
 class Learner:
     """The model, what is trained of it, and a step."""
 
@@ -70,6 +82,8 @@ class Learner:
         torch.manual_seed(options.seed)
         self.nano = Nano(documents().model)
         self.step_count = 0
+        self.notes = ""
+        """Of the last batch, for the log."""
         state = None
         if options.vision:
             seen = {k: v for k, v in torch.load(options.vision)["nano"].items() if not k.startswith("language_model")}
@@ -84,14 +98,21 @@ class Learner:
             state = load_checkpoint(options.resume) if options.resume.is_dir() else torch.load(options.resume)
             self.nano.load_state_dict(state["nano"])
             self.head.load_state_dict(state["head"])
-        self.early = nn.Linear(documents().model.text.hidden_size, 3 * PLACE_CLASSES + 2 * DIGITS * DIGIT_CLASSES)
-        if state is not None and "early" in state:
-            self.early.load_state_dict(state["early"])
-        self.late = nn.Linear(documents().model.text.hidden_size, EVENT_CLASSES)
-        if state is not None and "late" in state:
-            self.late.load_state_dict(state["late"])
+        width = documents().model.text.hidden_size
+        self.heads = nn.ModuleDict(
+            {
+                "early": nn.Linear(width, 3 * PLACE_CLASSES + 2 * DIGITS * DIGIT_CLASSES),
+                "late": nn.Linear(width, EVENT_CLASSES),
+                "things": nn.Linear(width, sum(THING_CLASSES)),
+                "corners": nn.Linear(width, 4 * CORNER_BINS),
+                "ordinals": nn.Linear(width, 3 * ORDINALS),
+            }
+        )
+        for name, head in self.heads.items():
+            if state is not None and name in state:
+                head.load_state_dict(state[name])
         self.language = [p for p in self.nano.language_model.parameters() if p.requires_grad]
-        self.language += [*self.early.parameters(), *self.late.parameters()]
+        self.language += self.heads.parameters()
         self.vision = [
             *self.nano.vision_tower.parameters(), *self.nano.resampler_model.parameters(), *self.head.parameters(),
         ]  # fmt: skip
@@ -113,9 +134,9 @@ class Learner:
         self.banks = [m for m in self.nano.language_model.modules() if isinstance(m, Bank)]
         self.forward = torch.compile(self._forward, dynamic=False) if options.compile else self._forward
 
-    def _forward(self, *args: Tensor) -> tuple[Tensor, ...]:
+    def _forward(self, *args: Tensor) -> Passed:
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            found: tuple[Tensor, ...] = self.nano.language_model(*args)
+            found: Passed = self.nano.language_model(*args)
         return found
 
     def see(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -141,35 +162,46 @@ class Learner:
         seen, patches = self.see(batch)
         x = self.nano.language_model.embed(ids, seen, source, slot[: len(source)])
         special = ids >= self.first_vision_id
-        hidden, loads, probabilities, early, late = self.forward(x, positions, branch, special, slot)
+        passed = self.forward(x, positions, branch, special, slot)
         wanted = torch.from_numpy(rows.weights) > 0
         weights, targets = torch.from_numpy(rows.weights)[wanted], torch.from_numpy(rows.targets)[wanted]
-        logits = F.linear(hidden[wanted], self.nano.language_model.embed_tokens.weight)
+        logits = F.linear(passed.hidden[wanted], self.nano.language_model.embed_tokens.weight)
         answers = (F.cross_entropy(logits, targets, reduction="none") * weights).sum() / weights.sum()
-        experts = loads.shape[-1]
-        balance = (loads.detach() * probabilities).sum(-1).mean() * experts
+        experts = passed.loads.shape[-1]
+        balance = (passed.loads.detach() * passed.probabilities).sum(-1).mean() * experts
         hits = np.zeros(rows.ids.shape, bool)
         hits[wanted.numpy()] = (logits.argmax(-1) == targets).numpy()
-        known = self.known(early[: len(source)], late[: len(source)], batch)
-        return answers + BALANCE * balance + PATCHES * patches + KNOWN * known, answers, loads.detach(), hits
+        known = self.known(passed.early[: len(source)], passed.late[: len(source)], batch)
+        total = answers + BALANCE * balance + PATCHES * patches + KNOWN * known
+        total = total + BEFORE * passed.before + WRITTEN * passed.written + LOOKS * passed.looks
+        self.notes = f"before {passed.before:.2f} written {passed.written:.2f} looks {passed.looks:.3f}"
+        return total, answers, passed.loads.detach(), hits
 
     def known(self, early: Tensor, late: Tensor, batch: Batch) -> Tensor:
         """Loss of telling, from the states [V, width] of the tokens of pictures and clips, where each lies (frame pair,
-        row, column) and which digits are in it, in reading order; and, some layers later, what changes there."""
+        row, column), which digits are in it, in reading order, and which thing has its centre in it; and, some layers
+        later, what changes there, how far the thing reaches, and the how-manieth it is."""
         if not len(early):
             return torch.zeros(())
+        early, late = early.float(), late.float()
         source = torch.from_numpy(batch.rows.source)
-        places, digits = self.early(early.float()).split([3 * PLACE_CLASSES, 2 * DIGITS * DIGIT_CLASSES], dim=-1)
+        there = source >= 0
+        at = source[there]
+        places, digits = self.heads["early"](early).split([3 * PLACE_CLASSES, 2 * DIGITS * DIGIT_CLASSES], dim=-1)
         wanted = torch.from_numpy(batch.rows.places).clamp_max(PLACE_CLASSES - 1)
         lost = F.cross_entropy(places.reshape(-1, PLACE_CLASSES), wanted.flatten(), ignore_index=-1)
-        there = source >= 0
-        wanted = torch.from_numpy(digits_of_tokens(batch.vision.classes)).flatten(0, 1)[source[there]].flatten()
-        guesses = digits[there].reshape(-1, DIGIT_CLASSES)
-        losses = F.cross_entropy(guesses, wanted, reduction="sum", ignore_index=-1)
-        lost = lost + losses / (wanted > 0).sum().clamp_min(1)
-        wanted = torch.from_numpy(batch.events).flatten()[source[there]]
-        losses = F.cross_entropy(self.late(late[there].float()), wanted, reduction="sum")
-        return lost + losses / (wanted > 0).sum().clamp_min(1)
+        wanted = torch.from_numpy(digits_of_tokens(batch.vision.classes)).flatten(0, 1)[at].flatten()
+        lost = lost + per_find(digits[there].reshape(-1, DIGIT_CLASSES), wanted)
+        things = torch.from_numpy(batch.things).flatten(0, 1)[at]
+        for k, guesses in enumerate(self.heads["things"](early[there]).split(THING_CLASSES, dim=-1)):
+            lost = lost + per_find(guesses, things[:, k])
+        lost = lost + per_find(self.heads["late"](late[there]), torch.from_numpy(batch.events).flatten()[at])
+        parts = (("corners", things[:, 2:6], CORNER_BINS, 1.0), ("ordinals", things[:, 6:], ORDINALS, 3.0))
+        for name, wanted, classes, weight in parts:
+            guesses = self.heads[name](late[there]).reshape(-1, classes)
+            sums = F.cross_entropy(guesses, wanted.flatten(), reduction="sum", ignore_index=-1)
+            lost = lost + weight * sums / (wanted >= 0).sum().clamp_min(1)
+        return lost
 
     def step(self, batch: Batch, scale: float) -> tuple[float, np.ndarray]:
         total, answers, loads, hits = self.loss(batch)
@@ -193,8 +225,7 @@ class Learner:
             "optimisers": [optimiser.state_dict() for optimiser in self.optimisers],
             "sees": self.sees,
             "head": self.head.state_dict(),
-            "early": self.early.state_dict(),
-            "late": self.late.state_dict(),
+            **{name: head.state_dict() for name, head in self.heads.items()},
         }
 
 
@@ -210,7 +241,8 @@ def train(rank: int, options: argparse.Namespace) -> None:
         scores.add(batch.rows, hits)
         mean = loss if not mean else SMOOTH * mean + (1 - SMOOTH) * loss
         if rank == 0 and learner.step_count % 100 == 0:
-            print(f"{clock.minutes:6.1f} min  step {learner.step_count}  loss {mean:.4f}  {scores}", flush=True)
+            at = f"{clock.minutes:6.1f} min  step {learner.step_count}"
+            print(f"{at}  loss {mean:.4f}  {learner.notes}  {scores}", flush=True)
         if rank == 0 and learner.step_count % 500 == 0:
             save(options.out, learner.state())
     if rank == 0:

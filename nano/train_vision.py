@@ -35,7 +35,7 @@ def train(rank: int, options: argparse.Namespace) -> None:
     held = {id(p) for p in matrices}
     others = [p for p in vision if id(p) not in held]
     optimisers = [
-        Muon(matrices, lr=0.02),
+        Muon(matrices, lr=options.matrix_lr),
         torch.optim.AdamW(others, lr=options.lr, betas=(0.9, 0.98), weight_decay=0.01),
     ]
     bases = [group["lr"] for optimiser in optimisers for group in optimiser.param_groups]
@@ -73,6 +73,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--resume", type=Path)
     parser.add_argument("--lr", type=float, default=1.5e-3)
+    parser.add_argument("--matrix-lr", type=float, default=0.02, help="of the blocks' matrices, by Muon")
     parser.add_argument("--box-weight", type=float, default=2.0)
     launch(train, parser)
 

@@ -18,7 +18,7 @@ from cluster.eval.world.clips import clip
 from cluster.eval.world.draw import draw_scene, number_font
 from cluster.eval.world.questions import BUILDERS
 from cluster.eval.world.scenes import dense, scene
-from cluster.eval.world.things import COLOURS, NUMBER, SHAPES, Scene
+from cluster.eval.world.things import COLOURS, NUMBER, SHAPES, Scene, Thing
 from nano.files import FONT_PATH
 from nano.frames import Frame, FrameBatch, Ints, batch_frames, frame, smaller, spoil
 
@@ -80,6 +80,39 @@ def targets(scene: Scene, grid: tuple[int, int], stamp: float | None = None) -> 
             if x < 1:
                 digit(x, 0.6 * size / scene.height, int(text[k]))
     return Targets(classes, boxes)
+
+
+THING_INDEX = {**SHAPE_INDEX, NUMBER: len(SHAPE_INDEX) + 1}
+CORNER_BINS, ORDINALS = 40, 8
+ABOUT_THING = 9
+"""Numbers told about the thing in a token: see ``things_of_tokens``."""
+
+
+def things_of_tokens(scene: Scene, grid: tuple[int, int]) -> Ints:
+    """What has its centre in each token, int [rows * columns, ABOUT_THING].
+
+    Its kind and colour (0 for none); its box's x1, y1, x2, y2 in CORNER_BINS parts of the sides; and, of a shape, how
+    many of its kind, of its colour and of all shapes there are up to this token (-1 where there is none).
+    """
+    rows, columns = grid
+    found = np.full((rows * columns, ABOUT_THING), (0, 0, *[-1] * 7), dtype=np.int64)
+    placed: list[tuple[int, Thing]] = []
+    for thing in scene.things:
+        x, y = thing.box.centre
+        corners = (thing.box.x1, thing.box.y1, thing.box.x2, thing.box.y2)
+        token = min(rows - 1, int(y * rows)) * columns + min(columns - 1, int(x * columns))
+        found[token, :6] = (
+            THING_INDEX[thing.kind],
+            COLOUR_INDEX[thing.colour],
+            *(min(CORNER_BINS - 1, max(0, int(c * CORNER_BINS))) for c in corners),
+        )
+        if thing.kind != NUMBER:
+            placed.append((token, thing))
+    for token, thing in placed:
+        before = [other for at, other in placed if at <= token]
+        same = (sum(t.kind == thing.kind for t in before), sum(t.colour == thing.colour for t in before), len(before))
+        found[token, 6:] = [min(n, ORDINALS) - 1 for n in same]
+    return found
 
 
 @dataclass(frozen=True, slots=True)

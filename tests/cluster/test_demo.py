@@ -39,7 +39,7 @@ def test_the_demo_asks_everything_and_leaves_nothing(clusters: Clusters, tmp_pat
     assert "nano from" in done.stdout and "1 prefill + 1 decode" in done.stdout
     for sample in made_samples().values():
         assert f"Q: {sample.question.text}" in done.stdout
-        assert f"   (truth: {sample.question.answer})" in done.stdout
+        assert f"A: {sample.question.answer}   (truth: {sample.question.answer})" in done.stdout
     assert {file.stem for file in (tmp_path / "kept").iterdir()} == SEEDS.keys()
     left = [process.pid for process in psutil.process_iter() if _environment(process).get(MARK) == mark]
     assert not left

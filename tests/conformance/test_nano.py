@@ -1,9 +1,10 @@
-"""nano under transformers: the same answers as ours."""
+"""nano under transformers: the same answers as ours, and what each of its two expert banks is there for."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
+from statistics import fmean
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from transformers import Ernie4_5_VLMoeForConditionalGeneration
 from actors.ernie.config import ErnieConfig
 from actors.processing.processor import Processor
 from actors.types import ContentPart, EngineRole, Message, MessageRole, PreprocessRequest, ThinkingMode
+from cluster.eval.scoring import score
 from cluster.eval.tasks import samples
 from cluster.generation import Delta, GenerateCall
 from tests.conformance.hf_reference import Prompt, reference_inputs
@@ -24,6 +26,12 @@ PICTURE_TASKS = ("colour", "shape", "count", "region", "digits")
 CLIP_TASKS = ("moving", "direction", "event_time", "timestamp")
 MOST_EXCUSED = 1
 """Answers that may differ where the reference itself is undecided, as ``test_greedy_generation`` defines it."""
+BANK_SAMPLES = 12
+"""Of each task about a picture."""
+LEAST_ACCURACY, LEAST_LOSS = 0.9, 0.3
+"""Of all such questions, with the right experts; and what the wrong ones cost."""
+VISION_ALONE = ("region", "digits")
+"""What only the vision experts can tell. The text experts know colours, as words, and a count is often one."""
 
 
 class Reference:
@@ -52,9 +60,12 @@ class Reference:
         )
 
     @torch.no_grad()
-    def answer(self, case: Prompt) -> list[int]:
-        """Greedy ids up to the end token."""
+    def answer(self, case: Prompt, *, vision_bank: bool = True) -> list[int]:
+        """Greedy ids up to the end token. Without ``vision_bank`` the text bank also takes the tokens of media."""
         inputs = reference_inputs(case, self.config)
+        assert inputs["moe_mm_token_type_ids"].any()
+        if not vision_bank:
+            inputs["moe_mm_token_type_ids"] = torch.zeros_like(inputs["moe_mm_token_type_ids"])
         self.model.model.rope_deltas = None
         ids = self.model.generate(
             **inputs,
@@ -69,6 +80,13 @@ class Reference:
     def without_end(self, ids: Sequence[int]) -> list[int]:
         ended = [i for i, token in enumerate(ids) if token in self.config.eos_token_ids]
         return list(ids[: ended[0]]) if ended else list(ids)
+
+    def accuracy(self, task: str, *, vision_bank: bool) -> float:
+        scores = []
+        for one in samples(task, SEED, BANK_SAMPLES):
+            ids = self.answer(self.prompt(parts_of(one)), vision_bank=vision_bank)
+            scores.append(score(task, self.processor.tokenizer.decode(ids), one.answer))
+        return fmean(scores)
 
 
 @cache
@@ -113,3 +131,15 @@ async def test_answers_equal_those_of_transformers() -> None:
                 excused += 1
         await cluster.wait_clean()
     assert excused <= MOST_EXCUSED
+
+
+def test_pictures_need_the_vision_bank() -> None:
+    """The banks have no weights in common, nor even a width: what the vision bank learnt is nowhere else."""
+    peer = reference()
+    text, vision = peer.config.text.moe_intermediate_size
+    assert text != vision
+    right, wrong = ({t: peer.accuracy(t, vision_bank=bank) for t in PICTURE_TASKS} for bank in (True, False))
+    assert fmean(right.values()) >= LEAST_ACCURACY
+    assert fmean(right.values()) - fmean(wrong.values()) >= LEAST_LOSS
+    for task in VISION_ALONE:
+        assert wrong[task] < right[task] / 2

@@ -15,7 +15,7 @@ from nano.export import export
 from nano.files import documents
 from nano.language_data import FULL, MAKERS, Album, Batch
 from nano.model import Nano
-from nano.packing import Row, batch_rows
+from nano.packing import Row
 from tests.conformance.hf_reference import Prompt, reference_inputs
 
 TOLERANCE = 1e-4
@@ -83,8 +83,7 @@ def test_branches_are_conversations(kind: str, models: tuple[Nano, Ernie4_5_VLMo
     rng = random.Random(f"conformance/{kind}")
     album = Album(rng)
     row = MAKERS[kind](rng, album)
-    vision = album.batch()
-    batch = Batch(vision, batch_rows([row], vision.frames.tokens), album.events(vision.frames.tokens))
+    batch = album.batch([row])
     rows, frames = batch.rows, batch.frames
     ids, source, slot = (torch.from_numpy(x) for x in (rows.ids, rows.source, rows.slot))
     seen = torch.zeros(1, documents().model.text.hidden_size)
@@ -93,7 +92,7 @@ def test_branches_are_conversations(kind: str, models: tuple[Nano, Ernie4_5_VLMo
     x = nano.language_model.embed(ids, seen, source, slot)
     special = ids >= documents().model.im_patch_id
     positions, branch = torch.from_numpy(rows.positions), torch.from_numpy(rows.branch)
-    hidden, *_ = nano.language_model(x, positions, branch, special, slot)
+    hidden = nano.language_model(x, positions, branch, special, slot).hidden
     logits = (hidden @ nano.language_model.embed_tokens.weight.T)[0]
     assert len(row.pieces) > 1
     for branch_index in range(1, len(row.pieces)):

@@ -22,8 +22,8 @@ from cluster.eval.world.scenes import scene
 from cluster.eval.world.zoom import NAME, TOOL, call
 from nano.files import FONT_PATH, documents, tokenizer_document
 from nano.frames import frame
-from nano.language_data import Album, _opening, language_batch
-from nano.packing import ASSISTANT, BEGIN, NOT_THINKING, SEP, Answer, Media, Piece, piece
+from nano.language_data import LENGTH, Album, _opening, language_batch
+from nano.packing import ASSISTANT, BEGIN, NOT_THINKING, SEP, Answer, Media, Piece, Row, piece
 from tests.unit.processing.samples import image_part, message, request, user, video_part
 
 
@@ -111,7 +111,7 @@ def test_a_clip_has_the_frames_and_times_the_server_draws(processor: Processor) 
     album = Album(random.Random(0))
     media = album.clip(film)
     assert_same(piece([f"{BEGIN}User: Video 1:", media, f"When?{ASSISTANT}{NOT_THINKING}"]), served)
-    batch = album.batch().frames
+    batch = album.batch([Row.begin(LENGTH, [media])]).frames
     for pair, key in zip(batch.pairs, served.media[0].content_keys, strict=True):
         unit = served.units[key]
         mine = np.concatenate([batch.patches[f][batch.valid[f]] for f in pair])
@@ -168,7 +168,7 @@ def test_the_token_where_something_changes_is_told() -> None:
     album = Album(random.Random(0))
     film = clip(random.Random(9), "event_time")
     media = album.clip(film)
-    events = album.events(album.batch().frames.tokens)
+    events = album.batch([Row.begin(LENGTH, [media])]).events
     ((unit, token),) = np.argwhere(events)
     k = film.first_sample_after_change()
     x, y = film.things[0].box.centre

@@ -13,12 +13,20 @@ from actors.processing.images import smart_resize
 from cluster.eval.world.scenes import dense
 from cluster.eval.world.seeds import EVALUATION_SEEDS
 from cluster.eval.world.things import Box, Ground, Scene, Thing
-from nano.export import export, load_checkpoint, save_heads
+from nano.export import HEADS, export, load_checkpoint, save_heads
 from nano.files import documents
 from nano.frames import BOUNDS, MAX_TOKENS, MIN_TOKENS, places, smaller
-from nano.model import Nano
+from nano.model import BLIND, Mlp, Nano
 from nano.train import Muon, check_seed, orthogonalise
-from nano.vision_data import COLOUR_INDEX, SHAPE_INDEX, digits_of_tokens, targets, vision_batch
+from nano.vision_data import (
+    COLOUR_INDEX,
+    SHAPE_INDEX,
+    THING_INDEX,
+    digits_of_tokens,
+    targets,
+    things_of_tokens,
+    vision_batch,
+)
 
 
 def test_seeds_of_the_evaluation_are_refused() -> None:
@@ -128,12 +136,7 @@ def test_muon_lowers_a_loss() -> None:
 
 def test_training_goes_on_from_the_exported_checkpoint(tmp_path: Path) -> None:
     nano, head = Nano(documents().model), nn.Linear(4, 2)
-    state = {
-        "nano": nano.state_dict(),
-        "head": head.state_dict(),
-        "early": head.state_dict(),
-        "late": head.state_dict(),
-    }
+    state = {"nano": nano.state_dict()} | {name: head.state_dict() for name in HEADS}
     export(state["nano"], tmp_path / "nano")
     save_heads(state, tmp_path / "heads.safetensors")
     again = load_checkpoint(tmp_path / "nano", tmp_path / "heads.safetensors")
@@ -154,3 +157,47 @@ def test_digits_of_tokens_are_read_from_left_to_right() -> None:
     assert digits[0, 1].tolist() == [5, 8, 0, 0, 0, 0]
     assert not digits[0, [0, 2, 3]].any()
     assert (digits_of_tokens(np.full((1, 2, 4, 16), -1)) == -1).all()
+
+
+def test_things_are_known_at_the_token_of_their_centre() -> None:
+    star = Thing("star", "blue", Box(0.5, 0.0, 0.9, 0.4))
+    ring = Thing("ring", "blue", Box(0.6, 0.6, 0.8, 0.8))
+    number = Thing("number", "red", Box(0.1, 0.75, 0.3, 0.95), "7")
+    found = things_of_tokens(Scene(112, 112, Ground((255, 255, 255)), (ring, star, number)), (2, 2))
+    assert found.tolist() == [
+        [0, 0, -1, -1, -1, -1, -1, -1, -1],
+        [THING_INDEX["star"], COLOUR_INDEX["blue"], 20, 0, 36, 16, 0, 0, 0],
+        [THING_INDEX["number"], COLOUR_INDEX["red"], 4, 30, 12, 38, -1, -1, -1],
+        # The second blue shape, the first ring.
+        [THING_INDEX["ring"], COLOUR_INDEX["blue"], 24, 24, 32, 32, 0, 1, 1],
+    ]
+
+
+def test_a_pass_tells_how_much_words_look_at_pictures_and_what_is_written_there() -> None:
+    torch.manual_seed(0)
+    model = Nano(documents().model).language_model
+    x = torch.randn(1, 12, documents().model.text.hidden_size)
+    positions, branch = torch.arange(12)[None, :, None].expand(1, 12, 3), torch.zeros(1, 12, dtype=torch.int64)
+    special = torch.zeros(1, 12, dtype=torch.bool)
+    special[0, 4:8] = True
+    slot = torch.arange(4, 8)
+    with torch.no_grad():
+        passed = model(x, positions, branch, special, slot)
+        for layer in model.layers:
+            layer.self_attn.q_proj.weight.zero_()
+        even = model(x, positions, branch, special, slot)
+    # Queries of zero look at all tokens before them alike: words after the picture give it 4 of 9 .. 12 parts.
+    expected = BLIND * sum(4 / n for n in range(9, 13)) / 8
+    assert float(even.looks) == pytest.approx(expected, rel=1e-5)
+    assert 0 < float(passed.looks) < BLIND
+    assert float(passed.before) > 0.3 and float(passed.written) > 0.1
+    with torch.no_grad():
+        for layer in model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            if isinstance(layer.mlp, Mlp):
+                layer.mlp.down_proj.weight.zero_()
+            else:
+                layer.mlp.shared_experts.down_proj.weight.zero_()
+        silent = model(x, positions, branch, special, slot)
+    assert float(silent.before) == pytest.approx(float(x[0, 4:8].square().mean(-1).sqrt().mean()), rel=1e-3)
+    assert float(silent.written) < 0.02
