@@ -120,9 +120,9 @@ def test_one_dispatch_and_one_combine_per_sparse_layer_whatever_the_mix() -> Non
     calls: list[str] = []
 
     class Counting(LocalDispatcher):
-        def dispatch(self, x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> Any:
-            calls.append("dispatch")
-            return super().dispatch(x_TD, expert_ids_TK, weights_TK)
+        def dispatch(self, layer: int, x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> Any:
+            calls.append(f"dispatch {layer}")
+            return super().dispatch(layer, x_TD, expert_ids_TK, weights_TK)
 
         def combine(self, rows_ND: Tensor, metadata: Any) -> Tensor:
             calls.append("combine")
@@ -132,7 +132,7 @@ def test_one_dispatch_and_one_combine_per_sparse_layer_whatever_the_mix() -> Non
     for sequence in (Sequence(8, 12, Grid(1, 4, 4)), Sequence(9, 4, None)):
         calls.clear()
         sequence.forward(model)
-        assert calls == ["dispatch", "combine"] * 2
+        assert calls == ["dispatch 1", "combine", "dispatch 2", "combine"]
 
 
 def test_forward_leaves_its_input_alone() -> None:
