@@ -20,7 +20,9 @@ from actors.ernie.moe import ExpertBank, SparseMlp, expert_tensor_names
 from actors.ernie.rope import rotate_pairs, text_rope_tables
 from actors.kernels.cpu import CpuKernels, load_cpu_kernels
 from actors.parallel.dispatch import Dispatcher, LocalDispatcher
-from actors.parallel.layout import ExpertShare
+from actors.parallel.group import ExpertGroup
+from actors.parallel.layout import ExpertPlacement, ExpertShare
+from actors.parallel.moves import BankStorage, MoveReport, move_experts
 
 PREFIX = "model.language_model"
 
@@ -147,6 +149,29 @@ class LanguageModel:
             return {}
         prefixes = {layer: f"{PREFIX}.layers.{layer}.mlp.text_moe" for layer in self.config.sparse_layers}
         return {name: self.share.text(i) for i, prefix in prefixes.items() for name in expert_tensor_names(prefix)}
+
+    def move_experts(self, group: ExpertGroup, wanted: ExpertPlacement) -> MoveReport:
+        """Exchanges experts with the other ranks of the group (see ``parallel.moves``), of an attached vision bank too.
+
+        Between steps. A bank that is attached later must have been laid out for the new share.
+
+        Raises ValueError if the model's share is not the group's.
+        """
+        if self.share != group.share:
+            raise ValueError("the model does not hold the share of the experts that its group knows")
+        banks: dict[int, ExpertBank] = {} if self.vision_bank is None else self.vision_bank.layers
+        storage = {
+            layer.index: BankStorage(
+                text=layer.mlp.text.experts, vision=banks[layer.index].experts if layer.index in banks else ()
+            )
+            for layer in self.layers
+            if isinstance(layer.mlp, SparseMlp)
+        }
+        report = move_experts(group, wanted, storage)
+        self.share = group.share
+        if self.vision_bank is not None:
+            self.vision_bank.share = group.share
+        return report
 
     def embed(self, ids_T: Tensor) -> Tensor:
         """Embedding rows [T, D] of int64 ids. Placeholder rows are the caller's to overwrite with media embeddings."""

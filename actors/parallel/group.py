@@ -71,6 +71,7 @@ class ExpertGroup:
             raise ValueError("a group's ranks compute in steps: begin_step comes first")
         return self.step
 
+    @torch.inference_mode()
     def place(self, placement: ExpertPlacement) -> None:
         """Takes over a placement with as many experts of each bank on each rank as now. The load starts anew."""
         require_same_sizes(self.placement, placement)
@@ -83,28 +84,31 @@ class ExpertGroup:
         """Adds to the load of the experts held here, which see the tokens of all ranks."""
         self._rows_H[layer] += rows_per_expert_H
 
-    def take_load(self) -> dict[int, Tensor]:
-        """Rows of every expert of the group since the last call, by layer: int64 [X] on the CPU. A collective."""
+    @torch.inference_mode()
+    def take_load(self) -> dict[int, tuple[int, ...]]:
+        """Rows of every expert of the group since the last call or move, by layer and id. A collective."""
         world, placement = self.world, self.placement
         layers = list(self.tables)
-        load: dict[int, Tensor] = {}
-        mine = torch.cat([self._rows_H[layer] for layer in layers]) if layers else torch.empty(0, dtype=torch.int64)
+        load: dict[int, tuple[int, ...]] = {}
+        if not layers:
+            return load
+        mine = torch.cat([self._rows_H[layer] for layer in layers])
         counts = [sum(len(placement.layout(layer).held(r)) for layer in layers) for r in range(world.size)]
-        widest = max(counts, default=0)
+        widest = max(counts)
         padded = torch.zeros(widest, dtype=torch.int64, device=world.device)
         padded[: mine.numel()] = mine
         gathered = torch.empty(world.size * widest, dtype=torch.int64, device=world.device)
         world.all_gather(gathered, padded, layer=None, what="gathering the load of experts")
-        by_rank = gathered.view(world.size, widest).cpu()
+        by_rank = gathered.view(world.size, widest).tolist()
         starts = [0] * world.size
         for layer in layers:
             layout = placement.layout(layer)
-            rows_X = torch.zeros(2 * layout.num_experts, dtype=torch.int64)
+            rows_X = [0] * (2 * layout.num_experts)
             for rank in range(world.size):
-                ids = layout.held(rank)
-                rows_X[list(ids)] = by_rank[rank, starts[rank] : starts[rank] + len(ids)]
-                starts[rank] += len(ids)
-            load[layer] = rows_X
+                for place, expert in enumerate(layout.held(rank), start=starts[rank]):
+                    rows_X[expert] = by_rank[rank][place]
+                starts[rank] += len(layout.held(rank))
+            load[layer] = tuple(rows_X)
             self._rows_H[layer].zero_()
         return load
 

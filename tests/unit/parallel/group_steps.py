@@ -16,10 +16,11 @@ from actors.ernie.bank import VisionBank, empty_bank_buffer
 from actors.ernie.config import TextConfig
 from actors.ernie.experts_form import ExpertsForm
 from actors.ernie.text import LanguageModel
-from actors.parallel.dispatch import Dispatcher
+from actors.parallel.dispatch import Dispatcher, LocalDispatcher
 from actors.parallel.group import ExpertGroup, GroupStep
 from actors.parallel.group_dispatch import AllToAllDispatcher, FixedShapeDispatcher
 from actors.parallel.layout import ExpertLayout, ExpertPlacement, ExpertShare, even_placement
+from actors.parallel.placement import ExpertMemory, plan_layers, skew
 from actors.parallel.world import World
 from tests.small_models import language_model, text_config
 
@@ -180,6 +181,91 @@ def other_forms(world: World, steps: int) -> dict[str, list[float]]:
             if len(logits):
                 found[name].append(float((logits - expected).abs().mean() / expected.std()))
     return found
+
+
+class Counting(LocalDispatcher):
+    """Rows of every expert, by layer."""
+
+    def __init__(self, num_experts: int) -> None:
+        super().__init__(num_experts)
+        self.rows: dict[int, Tensor] = {}
+
+    def dispatch(self, layer: int, x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> Any:
+        sent = super().dispatch(layer, x_TD, expert_ids_TK, weights_TK)
+        self.rows[layer] = self.rows.get(layer, 0) + sent.rows_per_expert_X
+        return sent
+
+
+def steps_with_moves(world: World, rounds: int, seed: int) -> dict[str, Any]:
+    """Steps, then experts move as their load asks, and so on; in the end without the vision bank."""
+    rng = random.Random(seed)
+    config = text_config()
+    whole = language_model(config, dispatcher=(counting := Counting(2 * config.moe_num_experts)))
+    group = ExpertGroup(world, even(config, world.size))
+    model = share_of(whole, group.share)
+    addresses = [view.data_ptr() for view in views_of(model).values()]
+    room = (3 * config.moe_num_experts,) * world.size
+    memory = ExpertMemory(text_expert=3, vision_expert=1, room=room)
+    worst, moved = 0.0, 0
+    skews: list[tuple[int, tuple[float, float], tuple[float, float]]] = []
+    for number in range(rounds):
+        batches = draw_batches(rng, world.size)
+        model.dispatcher = rng.choice(forms(group))
+        begin(group, number, batches)
+        logits = batches[world.rank].logits(model)
+        counting.rows.clear()
+        for batch in batches:
+            batch.logits(whole)
+        load = group.take_load()
+        assert load == {layer: tuple(rows.tolist()) for layer, rows in counting.rows.items()}
+        assert not any(any(rows) for rows in group.take_load().values())
+        wanted = plan_layers(load, group.placement, memory, least_gain=0.0)
+        if number % 2:
+            wanted = shuffled(config, world.size, rng)
+        for layer, rows in load.items():
+            skews.append((number, skew(rows, group.placement.layout(layer)), skew(rows, wanted.layout(layer))))
+        report = model.move_experts(group, wanted)
+        moved += report.experts
+        assert (report.bytes_sent > 0) == (report.experts > 0)
+        assert model.share == group.share and group.placement == wanted
+        begin(group, number, batches)
+        again, expected = batches[world.rank].logits(model), batches[world.rank].logits(whole)
+        if len(logits):
+            assert torch.equal(again.argmax(-1), logits.argmax(-1))
+            worst = max(worst, float((again - logits).abs().max()), float((again - expected).abs().max()))
+        require_held(model, whole)
+        group.take_load()
+    assert [view.data_ptr() for view in views_of(model).values()] == addresses
+    model.detach_vision_bank()
+    model.move_experts(group, shuffled(config, world.size, rng))
+    require_held(model, whole)
+    return {"worst": worst, "moved": moved, "skews": skews}
+
+
+def views_of(model: LanguageModel) -> dict[str, Tensor]:
+    bank = model.vision_bank
+    return model.parameters_by_name() | ({} if bank is None else bank.parameters_by_name())
+
+
+def require_held(model: LanguageModel, whole: LanguageModel) -> None:
+    """Every expert lies where the share says."""
+    bank, sources = model.vision_bank, views_of(whole)
+    rows = model.expert_rows() | ({} if bank is None else bank.expert_rows())
+    for name, view in views_of(model).items():
+        assert torch.equal(view, sources[name][list(rows[name])] if name in rows else sources[name]), name
+
+
+def refused_moves(world: World) -> str:
+    """Storage does not grow."""
+    model = share_of(language_model(CONFIG), ExpertShare(even(CONFIG, world.size), world.rank))
+    group = ExpertGroup(world, even(CONFIG, world.size))
+    uneven = ExpertLayout(text=((0, 1, 2, 3, 4), (5, 6, 7)), vision=even(CONFIG, 2).layout(1).vision)
+    try:
+        model.move_experts(group, ExpertPlacement((None, uneven)))
+    except ValueError as error:
+        require_held(model, language_model(CONFIG))
+        return str(error)
+    return "moved"
 
 
 def kinds_of_step(batches: list[Batch]) -> set[str]:
