@@ -11,10 +11,11 @@ R ranks.
 from __future__ import annotations
 
 import contextlib
+import re
 import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -32,26 +33,42 @@ from torch.distributed import (  # type: ignore[attr-defined]
 from actors.parallel.torch_pairs import join_address, split_address
 
 _LISTEN_BACKLOG = 128
+_ROLL_CALL_S = 0.2
+"""A loss has to be told within half a second."""
+_SOURCE_PLACE = re.compile(r"^\[\S+:\d+\] ")
+"""Gloo's own file and line."""
 _WAIT_SLICE_S = 1.0
 """How soon ``stop`` is noticed. torch warns at the end of each slice."""
 
 
 class WorldError(Exception):
-    """A collective of the group failed here: a peer is gone, or none came in time. The world is lost for all ranks.
+    """A collective of the group failed here: a peer is gone, or one did not come in time. The world is lost for all.
 
     ``step`` and ``layer`` are those of this rank, None outside of them; ``timed_out`` tells the two causes apart.
+    ``silent``: ranks that did not notice the end of the world with this one: dead, frozen, or busy elsewhere.
     """
 
     def __init__(
-        self, reason: str, *, rank: int, size: int, step: int | None, layer: int | None, what: str, timed_out: bool
+        self,
+        reason: str,
+        *,
+        rank: int,
+        size: int,
+        step: int | None,
+        layer: int | None,
+        what: str,
+        timed_out: bool,
+        silent: tuple[int, ...] = (),
     ) -> None:
         parts = (f"rank {rank} of {size}", None if step is None else f"step {step}")
         place = ", ".join(part for part in (*parts, None if layer is None else f"layer {layer}", what) if part)
-        super().__init__(f"{place}: {reason}")
+        who = f" (no word from rank {', '.join(map(str, silent))})" if silent else ""
+        super().__init__(f"{place}: {reason}{who}")
         self.rank = rank
         self.step = step
         self.layer = layer
         self.timed_out = timed_out
+        self.silent = silent
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,7 +127,7 @@ def join_world(
         store = PrefixStore(name, tcp_store)
         _await_all(store, rank, size, config.join_timeout_s, stop)
         group = _make_group(store, rank, size, host, device, config)
-    return World(group, rank=rank, size=size, device=device, timeout_s=config.collective_timeout_s)
+    return World(group, store, rank=rank, size=size, device=device, timeout_s=config.collective_timeout_s)
 
 
 class World:
@@ -120,8 +137,11 @@ class World:
     that ranks waiting for this one learn of it at once.
     """
 
-    def __init__(self, group: Any, *, rank: int, size: int, device: torch.device, timeout_s: float) -> None:
+    def __init__(
+        self, group: Any, store: PrefixStore, *, rank: int, size: int, device: torch.device, timeout_s: float
+    ) -> None:
         self._group = group
+        self._store = store
         self._timeout = None if device.type == "cuda" else timedelta(seconds=timeout_s)
         self.rank = rank
         self.size = size
@@ -167,7 +187,7 @@ class World:
 
     @contextlib.contextmanager
     def _collective(self, layer: int | None, what: str) -> Iterator[Any]:
-        with _named_errors(self.rank, self.size, step=self.step, layer=layer, what=what):
+        with _named_errors(self.rank, self.size, step=self.step, layer=layer, what=what, silent=self._call_roll):
             if self._group is None:
                 raise RuntimeError("this rank has left the group")
             try:
@@ -176,16 +196,57 @@ class World:
                 self.close()
                 raise
 
+    def _call_roll(self) -> tuple[int, ...]:
+        """Ranks that do not leave the broken world within a moment. Empty if the store does not tell.
+
+        In a thread, because no timeout of torch bounds an answer of a store whose process is frozen.
+        """
+        silent = set(range(self.size)) - {self.rank}
+        answered = threading.Event()
+
+        def ask() -> None:
+            with contextlib.suppress(RuntimeError):
+                self._store.set(f"rank {self.rank} left", "")
+                deadline = time.monotonic() + _ROLL_CALL_S
+                while silent and time.monotonic() < deadline:
+                    silent.difference_update([rank for rank in silent if self._store.check([f"rank {rank} left"])])
+                    time.sleep(_ROLL_CALL_S / 20)
+                answered.set()
+
+        threading.Thread(target=ask, daemon=True, name="roll call").start()
+        return tuple(sorted(silent)) if answered.wait(2 * _ROLL_CALL_S) else ()
+
+
+def _nobody() -> tuple[int, ...]:
+    return ()
+
 
 @contextlib.contextmanager
-def _named_errors(rank: int, size: int, *, step: int | None, layer: int | None, what: str) -> Iterator[None]:
+def _named_errors(
+    rank: int,
+    size: int,
+    *,
+    step: int | None,
+    layer: int | None,
+    what: str,
+    silent: Callable[[], tuple[int, ...]] = _nobody,
+) -> Iterator[None]:
     """torch reports everything about a group or a store as a RuntimeError. Its traceback would keep sockets open."""
     try:
         yield
     except RuntimeError as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__).split(". This is typically")[0]
-        timed_out = "timed out" in reason.lower()
-        raise WorldError(reason, rank=rank, size=size, step=step, layer=layer, what=what, timed_out=timed_out) from None
+        first_line = next(iter(str(error).splitlines()), type(error).__name__).split(". This is typically")[0]
+        reason = _SOURCE_PLACE.sub("", first_line)
+        raise WorldError(
+            reason,
+            rank=rank,
+            size=size,
+            step=step,
+            layer=layer,
+            what=what,
+            timed_out="timed out" in reason.lower(),
+            silent=silent(),
+        ) from None
 
 
 def _await_all(store: PrefixStore, rank: int, size: int, timeout_s: float, stop: threading.Event | None) -> None:

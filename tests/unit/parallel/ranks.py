@@ -93,7 +93,7 @@ def _rank(
         end.send(Outcome(value=_with(world, work, args)))
     except WorldError as error:
         parts = {"text": str(error), "rank": error.rank, "step": error.step, "layer": error.layer}
-        end.send(Outcome(world_error=parts | {"timed_out": error.timed_out}))
+        end.send(Outcome(world_error=parts | {"timed_out": error.timed_out, "silent": error.silent}))
     except BaseException:
         end.send(Outcome(error=traceback.format_exc()))
 

@@ -30,7 +30,7 @@ def test_a_dead_rank_breaks_the_others_at_once(form: int) -> None:
     for rank, outcome in ((0, first), (2, third)):
         error = outcome.world_error
         assert error is not None, outcome
-        assert not error["timed_out"]
+        assert not error["timed_out"] and 1 in error["silent"]
         assert (error["rank"], error["step"], error["layer"]) == (rank, 2, 1)
         assert error["text"].startswith(f"rank {rank} of 3, step 2, layer 1, dispatch"), error["text"]
 
@@ -42,4 +42,5 @@ def test_a_rank_that_stands_still_is_an_error_that_names_the_place(form: int) ->
     error = outcome.world_error
     assert error is not None, outcome
     assert error["timed_out"]
-    assert (error["rank"], error["step"], error["layer"]) == (0, 1, 1)
+    assert (error["rank"], error["step"], error["layer"], error["silent"]) == (0, 1, 1, (1,))
+    assert error["text"].endswith("(no word from rank 1)")
