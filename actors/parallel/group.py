@@ -22,7 +22,7 @@ class GroupStep:
     most_tokens: int
     """The largest token count of a rank."""
     vision: bool
-    """Whether any rank has vision tokens."""
+    """Whether any rank has vision tokens. Only steps of static shapes ask."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

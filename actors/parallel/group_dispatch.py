@@ -228,8 +228,9 @@ class FixedShapeDispatcher:
         rows = None if self.static_rows else int((local_MK < tables.held_here).sum())
         grouped = group_by_expert(form.x(packed_MB), local_MK, form.weights(packed_MB), tables.held_here, rows)
         self.group.count(layer, grouped.rows_per_expert_H)
+        # Where the host may not wait, only the plan tells; elsewhere a wrong plan is noticed.
         text_rows = grouped.rows_ND.shape[0]
-        if step.vision:
+        if step.vision or not self.static_rows:
             text_rows = int(grouped.rows_per_expert_H[: tables.text_here].sum())
         return Dispatched(
             rows_ND=grouped.rows_ND,

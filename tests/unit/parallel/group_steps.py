@@ -15,6 +15,7 @@ from actors.ernie.attention import PackedAttention
 from actors.ernie.bank import VisionBank, empty_bank_buffer
 from actors.ernie.config import TextConfig
 from actors.ernie.experts_form import ExpertsForm
+from actors.ernie.moe import SparseMlp, run_experts
 from actors.ernie.text import LanguageModel
 from actors.parallel.dispatch import Dispatcher, LocalDispatcher
 from actors.parallel.group import ExpertGroup, GroupStep
@@ -266,6 +267,30 @@ def refused_moves(world: World) -> str:
         require_held(model, language_model(CONFIG))
         return str(error)
     return "moved"
+
+
+def wrong_plans(world: World) -> list[str]:
+    """A plan that tells too few tokens, and one that forgets vision tokens where no vision experts are loaded."""
+    whole = language_model(CONFIG)
+    group = ExpertGroup(world, even(CONFIG, world.size))
+    model = share_of(whole, group.share, bank=False)
+    model.dispatcher = FixedShapeDispatcher(group)
+    said = []
+    for most_tokens in (2, 3):
+        group.begin_step(GroupStep(number=0, most_tokens=most_tokens, vision=False))
+        try:
+            if most_tokens == 2:
+                Batch((3,), (TEXT,), 0).logits(model)
+            else:
+                ids_TK = torch.tensor([[0, 1, 9]] * 3)
+                sent = model.dispatcher.dispatch(1, torch.ones(3, 48, dtype=torch.float64), ids_TK, torch.ones(3, 3))
+                mlp = model.layers[1].mlp
+                assert isinstance(mlp, SparseMlp)
+                run_experts(sent.rows_ND, sent.rows_per_expert_X, [mlp.text], text_rows=sent.text_rows)
+            said.append("computed")
+        except ValueError as error:
+            said.append(str(error))
+    return said
 
 
 def kinds_of_step(batches: list[Batch]) -> set[str]:

@@ -34,16 +34,24 @@ class Outcome:
 
 
 def run_ranks(
-    size: int, work: Callable[..., Any], *args: Any, config: WorldConfig = LONG, ranks: Sequence[int] | None = None
+    size: int,
+    work: Callable[..., Any],
+    *args: Any,
+    config: WorldConfig = LONG,
+    ranks: Sequence[int] | None = None,
+    address: str | None = None,
 ) -> list[Outcome]:
-    """``work(world, *args)`` on every rank; outcomes of ``ranks`` (None = all). Then kills what still runs."""
+    """``work(world, *args)`` on every rank; outcomes of ``ranks`` (None = all). Then kills what still runs.
+
+    ``address`` of a meeting place; None = one in this process.
+    """
     place, name = MeetingPlace(HOST), uuid.uuid4().hex
     context = multiprocessing.get_context("spawn")
     ends, processes = [], []
     for rank in range(size):
         ours, theirs = context.Pipe()
         process = context.Process(
-            target=_rank, args=(theirs, place.address, name, rank, size, config, work, args), daemon=True
+            target=_rank, args=(theirs, address or place.address, name, rank, size, config, work, args), daemon=True
         )
         process.start()
         theirs.close()

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from actors.parallel.world import WorldConfig
-from tests.unit.parallel.group_steps import ALL_KINDS, one_rank_fails, other_forms, random_steps
+from tests.unit.parallel.group_steps import ALL_KINDS, one_rank_fails, other_forms, random_steps, wrong_plans
 from tests.unit.parallel.ranks import run_ranks, values
 
 
@@ -19,6 +19,13 @@ def test_static_shapes_and_bfloat16_keep_their_distance() -> None:
     for found in values(run_ranks(2, other_forms, 12)):
         assert len(found["static"]) > 3 and max(found["static"]) < 1e-5
         assert len(found["bfloat16"]) > 3 and sum(found["bfloat16"]) / len(found["bfloat16"]) < 0.1
+
+
+def test_wrong_plans_are_noticed() -> None:
+    """Expert 9 is a vision expert of rank 0."""
+    first, second = values(run_ranks(2, wrong_plans))
+    assert first[0] == second[0] == "3 tokens on a rank in a step whose plan tells at most 2"
+    assert (first[1], second[1]) == ("vision tokens need the vision expert bank", "computed")
 
 
 @pytest.mark.parametrize("form", [0, 1], ids=["all_to_all", "fixed_shape"])

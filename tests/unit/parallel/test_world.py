@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
 import threading
 import uuid
+from multiprocessing.connection import Connection
 
 import pytest
 import torch
@@ -56,6 +60,40 @@ def test_a_rank_that_leaves_is_told_to_the_others() -> None:
     left, waiting = values(run_ranks(2, leaves))
     assert left.startswith("rank 0 of 2, step 4, gather: this rank has left the group")
     assert waiting.startswith("rank 1 of 2, step 4, gather: ") and "onnection" in waiting, waiting
+
+
+def keep_a_place(end: Connection) -> None:
+    place = MeetingPlace(HOST)
+    end.send(place.address)
+    end.recv()
+    place.close()
+
+
+def freeze_and_die(world: World, keeper: int) -> tuple[int, ...]:
+    """Rank 0 stops the process of the meeting place, then rank 1 dies."""
+    if world.rank == 0:
+        os.kill(keeper, signal.SIGSTOP)
+    world.all_gather(torch.empty(2), torch.ones(1), layer=None, what="gather")
+    if world.rank == 1:
+        os._exit(3)
+    with pytest.raises(WorldError) as raised:
+        world.all_gather(torch.empty(2), torch.ones(1), layer=None, what="gather")
+    assert not raised.value.timed_out
+    return raised.value.silent
+
+
+def test_a_frozen_meeting_place_holds_up_no_error() -> None:
+    """torch would wait for its answer without end."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    keeper = context.Process(target=keep_a_place, args=(theirs,), daemon=True)
+    keeper.start()
+    try:
+        alive, dead = run_ranks(2, freeze_and_die, keeper.pid, address=ours.recv())
+        assert alive.value == () and dead.exit_code == 3
+    finally:
+        keeper.kill()
+        keeper.join()
 
 
 def test_a_world_waits_for_all_its_ranks_and_names_those_who_did_not_come() -> None:
