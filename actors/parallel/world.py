@@ -44,7 +44,8 @@ _WAIT_SLICE_S = 1.0
 class WorldError(Exception):
     """A collective of the group failed here: a peer is gone, or one did not come in time. The world is lost for all.
 
-    ``step`` and ``layer`` are those of this rank, None outside of them; ``timed_out`` tells the two causes apart.
+    ``step`` is the one this rank began last, None before the first; ``layer`` is None outside of layers; ``timed_out``
+    tells the two causes apart.
     ``silent``: ranks that did not notice the end of the world with this one: dead, frozen, or busy elsewhere.
     """
 
@@ -116,7 +117,8 @@ def join_world(
 
     ``host`` is the address of this rank's own node. ``stop`` ends the waiting.
 
-    Raises WorldError if not all ranks came in time, the place is gone, or ``stop`` was set.
+    Raises WorldError if not all ranks came in time, the place is gone, or ``stop`` was set; TransportError if
+    ``address`` is none.
     """
     if not 0 <= rank < size:
         raise ValueError(f"rank {rank} of {size}")
