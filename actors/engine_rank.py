@@ -17,7 +17,7 @@ from actors.engine.execution.decode_graphs import CudaRecorder, DecodeGraphs, gr
 from actors.engine.execution.forms import AttentionForm, Forms, choose_forms, recording_obstacle, varlen_obstacle
 from actors.engine.execution.kv_cache import KvCache, KvLayout
 from actors.engine.execution.runner import PROMPT_LOGPROB_ROWS, Runner
-from actors.engine.plan import NewSequence, Slice, StepPlan
+from actors.engine.plan import NewSequence, RankPlan, Slice, StepShape
 from actors.ernie.attention import PackedAttention
 from actors.ernie.bank import VisionBank, empty_bank_buffer, vision_bank_bytes
 from actors.ernie.config import ErnieConfig, Rules
@@ -258,6 +258,8 @@ def _warm_up(runner: Runner) -> None:
     ]
     started = time.monotonic()
     for new, part in steps:
-        runner.run(StepPlan(step=0, ended=(), new=new, slices=(part,)))
-    runner.run(StepPlan(step=0, ended=(-1,), new=(), slices=()))
+        shape = StepShape(step=0, max_tokens=part.count, decodes=not new, vision=False)
+        runner.run(RankPlan(shape=shape, ended=(), new=new, slices=(part,)))
+    nothing = StepShape(step=0, max_tokens=0, decodes=False, vision=False)
+    runner.run(RankPlan(shape=nothing, ended=(-1,), new=(), slices=()))
     log.info("warmed up in %.2f s", time.monotonic() - started)

@@ -15,6 +15,7 @@ from actors.engine.events import ComputedChunk
 from actors.engine.execution.forms import AttentionForm
 from actors.engine.execution.kv_cache import KvCache, KvLayout
 from actors.engine.execution.runner import Runner
+from actors.engine.group.group_runner import GroupRunner
 from actors.ernie.config import ErnieConfig, Rules, TextConfig
 from actors.ernie.text import LanguageModel
 from actors.errors import ServingError
@@ -212,7 +213,13 @@ class Rig:
             fingerprint="00", dtype="float64", block_size=engine_config.block_size, switches=self.rules.switches
         )
         self.engine = Engine(
-            engine_config, self.config, self.rules, self.runner, self.sink, identity=identity, compiler=compiler
+            engine_config,
+            self.config,
+            self.rules,
+            GroupRunner(self.runner),
+            self.sink,
+            identity=identity,
+            compiler=compiler,
         )
         self.sink.engine = self.engine
 

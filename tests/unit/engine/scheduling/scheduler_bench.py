@@ -50,7 +50,7 @@ class Bench:
         }
         self.config = EngineConfig(**(fields | changes))
         self.pool = BlockPool(blocks)
-        self.scheduler = Scheduler(self.config, self.pool, frozenset({EOS}), IMAGE)
+        self.scheduler = Scheduler(self.config, [self.pool], frozenset({EOS}), IMAGE)
         self.now = 0.0
         self.events: list[ev.Event] = []
         self.plans: list[StepPlan] = []
@@ -116,15 +116,16 @@ def slices(plan: StepPlan | None) -> list[tuple[int, int, int, bool]]:
 
 
 def check_progress(scheduler: Scheduler, plan: StepPlan | None) -> None:
-    """Right after ``plan``: whoever can decode does, and the first prompt that can go on does."""
-    planned = {part.id for part in plan.slices} if plan else set()
-    prompt_passed = False
-    for s in scheduler.roster.holders:
-        if s.state is not SequenceState.RUNNING or s.plannable_tokens <= s.computed:
-            assert s.id not in planned
-        elif s.decodes:
-            full = s.computed == len(s.blocks) * scheduler.config.block_size
-            assert s.id in planned or (full and not scheduler.pool.free), "a reply stands still"
-        elif not prompt_passed:
-            assert s.id in planned, "the first prompt stands still"
-            prompt_passed = True
+    """Right after ``plan``, on every rank: whoever can decode does, and the first prompt that can go on does."""
+    for rank in scheduler.ranks:
+        planned = {part.id for part in plan.parts[rank.number].slices} if plan else set()
+        prompt_passed = False
+        for s in rank.holders:
+            if s.state is not SequenceState.RUNNING or s.plannable_tokens <= s.computed:
+                assert s.id not in planned
+            elif s.decodes:
+                full = s.computed == len(s.blocks) * scheduler.config.block_size
+                assert s.id in planned or (full and not rank.pool.free), "a reply stands still"
+            elif not prompt_passed:
+                assert s.id in planned, "the first prompt stands still"
+                prompt_passed = True
