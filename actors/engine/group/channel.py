@@ -27,8 +27,8 @@ class GroupConfig:
 
     tick_s: float = 1.0
     """Each side says something at least so often."""
-    silence_s: float = 5.0
-    """A side that says nothing for so long is lost."""
+    silence_s: float = 10.0
+    """A side that says nothing for so long is lost. Long enough for what may hold an interpreter while it loads."""
     step_timeout_s: float = 120.0
     """A step that takes longer hangs."""
     join_timeout_s: float = 120.0

@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import queue
+import threading
 import time
 import traceback
 from collections.abc import Callable
-from typing import NoReturn
 
 from actors.engine.execution.runner import Runner
 from actors.engine.group.channel import RankChannel
@@ -32,15 +32,22 @@ def follow(invitation: Invitation, rank: int, load: Callable[[], Runner]) -> Non
     Raises whatever ``load`` or a step raises, after the leader was told.
     """
 
-    def leave(reason: str) -> NoReturn:
+    inbox: queue.SimpleQueue[ToRank] = queue.SimpleQueue()
+    dismissed, finished = threading.Event(), threading.Event()
+
+    def hear(message: ToRank) -> None:
+        if isinstance(message, End):
+            dismissed.set()
+        inbox.put(message)
+
+    def leave(reason: str) -> None:
+        if dismissed.is_set() and finished.wait(invitation.config.silence_s):
+            return
         log.critical("rank %d ends without its leader: %s", rank, reason)
         logging.shutdown()
         os._exit(LEADER_LOST)
 
-    inbox: queue.SimpleQueue[ToRank] = queue.SimpleQueue()
-    channel = RankChannel(
-        join(invitation, rank), invitation.config, name="leader", on_message=inbox.put, on_broken=leave
-    )
+    channel = RankChannel(join(invitation, rank), invitation.config, name="leader", on_message=hear, on_broken=leave)
     channel.start()
     try:
         runner = load()
@@ -50,6 +57,7 @@ def follow(invitation: Invitation, rank: int, load: Callable[[], Runner]) -> Non
         channel.send(Failed("".join(traceback.format_exception(error)).strip()))
         raise
     finally:
+        finished.set()
         channel.close()
 
 

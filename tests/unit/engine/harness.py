@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -191,6 +192,7 @@ class Rig:
         sink: Recorder | None = None,
         batched_decode: bool = True,
         compiler: ConstraintCompiler | None = None,
+        group: Callable[[Runner], GroupRunner] = GroupRunner,
         **options: Any,
     ) -> None:
         fields: dict[str, Any] = {
@@ -209,6 +211,7 @@ class Rig:
         attention = AttentionForm.PAGED if batched_decode else AttentionForm.PLAIN
         self.runner = Runner(self.model, self.config, self.rules, self.cache, attention=attention)
         self.sink = sink or Recorder()
+        self.group = group(self.runner)
         identity = KvIdentity(
             fingerprint="00", dtype="float64", block_size=engine_config.block_size, switches=self.rules.switches
         )
@@ -216,7 +219,7 @@ class Rig:
             engine_config,
             self.config,
             self.rules,
-            GroupRunner(self.runner),
+            self.group,
             self.sink,
             identity=identity,
             compiler=compiler,
@@ -238,7 +241,7 @@ class Rig:
         load = self.engine.load()
         assert (load.running, load.waiting, load.reserved, load.queued_tokens) == (0, 0, 0, 0)
         assert load.free_blocks == load.total_blocks
-        assert self.runner.resident_count == 0
+        assert self.runner.resident_count == self.group.tracked_count == 0
 
     def submit(
         self,

@@ -48,7 +48,9 @@ class RunnerRig:
         self._next = 0
         self.steps = 0
         self.tokens_elsewhere = 0
-        """What other ranks compute in the steps to come."""
+        """What the other ranks compute, of those that have the most, in the steps to come."""
+        self.prompts_elsewhere = False
+        self.vision_elsewhere = False
 
     def add(self, length: int, *, media: bool = False, outputs: int = 0, **sampling: Any) -> int:
         """A new sequence, told with the next step: a random prompt, or one with a picture and a video."""
@@ -101,8 +103,9 @@ class RunnerRig:
         shape = StepShape(
             step=self.steps,
             max_tokens=max(sum(counts.values()), self.tokens_elsewhere),
-            decodes=all(part.count == 1 and part.first >= self.driven[part.id].new.prompt_length for part in slices),
-            vision=any(max(self._of(part)) >= IMAGE for part in slices),
+            decodes=not self.prompts_elsewhere
+            and all(part.count == 1 and part.first >= self.driven[part.id].new.prompt_length for part in slices),
+            vision=self.vision_elsewhere or any(max(self._of(part)) >= IMAGE for part in slices),
         )
         plan = RankPlan(shape=shape, ended=tuple(self._ended), new=tuple(self._new), slices=tuple(slices))
         self._ended, self._new = [], []
