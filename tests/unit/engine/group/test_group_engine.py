@@ -164,9 +164,7 @@ def test_constraints_hold_on_every_rank() -> None:
 
 def test_an_engine_that_transfers_kv_has_one_rank(pair: RankGroup) -> None:
     for role in (EngineRole.PREFILL, EngineRole.DECODE):
-        with pytest.raises(
-            ValueError, match=f"a {role.value} engine of 2 ranks: KV transfer of several ranks is not b"
-        ):
+        with pytest.raises(ValueError, match=f"a {role.value} engine of 2 ranks: KV transfer of several ranks"):
             Rig(group=pair.join, role=role)
     with Rig(group=pair.join) as rig:
         for mode in (AttemptMode.PREFILL, AttemptMode.DECODE):

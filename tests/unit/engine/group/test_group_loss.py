@@ -116,7 +116,7 @@ def test_ranks_end_when_their_leader_is_killed() -> None:
         assert leader.stdout.readline() == "running\n"
         assert len(ranks) == 2 and all(rank.is_running() for rank in ranks)
         os.kill(leader.pid, signal.SIGKILL)
-        gone, alive = psutil.wait_procs([*ranks, *helpers], timeout=60)
+        _, alive = psutil.wait_procs([*ranks, *helpers], timeout=60)
         assert not alive
 
 

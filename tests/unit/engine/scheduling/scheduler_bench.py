@@ -37,7 +37,7 @@ def drawn(plan: StepPlan, token: int = 9) -> StepResult:
 class Bench:
     """Samples token 9 unless told otherwise. Prefix caching is off unless asked for: equal prompts are usual here."""
 
-    def __init__(self, blocks: int = 20, **changes: Any) -> None:
+    def __init__(self, blocks: int = 20, ranks: int = 1, **changes: Any) -> None:
         fields: dict[str, Any] = {
             "role": EngineRole.COLOCATED,
             "block_size": 4,
@@ -49,21 +49,22 @@ class Bench:
             "prefix_caching": False,
         }
         self.config = EngineConfig(**(fields | changes))
-        self.pool = BlockPool(blocks)
-        self.scheduler = Scheduler(self.config, [self.pool], frozenset({EOS}), IMAGE)
+        self.pools = [BlockPool(blocks) for _ in range(ranks)]
+        self.pool = self.pools[0]
+        self.scheduler = Scheduler(self.config, self.pools, frozenset({EOS}), IMAGE)
         self.now = 0.0
         self.events: list[ev.Event] = []
         self.plans: list[StepPlan] = []
         self.outcomes: list[StepOutcome] = []
 
-    def submit(self, name: str, length: int, mode: AttemptMode = COLOCATED, **options: Any) -> Sequence:
+    def submit(self, name: str | SequenceKey, length: int, mode: AttemptMode = COLOCATED, **options: Any) -> Sequence:
         options.setdefault("arrival_s", 0.0)
         prompt = options.pop("prompt", None) or [5] * length
         deadline = options.pop("deadline", 1000.0)
         constrained = options.pop("constrained", False)
         wanted = request(prompt, **options)
         sequence = Sequence(
-            key=key(name),
+            key=name if isinstance(name, SequenceKey) else key(name),
             request=wanted,
             mode=mode,
             deadline=deadline,
@@ -106,6 +107,12 @@ class Bench:
     def of(self, kind: type[Any]) -> list[Any]:
         self.collect()
         return [event for event in self.events if isinstance(event, kind)]
+
+    def rank(self, name: str | SequenceKey) -> int | None:
+        return self.scheduler.roster.by_key[name if isinstance(name, SequenceKey) else key(name)].rank
+
+    def states(self, *names: str) -> list[SequenceState]:
+        return [self.scheduler.roster.by_key[key(name)].state for name in names]
 
     def ended(self) -> dict[SequenceKey, Any]:
         return {event.key: event.error for event in self.of(ev.Ended)}
