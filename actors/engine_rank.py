@@ -17,6 +17,8 @@ from actors.engine.execution.decode_graphs import CudaRecorder, DecodeGraphs, gr
 from actors.engine.execution.forms import AttentionForm, Forms, choose_forms, recording_obstacle, varlen_obstacle
 from actors.engine.execution.kv_cache import KvCache, KvLayout
 from actors.engine.execution.runner import PROMPT_LOGPROB_ROWS, Runner
+from actors.engine.group.meeting import Invitation
+from actors.engine.group.rank_process import follow
 from actors.engine.plan import NewSequence, RankPlan, Slice, StepShape
 from actors.ernie.attention import PackedAttention
 from actors.ernie.bank import VisionBank, empty_bank_buffer, vision_bank_bytes
@@ -107,6 +109,13 @@ def load_rank(config: EngineReplicaConfig, role: EngineRole, progress: Progress 
         rank.runner.graphs = _record_graphs(config, model, cache)
     log.info("%s engine loaded %.2f GB in %.1f s", role, rank.loaded.total_bytes / 1e9, rank.loaded.seconds)
     return rank
+
+
+def rank_main(invitation: Invitation, rank: int, config: EngineReplicaConfig, role: EngineRole) -> None:
+    """All that the process of a rank other than the leader's does, however it was started; returns when the leader ends
+    the group. See ``follow`` for what happens when it does not.
+    """
+    follow(invitation, rank, lambda: load_rank(config, role).runner)
 
 
 def _forms(config: EngineReplicaConfig, layout: KvLayout, model: LanguageModel) -> Forms:

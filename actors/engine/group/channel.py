@@ -42,6 +42,9 @@ class GroupConfig:
             raise ValueError(f"GroupConfig.silence_s = {self.silence_s} must be more than tick_s = {self.tick_s}")
 
 
+CLOSED = "the connection was closed"
+
+
 class ChannelBroken(Exception):
     """Nothing can be sent any more."""
 
@@ -90,7 +93,7 @@ class RankChannel:
             with self._sending:
                 self._connection.send_bytes(data)
         except OSError as error:
-            reason = f"nothing can be sent: {error}"
+            reason = CLOSED if isinstance(error, ConnectionError) else f"nothing can be sent: {error}"
             self._break(reason)
             raise ChannelBroken(reason) from error
         return len(data)
@@ -134,8 +137,8 @@ class RankChannel:
                 message = pickle.loads(self._connection.recv_bytes())
                 if not isinstance(message, Tick):
                     self._on_message(message)
-        except EOFError:
-            self._break("the connection was closed")
+        except (EOFError, ConnectionError):
+            self._break(CLOSED)
         except OSError as error:
             self._break(f"the connection broke: {error}")
         except Exception as error:  # nobody reads on: the other side must not be left waiting

@@ -14,7 +14,7 @@ from tests.unit.engine.harness import Rig
 
 
 def main() -> None:
-    with RankGroup(3, RankLoader(fault=Fault(rank=1, kind="hang", step=2))) as group, Rig(group=group.join) as rig:
+    with RankGroup(3, RankLoader(fault=Fault(rank=1, kind="hang", step=2)).main) as group, Rig(group=group.join) as rig:
         print(json.dumps([process.pid for process in group.processes.values()]), flush=True)
         for number in range(3):
             rig.submit(number, request([5 + number] * 4, max_tokens=190))

@@ -88,7 +88,6 @@ class RankLoader:
     fault: Fault | None = None
 
     def load(self, rank: int) -> Runner:
-        torch.set_num_threads(1)
         model, config = self.model()
         cache = KvCache.allocate(kv_layout(model, self.block_size), self.blocks, model.device)
         kind = Runner
@@ -96,9 +95,14 @@ class RankLoader:
             kind = partial(FaultyRunner, fault=self.fault)  # type: ignore[assignment]
         return kind(model, config, Rules.original(), cache)
 
+    def main(self, invitation: Invitation, rank: int) -> None:
+        """Of a rank's process."""
+        follow(invitation, rank, partial(self.load, rank))
 
-def rank_main(invitation: Invitation, rank: int, loader: RankLoader) -> None:
-    follow(invitation, rank, partial(loader.load, rank))
+
+def _run(main: Callable[[Invitation, int], None], invitation: Invitation, rank: int) -> None:
+    torch.set_num_threads(1)
+    main(invitation, rank)
 
 
 class WatchedGroup(GroupRunner):
@@ -116,11 +120,12 @@ class WatchedGroup(GroupRunner):
 class RankGroup:
     """Ranks 1 .. size - 1 in processes of their own; use as a context manager."""
 
-    def __init__(self, size: int, loader: RankLoader | None = None, config: GroupConfig = PATIENT) -> None:
-        self.loader = loader or RankLoader()
+    def __init__(
+        self, size: int, main: Callable[[Invitation, int], None] = RankLoader().main, config: GroupConfig = PATIENT
+    ) -> None:
         meeting = Meeting(HOST, size, config)
         self.processes: dict[int, BaseProcess] = {
-            rank: _processes.Process(target=rank_main, args=(meeting.invitation, rank, self.loader), daemon=True)
+            rank: _processes.Process(target=_run, args=(main, meeting.invitation, rank), daemon=True)
             for rank in range(1, size)
         }
         for process in self.processes.values():

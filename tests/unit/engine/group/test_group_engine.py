@@ -146,7 +146,7 @@ def test_constraints_hold_on_every_rank() -> None:
     with constrained_rig(own()) as rig:
         want = rig.run(*wanted)
     loader = RankLoader(model=structured_model, blocks=300)
-    with RankGroup(2, loader) as pair:
+    with RankGroup(2, loader.main) as pair:
         with constrained_rig(own(), group=pair.join) as rig:
             assert rig.run(*wanted) == want
             assert lived_on(rig) == {0, 1}

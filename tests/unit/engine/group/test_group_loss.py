@@ -45,7 +45,7 @@ def lost_in(group: RankGroup, rig: Rig) -> RankLost:
 )
 def test_a_rank_that_is_lost_in_a_step_ends_the_group_and_is_named(kind: str, config: GroupConfig, reason: str) -> None:
     loader = RankLoader(fault=Fault(rank=2, kind=kind, step=3))
-    with RankGroup(3, loader, config) as group:
+    with RankGroup(3, loader.main, config) as group:
         rig = Rig(group=group.join)
         with rig:
             rig.submit(0, request([5] * 6, max_tokens=100))
@@ -70,7 +70,7 @@ def test_a_rank_that_dies_while_nothing_is_to_be_done_is_noticed_at_once() -> No
 
 
 def test_a_rank_that_cannot_load_is_named() -> None:
-    with RankGroup(2, RankLoader(blocks=-1)) as group:
+    with RankGroup(2, RankLoader(blocks=-1).main) as group:
         with pytest.raises(RankLost, match="rank 1 is lost: Traceback"):
             group.join(RankLoader().load(0))
         group.wait_gone()
@@ -79,7 +79,7 @@ def test_a_rank_that_cannot_load_is_named() -> None:
 def test_the_leaders_own_part_that_hangs_is_named_with_the_ranks_that_wait_for_it() -> None:
     """As in a collective: nobody returns, and the step thread cannot be interrupted."""
     config = GroupConfig(tick_s=0.2, silence_s=4.0, step_timeout_s=3.0)
-    with RankGroup(2, RankLoader(fault=Fault(rank=1, kind="hang")), config) as group:
+    with RankGroup(2, RankLoader(fault=Fault(rank=1, kind="hang")).main, config) as group:
         rig = Rig(group=group.join)
         run = rig.runner.run
         waited: list[bool] = []
