@@ -53,6 +53,7 @@ class Followers:
         }
         for channel in self._channels.values():
             channel.start()
+        self._over = threading.Event()
         self._watchdog = threading.Thread(target=self._watch_steps, name="group-watchdog", daemon=True)
         self._watchdog.start()
 
@@ -90,7 +91,6 @@ class Followers:
             self._check()
             self._own_done = False
             self._step = (step, time.monotonic() + self._config.step_timeout_s)
-            self._changed.notify_all()
 
     def own_part_done(self) -> None:
         """The leader's own part of the step is computed."""
@@ -114,7 +114,7 @@ class Followers:
         with self._changed:
             self._closed = True
             lost = self._lost
-            self._changed.notify_all()
+        self._over.set()
         for channel in self._channels.values():
             if lost is None:
                 try:
@@ -161,16 +161,16 @@ class Followers:
             raise self._lost
 
     def _watch_steps(self) -> None:
-        """A rank may hang with its connection alive, and this one with it, in a collective."""
-        while True:
+        """A rank may hang with its connection alive, and this one with it, in a collective.
+
+        Looks now and then by itself: whatever woke it in every step would hold the step thread up.
+        """
+        while not self._over.wait(min(self._config.tick_s, self._config.step_timeout_s / 10)):
             with self._changed:
-                if self._closed or self._lost is not None:
-                    return
-                left = None if self._step is None else self._step[1] - time.monotonic()
-                if self._step is None or left is None or left > 0:
-                    self._changed.wait(left)
+                if self._step is None or time.monotonic() < self._step[1]:
                     continue
                 step = self._step[0]
                 missing = [*([] if self._own_done else [0]), *(self._channels.keys() - self._done.keys())]
             others = f" (nor did ranks {missing[1:]})" if missing[1:] else ""
             self._lose(missing[0], f"it did not finish step {step} in {self._config.step_timeout_s} s{others}")
+            return

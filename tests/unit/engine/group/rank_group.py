@@ -100,6 +100,12 @@ class RankLoader:
         follow(invitation, rank, partial(self.load, rank))
 
 
+def start_rank(main: Callable[[Invitation, int], None], invitation: Invitation, rank: int) -> BaseProcess:
+    process = _processes.Process(target=_run, args=(main, invitation, rank), daemon=True)
+    process.start()
+    return process
+
+
 def _run(main: Callable[[Invitation, int], None], invitation: Invitation, rank: int) -> None:
     torch.set_num_threads(1)
     main(invitation, rank)
@@ -125,11 +131,8 @@ class RankGroup:
     ) -> None:
         meeting = Meeting(HOST, size, config)
         self.processes: dict[int, BaseProcess] = {
-            rank: _processes.Process(target=_run, args=(main, meeting.invitation, rank), daemon=True)
-            for rank in range(1, size)
+            rank: start_rank(main, meeting.invitation, rank) for rank in range(1, size)
         }
-        for process in self.processes.values():
-            process.start()
         self.followers = Followers(meeting.wait(self._check), config)
 
     def _check(self) -> None:

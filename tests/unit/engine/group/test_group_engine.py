@@ -13,7 +13,7 @@ from actors.engine.group.messages import Embedding
 from actors.errors import Unavailable
 from actors.types import AttemptMode, EngineRole, Grid, MediaKind, SequenceKey
 from tests.unit.engine.constraints import structures as st
-from tests.unit.engine.engine_requests import IMAGE, Wanted, chats, key, request, span
+from tests.unit.engine.engine_requests import IMAGE, Wanted, chats, key, media_request, request, span
 from tests.unit.engine.group.rank_group import RankGroup, RankLoader, WatchedGroup
 from tests.unit.engine.harness import Rig
 from tests.unit.engine.test_constrained_engine import own, some_of_each
@@ -102,6 +102,28 @@ def test_ranks_without_tokens_take_part(group: RankGroup, one_rank: list[list[in
         assert lived_on(rig) == {1}
         rig.engine.cancel(key("held"))
         rig.wait_released(key("held"))
+
+
+def test_ends_of_all_kinds_leave_nothing_on_any_rank(group: RankGroup, one_rank: list[list[int]]) -> None:
+    """The engine behind this one gives its sequences the same numbers: a rank that kept one would refuse it."""
+    wanted = chats()
+    with Rig(blocks=400, group=group.join, max_num_seqs=4, max_batched_tokens=9) as rig:
+        names = [rig.submit(number, *one) for number, one in enumerate(wanted)]
+        bare = [rig.submit(f"bare {number}", media_request(number)[0]) for number in range(3)]
+        for number, name in enumerate(names):
+            if number % 3 == 0:
+                rig.engine.cancel(name)
+            if number == 20:
+                rig.sink.wait(lambda: len(rig.sink.steps) > 9)
+        for name in bare:
+            rig.engine.cancel(name)
+        rig.wait_released(*names, *bare)
+        for number, name in enumerate(names):
+            got = rig.sink.ids(name)
+            assert got == one_rank[number][: len(got)]
+            assert got == one_rank[number] or name in rig.sink.ended
+    with Rig(blocks=400, group=group.join) as rig:
+        assert rig.run(*wanted[24:]) == one_rank[24:]
 
 
 def test_choices_stay_with_their_prompt(group: RankGroup) -> None:

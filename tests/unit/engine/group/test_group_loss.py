@@ -18,8 +18,9 @@ import pytest
 from actors.engine.group.channel import GroupConfig
 from actors.engine.group.followers import RankLost
 from actors.engine.group.meeting import Meeting, join
+from actors.engine.group.rank_process import LEADER_LOST
 from tests.unit.engine.engine_requests import request
-from tests.unit.engine.group.rank_group import HOST, PATIENT, Fault, RankGroup, RankLoader
+from tests.unit.engine.group.rank_group import HOST, PATIENT, Fault, RankGroup, RankLoader, start_rank
 from tests.unit.engine.harness import Rig
 
 SOON = GroupConfig(tick_s=0.2, silence_s=4.0, step_timeout_s=6.0)
@@ -118,6 +119,15 @@ def test_ranks_end_when_their_leader_is_killed() -> None:
         os.kill(leader.pid, signal.SIGKILL)
         _, alive = psutil.wait_procs([*ranks, *helpers], timeout=60)
         assert not alive
+
+
+def test_a_rank_whose_leader_falls_silent_ends_by_itself() -> None:
+    meeting = Meeting(HOST, 2, GroupConfig(tick_s=0.2, silence_s=2.0))
+    process = start_rank(RankLoader().main, meeting.invitation, 1)
+    (leader,) = meeting.wait().values()
+    process.join(60)
+    assert process.exitcode == LEADER_LOST
+    leader.close()
 
 
 def test_only_who_knows_the_key_comes_in_and_nobody_keeps_the_others_waiting() -> None:
