@@ -32,8 +32,9 @@ HOST = "127.0.0.1"
 PATIENT = GroupConfig(silence_s=30.0, step_timeout_s=120.0, join_timeout_s=120.0)
 """For tests in which nothing is lost."""
 
-_processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload(["torch", "actors.engine.group.rank_process"])
+CONTEXT = multiprocessing.get_context("forkserver")
+"""Its server imports torch once: a rank's process starts in no time."""
+CONTEXT.set_forkserver_preload(["torch", "actors.engine.group.rank_process"])
 
 
 def small_model() -> tuple[LanguageModel, ErnieConfig]:
@@ -100,8 +101,10 @@ class RankLoader:
         follow(invitation, rank, partial(self.load, rank))
 
 
-def start_rank(main: Callable[[Invitation, int], None], invitation: Invitation, rank: int) -> BaseProcess:
-    process = _processes.Process(target=_run, args=(main, invitation, rank), daemon=True)
+def start_rank(
+    main: Callable[[Invitation, int], None], invitation: Invitation, rank: int, context: Any = CONTEXT
+) -> BaseProcess:
+    process: BaseProcess = context.Process(target=_run, args=(main, invitation, rank), daemon=True)
     process.start()
     return process
 
@@ -127,11 +130,15 @@ class RankGroup:
     """Ranks 1 .. size - 1 in processes of their own; use as a context manager."""
 
     def __init__(
-        self, size: int, main: Callable[[Invitation, int], None] = RankLoader().main, config: GroupConfig = PATIENT
+        self,
+        size: int,
+        main: Callable[[Invitation, int], None] = RankLoader().main,
+        config: GroupConfig = PATIENT,
+        context: Any = CONTEXT,
     ) -> None:
         meeting = Meeting(HOST, size, config)
         self.processes: dict[int, BaseProcess] = {
-            rank: start_rank(main, meeting.invitation, rank) for rank in range(1, size)
+            rank: start_rank(main, meeting.invitation, rank, context) for rank in range(1, size)
         }
         self.followers = Followers(meeting.wait(self._check), config)
 

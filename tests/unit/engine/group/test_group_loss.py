@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import json
-import os
-import signal
+import multiprocessing
 import socket
-import subprocess
-import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from multiprocessing.connection import Client
+from multiprocessing.connection import Client, Connection
+from typing import Any
 
 import psutil
 import pytest
+import torch
 
 from actors.engine.group.channel import GroupConfig
 from actors.engine.group.followers import RankLost
 from actors.engine.group.meeting import Meeting, join
 from actors.engine.group.rank_process import LEADER_LOST
 from tests.unit.engine.engine_requests import request
-from tests.unit.engine.group.rank_group import HOST, PATIENT, Fault, RankGroup, RankLoader, start_rank
+from tests.unit.engine.group.rank_group import CONTEXT, HOST, PATIENT, Fault, RankGroup, RankLoader, start_rank
 from tests.unit.engine.harness import Rig
 
 SOON = GroupConfig(tick_s=0.2, silence_s=4.0, step_timeout_s=6.0)
@@ -107,18 +106,46 @@ def test_idle_ranks_and_their_leader_hear_of_each_other() -> None:
         assert rig.sink.ids(rig.sink.released[1]) == before[0]
 
 
+def lead(told: Connection[Any, Any]) -> None:
+    """A leader in a process of its own: tells the process ids of its ranks, and when they are in a step.
+
+    In the second step rank 1 hangs.
+    """
+    torch.set_num_threads(1)
+    main = RankLoader(fault=Fault(rank=1, kind="hang", step=2)).main
+    with RankGroup(3, main, context=multiprocessing.get_context("fork")) as group, Rig(group=group.join) as rig:
+        told.send([process.pid for process in group.processes.values()])
+        for number in range(3):
+            rig.submit(number, request([5 + number] * 4, max_tokens=190))
+        rig.sink.wait(lambda: bool(rig.sink.steps), timeout_s=60.0)
+        told.send("running")
+        threading.Event().wait()
+
+
+def is_gone(process: psutil.Process) -> bool:
+    try:
+        return process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
 def test_ranks_end_when_their_leader_is_killed() -> None:
     """One sits in a step that will never end, as in a collective; the other has nothing to do."""
-    command = [sys.executable, "-m", "tests.unit.engine.group.leader_child"]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as leader:
-        assert leader.stdout is not None
-        ranks = [psutil.Process(pid) for pid in json.loads(leader.stdout.readline())]
-        helpers = [one for one in psutil.Process(leader.pid).children(recursive=True) if one not in ranks]
-        assert leader.stdout.readline() == "running\n"
-        assert len(ranks) == 2 and all(rank.is_running() for rank in ranks)
-        os.kill(leader.pid, signal.SIGKILL)
-        _, alive = psutil.wait_procs([*ranks, *helpers], timeout=60)
-        assert not alive
+    hears, tells = multiprocessing.Pipe(duplex=False)
+    leader = CONTEXT.Process(target=lead, args=(tells,))
+    leader.start()
+    try:
+        assert hears.poll(120)
+        ranks = [psutil.Process(pid) for pid in hears.recv()]
+        assert hears.poll(120) and hears.recv() == "running"
+        assert len(ranks) == 2 and not any(map(is_gone, ranks))
+    finally:
+        leader.kill()
+        leader.join()
+    until = time.monotonic() + 60
+    while not all(map(is_gone, ranks)):
+        assert time.monotonic() < until, "a rank lives on"
+        time.sleep(0.05)
 
 
 def test_a_rank_whose_leader_falls_silent_ends_by_itself() -> None:
