@@ -17,7 +17,9 @@ from actors.engine.execution.decode_graphs import CudaRecorder, DecodeGraphs, gr
 from actors.engine.execution.forms import AttentionForm, Forms, choose_forms, recording_obstacle, varlen_obstacle
 from actors.engine.execution.kv_cache import KvCache, KvLayout
 from actors.engine.execution.runner import PROMPT_LOGPROB_ROWS, Runner
-from actors.engine.plan import NewSequence, Slice, StepPlan
+from actors.engine.group.meeting import Invitation
+from actors.engine.group.rank_process import follow
+from actors.engine.plan import NewSequence, RankPlan, Slice, StepShape
 from actors.ernie.attention import PackedAttention
 from actors.ernie.bank import VisionBank, empty_bank_buffer, vision_bank_bytes
 from actors.ernie.config import ErnieConfig, Rules
@@ -107,6 +109,13 @@ def load_rank(config: EngineReplicaConfig, role: EngineRole, progress: Progress 
         rank.runner.graphs = _record_graphs(config, model, cache)
     log.info("%s engine loaded %.2f GB in %.1f s", role, rank.loaded.total_bytes / 1e9, rank.loaded.seconds)
     return rank
+
+
+def rank_main(invitation: Invitation, rank: int, config: EngineReplicaConfig, role: EngineRole) -> None:
+    """All that the process of a rank other than the leader's does, however it was started; returns when the leader ends
+    the group. See ``follow`` for what happens when it does not.
+    """
+    follow(invitation, rank, lambda: load_rank(config, role).runner)
 
 
 def _forms(config: EngineReplicaConfig, layout: KvLayout, model: LanguageModel) -> Forms:
@@ -258,6 +267,8 @@ def _warm_up(runner: Runner) -> None:
     ]
     started = time.monotonic()
     for new, part in steps:
-        runner.run(StepPlan(step=0, ended=(), new=new, slices=(part,)))
-    runner.run(StepPlan(step=0, ended=(-1,), new=(), slices=()))
+        shape = StepShape(step=0, max_tokens=part.count, decodes=not new, vision=False)
+        runner.run(RankPlan(shape=shape, ended=(), new=new, slices=(part,)))
+    nothing = StepShape(step=0, max_tokens=0, decodes=False, vision=False)
+    runner.run(RankPlan(shape=nothing, ended=(-1,), new=(), slices=()))
     log.info("warmed up in %.2f s", time.monotonic() - started)

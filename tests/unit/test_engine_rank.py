@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import pytest
 
 from actors.config import EngineReplicaConfig
 from actors.engine.execution import memory
-from actors.engine_rank import load_rank
+from actors.engine_rank import load_rank, rank_main
 from actors.ernie.weights import Checkpoint
 from actors.types import EngineRole
 from tests.tiny_model import tiny_checkpoint
+from tests.unit.engine.engine_requests import request
+from tests.unit.engine.group.rank_group import RankGroup
+from tests.unit.engine.harness import Rig
 
 CONFIG = EngineReplicaConfig(
     model_dir=str(tiny_checkpoint()), pool="engine", dtype="float32", kv_cache_gib=0.01, block_size=16
@@ -84,6 +89,25 @@ def test_start_says_what_runs_and_what_fits(caplog: pytest.LogCaptureFixture) ->
         load_rank(CONFIG, EngineRole.DECODE)
     assert "attention: paged" in caplog.text and "decode steps: eager" in caplog.text
     assert "KV arena of 0.0" in caplog.text and "beside 0.00 GiB of vision experts" in caplog.text
+
+
+def test_a_rank_in_a_process_of_its_own_computes_what_the_leader_would() -> None:
+    config = replace(CONFIG, dtype="float64")
+    leader = load_rank(config, EngineRole.COLOCATED)
+    wanted = [request(range(3 + n, 40 + 2 * n), max_tokens=12) for n in range(6)]
+
+    def rig(**options: Any) -> Rig:
+        fields = {"config": leader.config, "rules": leader.rules, "cache": leader.runner.cache, "block_size": 16}
+        return Rig(leader.runner.model, **fields, **options)
+
+    with rig() as alone:
+        outputs = alone.run(*wanted)
+    with RankGroup(2, partial(rank_main, config=config, role=EngineRole.COLOCATED)) as group:
+        with rig(group=group.join) as together:
+            assert together.group.block_counts[1] == leader.runner.block_count
+            assert together.run(*wanted) == outputs
+            assert group.followers.ranks == (1,)
+    assert group.processes[1].exitcode == 0
 
 
 @pytest.mark.parametrize(
