@@ -150,7 +150,7 @@ class Recorder:
             self.calls.append(call)
             self.changed.notify_all()
 
-    def wait(self, condition: Any, timeout_s: float = 20.0) -> None:
+    def wait(self, condition: Any, timeout_s: float = 60.0) -> None:
         """Until ``condition()`` holds; fails the test on a fatal error or after a time that only a hang takes."""
         with self.changed:
             assert self.changed.wait_for(lambda: self.fatal is not None or condition(), timeout_s), "nothing happened"
