@@ -82,6 +82,34 @@ class WorldConfig:
     """For one collective. Longer than ranks may be apart: they meet twice or three times in every MoE layer."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Seat:
+    """How one rank finds its world."""
+
+    address: str
+    """Of the leader's ``MeetingPlace``."""
+    name: str
+    """Of the world: the same for all its ranks, and never used again."""
+    rank: int
+    size: int
+    host: str
+    """This rank's own node."""
+    config: WorldConfig = WorldConfig()
+
+    def join(self, device: torch.device, stop: threading.Event | None = None) -> World:
+        """See ``join_world``."""
+        return join_world(
+            self.address,
+            name=self.name,
+            rank=self.rank,
+            size=self.size,
+            host=self.host,
+            device=device,
+            config=self.config,
+            stop=stop,
+        )
+
+
 class MeetingPlace:
     """The store the ranks of worlds find each other by; the leader keeps it as long as worlds are joined."""
 
@@ -174,6 +202,11 @@ class World:
         """``out`` [n, ...] gets the sum over ranks of the part of their ``parts`` [R * n, ...] that is this rank's."""
         with self._collective(layer, what) as group:
             self._wait(group._reduce_scatter_base(out, parts))
+
+    def meet(self, mark: str, *, timeout_s: float, stop: threading.Event | None = None) -> None:
+        """Waits until all ranks have come here, for longer than a collective may. A world uses a mark once."""
+        with _named_errors(self.rank, self.size, step=self.step, layer=None, what=f"waiting until all are {mark}"):
+            _await_all(PrefixStore(mark, self._store), self.rank, self.size, timeout_s, stop)
 
     def close(self) -> None:
         """Leaves the group; whoever waits for this rank gets an error."""

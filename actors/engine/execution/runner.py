@@ -17,6 +17,7 @@ from actors.engine.execution.attention import PagedAttention, PlainAttention
 from actors.engine.execution.attention_varlen import VarlenAttention
 from actors.engine.execution.decode_graphs import DecodeGraphs
 from actors.engine.execution.embedding_store import EmbeddingStore
+from actors.engine.execution.expert_steps import ExpertSteps
 from actors.engine.execution.forms import AttentionForm
 from actors.engine.execution.kv_cache import KvCache
 from actors.engine.execution.residents import Known, Residents
@@ -44,13 +45,19 @@ class Runner:
         *,
         attention: AttentionForm = AttentionForm.PAGED,
         graphs: DecodeGraphs | None = None,
+        experts: ExpertSteps | None = None,
     ) -> None:
-        """``graphs`` runs the steps that only decode, as far as it has a batch size for them."""
+        """``graphs`` runs the steps that only decode, as far as it has a batch size for them. ``experts``: where the
+        model holds a share of them; graphs do not go with it.
+        """
+        if experts is not None and graphs is not None:
+            raise ValueError("decode graphs of a group of ranks are not built")
         self.model = model
         self.config = config
         self.cache = cache
         self.attention = attention
         self.graphs = graphs
+        self.experts = experts
         self.sampler = Sampler(
             config.im_patch_id, vocab_size=config.text.vocab_size, eos_token_ids=config.eos_token_ids
         )
@@ -66,6 +73,17 @@ class Runner:
     def resident_count(self) -> int:
         """Sequences with any memory here."""
         return len({*self._residents.ids, *self._embeddings.ids, *self.sampler.sequence_ids})
+
+    def need_experts(self) -> ExpertSteps:
+        """Raises ValueError where all experts are here."""
+        if self.experts is None:
+            raise ValueError("this rank shares no experts with others")
+        return self.experts
+
+    def close(self) -> None:
+        """Leaves the group's world, if there is one. Idempotent."""
+        if self.experts is not None:
+            self.experts.close()
 
     def supply_embedding(self, id: int, media_index: int, unit_index: int, embedding: Tensor) -> None:
         """Keeps the embedding [tokens of the unit, D] until the unit is computed or the sequence ended."""
@@ -89,6 +107,8 @@ class Runner:
         if not plan.shape.max_tokens:
             return StepResult(tokens={})
         self._residents.append_blocks(plan.slices)
+        if self.experts is not None:
+            self.experts.begin(plan.shape)
         batch = build_batch(self._residents, plan.slices, self.cache.layout.block_size)
         h_TD = self._forward(batch, plan.shape)
         prompt_logprobs = self._prompt_logprobs(batch, h_TD)

@@ -15,6 +15,7 @@ from typing import Any
 
 from actors.engine.group.channel import ChannelBroken, GroupConfig, RankChannel
 from actors.engine.group.messages import Done, End, Failed, FromRank, Ready, ToRank
+from actors.parallel.world import WorldError
 
 
 class RankLost(RuntimeError):
@@ -109,6 +110,16 @@ class Followers:
                 raise self._defect(rank, f"it answered part {done[rank].number} instead of {number}")
         return [done[rank] for rank in self._channels]
 
+    def blame(self, error: WorldError) -> RankLost:
+        """The world broke in the leader. Ends the group, and tells who is lost: whoever gave no word, unless the group
+        ended before because of another.
+        """
+        return self._defect(_suspect(error.silent, error.rank), str(error))
+
+    def give_up(self, reason: str) -> None:
+        """The leader cannot go on: the other ranks end at once, whatever they are doing."""
+        self._lose(0, reason)
+
     def close(self) -> None:
         """Lets the ranks' processes end, and the connections with them. Idempotent."""
         with self._changed:
@@ -135,14 +146,15 @@ class Followers:
                 with self._changed:
                     self._done[rank] = message
                     self._changed.notify_all()
-            case Failed(reason):
-                self._lose(rank, reason)
+            case Failed(reason, silent):
+                self._lose(_suspect(silent, rank), reason)
             case _:
                 self._lose(rank, f"it said {message}")
 
     def _defect(self, rank: int, reason: str) -> RankLost:
         self._lose(rank, reason)
-        return RankLost(rank, reason)
+        with self._changed:
+            return self._lost or RankLost(rank, reason)
 
     def _lose(self, rank: int, reason: str) -> None:
         with self._changed:
@@ -174,3 +186,11 @@ class Followers:
             others = f" (nor did ranks {missing[1:]})" if missing[1:] else ""
             self._lose(missing[0], f"it did not finish step {step} in {self._config.step_timeout_s} s{others}")
             return
+
+
+def _suspect(silent: tuple[int, ...], witness: int) -> int:
+    """Who is lost, if ``witness`` saw the world break and heard nothing of the ``silent``.
+
+    The leader last: it may be computing, while its connections tell it of the death of others.
+    """
+    return min(silent, key=lambda rank: (rank == 0, rank), default=witness)

@@ -15,10 +15,12 @@ from torch import Tensor
 
 from actors.engine.constraints.constraint import TokenConstraint, mask_words
 from actors.engine.execution.runner import Runner
+from actors.engine.group.balance import Balancer
 from actors.engine.group.followers import Followers
 from actors.engine.group.messages import Embedding, Part
 from actors.engine.group.remote_constraints import RemoteConstraints
 from actors.engine.plan import StepPlan, StepResult
+from actors.parallel.world import WorldError
 
 
 @dataclass(kw_only=True, slots=True)
@@ -48,13 +50,15 @@ class _Home(NamedTuple):
 class GroupRunner:
     """Implements ``StepRunner``. The step thread's own."""
 
-    def __init__(self, runner: Runner, followers: Followers | None = None) -> None:
-        """``runner`` is rank 0. Waits until the ``followers`` are loaded; closing them is their owner's.
+    def __init__(self, runner: Runner, followers: Followers | None = None, balancer: Balancer | None = None) -> None:
+        """``runner`` is rank 0. Waits until the ``followers`` are loaded; closing them is their owner's, and so are the
+        runner and the ``balancer``, without which experts stay where they are.
 
         Raises RankLost if one of them is lost before.
         """
         self._runner = runner
         self._followers = followers
+        self._balancer = balancer
         counts = () if followers is None else followers.wait_ready()
         self.block_counts = (runner.block_count, *counts)
         self.counters = GroupCounters(rank_s=[0.0] * len(counts))
@@ -102,12 +106,21 @@ class GroupRunner:
         self._take_news(plan)
         self._followers.begin(plan.shape.step)
         self._numbers += 1
-        for rank in self._followers.ranks:
-            part = plan.parts[rank]
-            masks = self._remote.masks(part.slices)
-            self.counters.sent_bytes += self._followers.send(rank, Part(self._numbers, part, masks))
-        sent = time.perf_counter()
-        own = self._runner.run(plan.parts[0])
+        try:
+            if self._balancer is not None and plan.shape.max_tokens:
+                self._balancer.before_step()
+                started = time.perf_counter()
+            for rank in self._followers.ranks:
+                part = plan.parts[rank]
+                masks = self._remote.masks(part.slices)
+                self.counters.sent_bytes += self._followers.send(rank, Part(self._numbers, part, masks))
+            sent = time.perf_counter()
+            own = self._runner.run(plan.parts[0])
+        except WorldError as error:
+            raise self._followers.blame(error) from error
+        except BaseException:
+            self._runner.close()  # Nobody is to wait for this rank.
+            raise
         self._followers.own_part_done()
         computed = time.perf_counter()
         done = self._followers.gather(self._numbers)

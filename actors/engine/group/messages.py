@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from actors.engine.plan import RankPlan, StepResult
+from actors.parallel.layout import ExpertPlacement
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,10 +53,24 @@ class Done:
 
 
 @dataclass(frozen=True, slots=True)
+class TakeLoad:
+    """Leader, between two parts: all ranks take the load of the experts. No answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class MoveExperts:
+    """Leader, between two parts: all ranks exchange experts. No answer."""
+
+    wanted: ExpertPlacement
+
+
+@dataclass(frozen=True, slots=True)
 class Failed:
     """Rank, last of all: its process ends because of this."""
 
     reason: str
+    silent: tuple[int, ...] = ()
+    """Ranks that gave no word when the group's world broke: not this one is to blame, but they."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,5 +99,5 @@ class Embedding:
         return torch.frombuffer(bytearray(self.content), dtype=torch.uint8).view(self.dtype).view(self.shape)
 
 
-ToRank = Part | Embedding | End | Tick
+ToRank = Part | Embedding | TakeLoad | MoveExperts | End | Tick
 FromRank = Hello | Ready | Done | Failed | Tick

@@ -13,9 +13,10 @@ from collections.abc import Callable
 from actors.engine.execution.runner import Runner
 from actors.engine.group.channel import RankChannel
 from actors.engine.group.meeting import Invitation, join
-from actors.engine.group.messages import Done, Embedding, End, Failed, Part, Ready, ToRank
+from actors.engine.group.messages import Done, Embedding, End, Failed, MoveExperts, Part, Ready, TakeLoad, ToRank
 from actors.engine.group.remote_constraints import SentConstraint
 from actors.engine.plan import StepResult
+from actors.parallel.world import WorldError
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +30,8 @@ def follow(invitation: Invitation, rank: int, load: Callable[[], Runner]) -> Non
     The connection comes first: whatever happens while ranks load, each knows whether the leader is there. When the
     leader is lost the process ends at once, whatever it is doing: it may be in a collective that nobody else is in.
 
-    Raises whatever ``load`` or a step raises, after the leader was told.
+    Closes the runner at the end. Raises whatever ``load`` or a step raises, after the leader was told and before any
+    other rank learns of it.
     """
 
     inbox: queue.SimpleQueue[ToRank] = queue.SimpleQueue()
@@ -49,16 +51,25 @@ def follow(invitation: Invitation, rank: int, load: Callable[[], Runner]) -> Non
 
     channel = RankChannel(join(invitation, rank), invitation.config, name="leader", on_message=hear, on_broken=leave)
     channel.start()
+    runner: Runner | None = None
     try:
         runner = load()
         channel.send(Ready(runner.block_count))
         _compute(runner, inbox, channel)
     except BaseException as error:
-        channel.send(Failed("".join(traceback.format_exception(error)).strip()))
+        channel.send(_failed(error))
         raise
     finally:
         finished.set()
+        if runner is not None:
+            runner.close()
         channel.close()
+
+
+def _failed(error: BaseException) -> Failed:
+    if isinstance(error, WorldError):
+        return Failed(str(error), error.silent)
+    return Failed("".join(traceback.format_exception(error)).strip())
 
 
 def _compute(runner: Runner, inbox: queue.SimpleQueue[ToRank], channel: RankChannel) -> None:
@@ -71,6 +82,10 @@ def _compute(runner: Runner, inbox: queue.SimpleQueue[ToRank], channel: RankChan
                 channel.send(Done(part.number, result, time.perf_counter() - started))
             case Embedding() as unit:
                 runner.supply_embedding(unit.id, unit.media_index, unit.unit_index, unit.tensor())
+            case TakeLoad():
+                runner.need_experts().take_load()
+            case MoveExperts(wanted):
+                runner.need_experts().move(wanted)
             case End():
                 return
             case other:

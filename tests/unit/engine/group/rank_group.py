@@ -17,6 +17,7 @@ import torch
 
 from actors.engine.execution.kv_cache import KvCache
 from actors.engine.execution.runner import Runner
+from actors.engine.group.balance import Balancer
 from actors.engine.group.channel import GroupConfig
 from actors.engine.group.followers import Followers
 from actors.engine.group.group_runner import GroupRunner
@@ -90,11 +91,14 @@ class RankLoader:
 
     def load(self, rank: int) -> Runner:
         model, config = self.model()
+        return self.runner(rank, model, config)
+
+    def runner(self, rank: int, model: LanguageModel, config: ErnieConfig, **options: Any) -> Runner:
         cache = KvCache.allocate(kv_layout(model, self.block_size), self.blocks, model.device)
         kind = Runner
         if self.fault is not None and self.fault.rank == rank:
             kind = partial(FaultyRunner, fault=self.fault)  # type: ignore[assignment]
-        return kind(model, config, Rules.original(), cache)
+        return kind(model, config, Rules.original(), cache, **options)
 
     def main(self, invitation: Invitation, rank: int) -> None:
         """Of a rank's process."""
@@ -117,8 +121,8 @@ def _run(main: Callable[[Invitation, int], None], invitation: Invitation, rank: 
 class WatchedGroup(GroupRunner):
     """Remembers which ranks had tokens."""
 
-    def __init__(self, runner: Runner, followers: Followers) -> None:
-        super().__init__(runner, followers)
+    def __init__(self, runner: Runner, followers: Followers, balancer: Balancer | None = None) -> None:
+        super().__init__(runner, followers, balancer)
         self.lived_on: set[int] = set()
 
     def run(self, plan: StepPlan) -> StepResult:
