@@ -1,13 +1,15 @@
-"""Steps of the model on a group of ranks against the same steps on one rank that holds all experts.
+"""Steps of an engine group against the same steps of an engine of one rank that holds all experts.
 
-Both sides load the same random checkpoint, each rank in a process of its own with its share of the threads; a side
-sleeps while the other runs, and rounds alternate. First both generate greedily in float64 from prompts with and without
-media, and must agree on every token; then steps are timed in the serving dtype. See README.md beside this file.
+Both sides load the same random checkpoint; a group's other ranks are processes of their own, and its ranks share the
+threads. A side sleeps while the other runs, and rounds alternate. First both generate greedily in float64 from prompts
+with and without pictures, and must agree on every token; then steps are timed in the serving dtype. See README.md
+beside this file.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 import os
@@ -15,39 +17,53 @@ import statistics
 import sys
 import tempfile
 import time
-import traceback
-import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
-from multiprocessing.connection import Connection
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from ours import StepLog
 from torch import Tensor
 
 from actors.checkpoint import PRESETS, write_random_checkpoint
-from actors.ernie.bank import empty_bank_buffer
-from actors.ernie.text import LanguageModel
-from actors.ernie.weights import Checkpoint, load_language
+from actors.config import EngineReplicaConfig
+from actors.engine.config import EngineConfig
+from actors.engine.engine import Engine
+from actors.engine.group.group_runner import GroupRunner
+from actors.engine.group.meeting import Invitation
+from actors.engine.plan import StepPlan, StepResult
+from actors.engine_group import EngineGroup
+from actors.engine_rank import Rank, load_rank, rank_main
 from actors.parallel.dispatch import Dispatched, Dispatcher
-from actors.parallel.group import ExpertGroup, GroupStep
-from actors.parallel.group_dispatch import AllToAllDispatcher, FixedShapeDispatcher
-from actors.parallel.layout import ExpertShare, even_placement
-from actors.parallel.world import MeetingPlace, World, WorldConfig, join_world
+from actors.parallel.world import Seat
+from actors.types import (
+    AttemptMode,
+    EngineRequest,
+    EngineRole,
+    Grid,
+    KvIdentity,
+    MediaKind,
+    MediaSpan,
+    SamplingParams,
+    SequenceKey,
+)
 
 HOST = "127.0.0.1"
-PARTS = ("dispatch", "experts", "combine", "rest")
-"""Of a step. ``plan`` and ``gather`` are the engine group's, which does not run these steps yet; they belong here."""
+OWN_PARTS = ("dispatch", "experts", "combine", "rest")
+PARTS = ("plan", *OWN_PARTS, "gather")
+"""Of a step, as the leader sees it: sending parts, computing its own, waiting for the others' results."""
 KINDS = ("prefill", "decode")
 EXACT_TOKENS = 8
 """Generated per sequence where both sides must agree."""
+KV_CACHE_GIB = 0.5
+LEAST_PROMPT = 16
 
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """A batch of prompts and how many tokens to generate for each. Sequence i lives on rank i modulo ranks."""
+    """A batch of prompts and how many tokens to generate for each; every other one has a picture in its middle."""
 
     sequences: int
     prompt: int
@@ -55,8 +71,12 @@ class Work:
     seed: int
 
     def has_media(self, sequence: int) -> bool:
-        """Every other one; with two ranks one of them never has vision tokens."""
         return sequence % 2 == 1
+
+    @property
+    def grid(self) -> Grid:
+        """Half of the prompt, more or less."""
+        return Grid(1, 4, 2 * (self.prompt // 4))
 
 
 class Stopwatch:
@@ -64,7 +84,7 @@ class Stopwatch:
 
     def __init__(self, inner: Dispatcher[Any]) -> None:
         self.inner = inner
-        self.seconds = dict.fromkeys(PARTS, 0.0)
+        self.seconds = dict.fromkeys(OWN_PARTS, 0.0)
         self._handed_out = 0.0
 
     def dispatch(self, layer: int, x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> Dispatched[Any]:
@@ -82,215 +102,194 @@ class Stopwatch:
         return out_TD
 
 
-class SequenceCaches:
-    """Keys and values of the sequences of one rank, whose next tokens lie end to end in a batch."""
+class TimedRunner:
+    """A ``StepRunner`` that keeps the seconds of every step with tokens, by kind and part."""
 
-    def __init__(self, sequences: int) -> None:
-        self.kept: list[dict[int, tuple[Tensor, Tensor]]] = [{} for _ in range(sequences)]
-        self.tokens_each = 0
+    def __init__(self, group: GroupRunner, stopwatches: Sequence[Stopwatch]) -> None:
+        self.group = group
+        self.stopwatches = stopwatches
+        self.seconds: dict[str, list[dict[str, float]]] = {kind: [] for kind in KINDS}
 
-    def attend(self, layer: int, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor) -> Tensor:
-        out_THd = torch.empty_like(q_THd)
-        for number, kept in enumerate(self.kept):
-            span = slice(number * self.tokens_each, (number + 1) * self.tokens_each)
-            k, v = k_TKd[span], v_TKd[span]
-            if layer in kept:
-                k, v = torch.cat([kept[layer][0], k]), torch.cat([kept[layer][1], v])
-            kept[layer] = k, v
-            mask = torch.ones(self.tokens_each, k.shape[0], dtype=torch.bool).tril(k.shape[0] - self.tokens_each)
-            parts = (x.transpose(0, 1).unsqueeze(0) for x in (q_THd[span], k, v))
-            out = F.scaled_dot_product_attention(*parts, attn_mask=mask, enable_gqa=True)
-            out_THd[span] = out.squeeze(0).transpose(0, 1)
-        return out_THd
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.group, name)
 
-
-class Rank:
-    """One rank of a side: a model, its group if there is one, and the steps."""
-
-    def __init__(self, directory: str, dtype: torch.dtype, world: World | None) -> None:
-        with Checkpoint(directory) as checkpoint:
-            text = checkpoint.config.text
-            share = None
-            if world is not None:
-                sparse, experts = text.sparse_layers, text.moe_num_experts
-                placement = even_placement(text.num_hidden_layers, sparse, experts, world.size)
-                share = ExpertShare(placement, world.rank)
-            storage = empty_bank_buffer(text, dtype, share=share)
-            quiet = {"progress": lambda _done, _total: None}
-            self.model: LanguageModel = load_language(
-                checkpoint, checkpoint.config, dtype=dtype, bank_storage=storage, share=share, **quiet
+    def run(self, plan: StepPlan) -> StepResult:
+        for stopwatch in self.stopwatches:
+            stopwatch.seconds = dict.fromkeys(OWN_PARTS, 0.0)
+        counters = self.group.counters
+        before = counters.plan_s, counters.own_s, counters.gather_s
+        result = self.group.run(plan)
+        if plan.shape.max_tokens:
+            after = counters.plan_s, counters.own_s, counters.gather_s
+            plan_s, own_s, gather_s = (new - old for new, old in zip(after, before, strict=True))
+            parts = {part: sum(watch.seconds[part] for watch in self.stopwatches) for part in OWN_PARTS}
+            parts["rest"] = own_s - sum(parts.values())
+            self.seconds["decode" if plan.shape.decodes else "prefill"].append(
+                {"plan": plan_s, **parts, "gather": gather_s}
             )
-            self.loaded = {"bytes": checkpoint.report.total_bytes, "seconds": checkpoint.report.seconds}
-            self.limit = checkpoint.config.im_patch_id
-        self.group: ExpertGroup | None = None
-        self.rank, self.ranks = (0, 1) if world is None else (world.rank, world.size)
-        forms: dict[str, Dispatcher[Any]]
-        if world is None or share is None:
-            assert self.model.dispatcher is not None
-            forms = dict.fromkeys(KINDS, self.model.dispatcher)
-        else:
-            self.group = ExpertGroup(world, share.placement)
-            forms = {"prefill": AllToAllDispatcher(self.group), "decode": FixedShapeDispatcher(self.group)}
-        self.forms = {kind: Stopwatch(form) for kind, form in forms.items()}
-        self.steps = 0
-
-    def run(self, work: Work) -> dict[str, Any]:
-        """Greedy tokens by sequence, and the seconds of every step by kind and part."""
-        mine = list(range(self.rank, work.sequences, self.ranks))
-        most = -(-work.sequences // self.ranks)
-        caches = SequenceCaches(len(mine))
-        media_T = torch.arange(work.prompt) // 4 % 2 == 0
-        vision_T = torch.cat([media_T & work.has_media(s) for s in mine] or [media_T[:0]])
-        x_TD = torch.cat([self._prompt(work, s, media_T) for s in mine] or [self._nothing()])
-        tokens: list[list[int]] = [[] for _ in mine]
-        seconds: dict[str, list[dict[str, float]]] = {kind: [] for kind in KINDS}
-        for step in range(work.tokens):
-            kind, length, first = ("prefill", work.prompt, 0) if step == 0 else ("decode", 1, work.prompt + step - 1)
-            has_vision = step == 0 and work.sequences > 1
-            positions_3T = torch.arange(first, first + length).repeat(len(mine)).expand(3, -1)
-            caches.tokens_each = length
-            stopwatch = self.forms[kind]
-            stopwatch.seconds = dict.fromkeys(PARTS, 0.0)
-            self.model.dispatcher = stopwatch
-            if self.group is not None:
-                self.group.begin_step(GroupStep(number=self.steps, most_tokens=most * length, vision=has_vision))
-            self.steps += 1
-            started = time.perf_counter()
-            h_TD = self.model.forward(x_TD, positions_3T, vision_T if has_vision else None, caches)
-            logits = self.model.logits(h_TD[length - 1 :: length])[:, : self.limit]
-            taken = time.perf_counter() - started
-            stopwatch.seconds["rest"] = taken - sum(stopwatch.seconds.values())
-            seconds[kind].append(dict(stopwatch.seconds))
-            chosen = logits.argmax(-1)
-            for sequence, token in zip(tokens, chosen.tolist(), strict=True):
-                sequence.append(token)
-            x_TD = self.model.embed(chosen)
-        return {"tokens": dict(zip(mine, tokens, strict=True)), "seconds": seconds}
-
-    def _prompt(self, work: Work, sequence: int, media_T: Tensor) -> Tensor:
-        """Random text, and random embeddings of about their size where media are."""
-        generator = torch.Generator().manual_seed(work.seed * 1000 + sequence)
-        x_TD = self.model.embed(torch.randint(self.limit, (work.prompt,), generator=generator))
-        media_TD = torch.randn(x_TD.shape, generator=generator, dtype=torch.float64).to(x_TD.dtype) * x_TD.std()
-        return torch.where((media_T & work.has_media(sequence)).unsqueeze(1), media_TD, x_TD)
-
-    def _nothing(self) -> Tensor:
-        return self.model.embed(torch.empty(0, dtype=torch.int64))
+        return result
 
 
-def serve_rank(
-    end: Connection, directory: str, dtype: torch.dtype, threads: int, rank: int, ranks: int, meeting: tuple[str, str]
-) -> None:
-    """A rank's process: answers with what loading took, then with the result of each ``Work``, until None comes."""
+def serve_rank(threads: int, config: EngineReplicaConfig, invitation: Invitation, seat: Seat) -> None:
+    """All that the process of another rank does."""
     torch.set_num_threads(threads)
-    world: World | None = None
-    try:
-        if ranks > 1:
-            address, name = meeting
-            config = WorldConfig(join_timeout_s=300, collective_timeout_s=300)
-            device = torch.device("cpu")
-            world = join_world(address, name=name, rank=rank, size=ranks, host=HOST, device=device, config=config)
-        with torch.inference_mode():
-            served = Rank(directory, dtype, world)
-            end.send(served.loaded)
-            while (work := end.recv()) is not None:
-                end.send(served.run(work))
-    except Exception:
-        end.send(traceback.format_exc())
-    finally:
-        if world is not None:
-            world.close()
+    rank_main(invitation, seat, config, EngineRole.COLOCATED)
+
+
+def start_rank(
+    threads: int, config: EngineReplicaConfig, invitation: Invitation, seat: Seat
+) -> multiprocessing.process.BaseProcess:
+    context = multiprocessing.get_context("spawn")
+    process = context.Process(target=serve_rank, args=(threads, config, invitation, seat), daemon=True)
+    process.start()
+    return process
 
 
 class Side:
-    """The processes of one side."""
+    """An engine of so many ranks."""
 
     def __init__(self, directory: Path, dtype: torch.dtype, threads: int, ranks: int) -> None:
-        self.place = MeetingPlace(HOST)
-        context = multiprocessing.get_context("spawn")
-        self.processes, self.ends = [], []
-        for rank in range(ranks):
-            ours, theirs = context.Pipe()
-            share = max(1, threads // ranks)
-            meeting = (self.place.address, uuid.uuid5(uuid.NAMESPACE_OID, self.place.address).hex)
-            arguments = (theirs, str(directory), dtype, share, rank, ranks, meeting)
-            process = context.Process(target=serve_rank, args=arguments, daemon=True)
-            process.start()
-            theirs.close()
-            self.processes.append(process)
-            self.ends.append(ours)
-        self.loaded: list[dict[str, float]] = self._answers()
+        self.threads = max(1, threads // ranks)
+        self.group: EngineGroup | None = None
+        name = str(dtype).removeprefix("torch.")
+        config = EngineReplicaConfig(
+            model_dir=str(directory), pool="benchmark", dtype=name, kv_cache_gib=KV_CACHE_GIB, prefix_caching=False
+        )
+        self.config, role = config, EngineRole.COLOCATED
+        torch.set_num_threads(self.threads)
+        if ranks == 1:
+            self.rank: Rank = load_rank(config, role)
+            model = self.rank.runner.model
+            assert model.dispatcher is not None
+            watch = Stopwatch(model.dispatcher)
+            model.dispatcher, watches = watch, [watch]
+            group = GroupRunner(self.rank.runner)
+        else:
+            self.group = EngineGroup(ranks, HOST, partial(start_rank, self.threads, config))
+            self.rank, group = self.group.load(config, role)
+            experts: Any = self.rank.runner.need_experts()
+            experts.fixed, experts.variable = watches = [Stopwatch(experts.fixed), Stopwatch(experts.variable)]
+        self.runner = TimedRunner(group, watches)
+        self.loaded = {"bytes": self.rank.loaded.total_bytes, "seconds": self.rank.loaded.seconds}
+        """Of the leader."""
 
     def run(self, work: Work) -> tuple[dict[int, list[int]], dict[str, list[dict[str, float]]]]:
-        """Tokens by sequence; by kind and step the mean seconds of the ranks, which wait for each other, by part."""
-        for end in self.ends:
-            end.send(work)
-        answers = self._answers()
-        tokens = {sequence: found for answer in answers for sequence, found in answer["tokens"].items()}
-        seconds = {
-            kind: [
-                {part: statistics.mean(step[part] for step in steps) for part in PARTS}
-                for steps in zip(*(answer["seconds"][kind] for answer in answers), strict=True)
-            ]
-            for kind in KINDS
-        }
-        return tokens, seconds
+        """Tokens by sequence; by kind and step the seconds by part."""
+        torch.set_num_threads(self.threads)
+        self.runner.seconds = {kind: [] for kind in KINDS}
+        sink = StepLog()
+        engine = sink.engine = self._engine(work, sink)
+        for sequence in range(work.sequences):
+            key = SequenceKey(str(sequence), 0, 0)
+            request, embeddings = self._request(work, sequence)
+            sink.embeddings[key] = embeddings
+            engine.submit(key, request, AttemptMode.COLOCATED)
+        # All are here before the first step, so that both sides batch alike.
+        engine.start()
+        try:
+            sink.wait(work.sequences)
+        finally:
+            engine.stop()
+        tokens: dict[int, list[int]] = {sequence: [] for sequence in range(work.sequences)}
+        for _, events in sink.steps:
+            for event in events:
+                tokens[int(event.key.request_id)].append(event.token_id)
+        return tokens, self.runner.seconds
 
     def close(self) -> None:
-        for end, process in zip(self.ends, self.processes, strict=True):
-            end.send(None)
-            process.join()
-        self.place.close()
+        if self.group is not None:
+            self.group.close()
 
-    def _answers(self) -> list[Any]:
-        answers = [end.recv() for end in self.ends]
-        for answer in answers:
-            if isinstance(answer, str):
-                raise RuntimeError(f"a rank failed:\n{answer}")
-        return answers
+    def _engine(self, work: Work, sink: StepLog) -> Engine:
+        settings = EngineConfig(
+            role=EngineRole.COLOCATED,
+            max_model_len=work.prompt + work.tokens,
+            block_size=self.config.block_size,
+            max_num_seqs=work.sequences,
+            max_batched_tokens=work.sequences * work.prompt,
+            prefix_caching=False,
+        )
+        rank = self.rank
+        identity = KvIdentity(
+            fingerprint="", dtype=self.config.dtype, block_size=settings.block_size, switches=rank.rules.switches
+        )
+        return Engine(settings, rank.config, rank.rules, self.runner, sink, identity=identity)
+
+    def _request(self, work: Work, sequence: int) -> tuple[EngineRequest, list[Tensor]]:
+        """Random text, and of a picture random embeddings of about the size of those of text."""
+        generator = torch.Generator().manual_seed(work.seed * 1000 + sequence)
+        prompt = torch.randint(self.rank.config.im_patch_id, (work.prompt,), generator=generator).tolist()
+        media: tuple[MediaSpan, ...] = ()
+        embeddings: list[Tensor] = []
+        if work.has_media(sequence):
+            model, grid, at = self.rank.runner.model, work.grid, work.prompt // 4
+            prompt[at : at + grid.tokens] = [self.rank.config.image_token_id] * grid.tokens
+            noise_TD = torch.randn(grid.tokens, model.config.hidden_size, generator=generator, dtype=torch.float64)
+            embeddings = [(noise_TD * model.embed_VD[:1000].double().std()).to(model.dtype)]
+            keys = (sequence.to_bytes(32, "big"),)
+            media = (MediaSpan(kind=MediaKind.IMAGE, offset=at, grid=grid, embedding_keys=keys, encoder_address=""),)
+        request = EngineRequest(
+            prompt_ids=tuple(prompt),
+            media=media,
+            output_ids=(),
+            sampling=SamplingParams(temperature=0.0, max_tokens=work.tokens, ignore_eos=True),
+            seed=0,
+            salt=b"",
+            arrival_s=float(sequence),
+            deadline_s=time.time() + 1e6,
+            priority=0,
+        )
+        return request, embeddings
 
 
 def compare_tokens(directory: Path, threads: int, ranks: int, seeds: Sequence[int]) -> dict[str, Any]:
     """Greedy generation in float64 on both sides, from even and uneven numbers of sequences."""
     compared, equal = 0, True
-    sides = [Side(directory, torch.float64, threads, size) for size in (1, ranks)]
-    for seed in seeds:
-        for sequences in (1, 2 * ranks + 1):
-            work = Work(sequences=sequences, prompt=24, tokens=EXACT_TOKENS, seed=seed)
-            alone, grouped = (side.run(work)[0] for side in sides)
-            compared += sum(map(len, alone.values()))
-            equal = equal and alone == grouped
-    for side in sides:
-        side.close()
+    with contextlib.ExitStack() as stack:
+        sides = [_open(stack, directory, torch.float64, threads, size) for size in (1, ranks)]
+        for seed in seeds:
+            for sequences in (1, 2 * ranks + 1):
+                work = Work(sequences=sequences, prompt=24, tokens=EXACT_TOKENS, seed=seed)
+                alone, grouped = (side.run(work)[0] for side in sides)
+                compared += sum(map(len, alone.values()))
+                equal = equal and alone == grouped
     return {"equal": equal and compared > 0, "tokens_compared": compared}
 
 
 def time_steps(directory: Path, dtype: torch.dtype, threads: int, ranks: int, works: Sequence[Work]) -> dict[str, Any]:
     """One round per work after one that is not counted; the side that runs first changes from round to round."""
     names = ("ep1", f"ep{ranks}")
-    sides = {name: Side(directory, dtype, threads, size) for name, size in zip(names, (1, ranks), strict=True)}
-    medians: dict[str, dict[str, list[dict[str, float]]]] = {kind: {name: [] for name in names} for kind in KINDS}
-    for number, work in enumerate((works[0], *works)):
-        for name in names if number % 2 else reversed(names):
-            _, seconds = sides[name].run(work)
-            if number:
-                for kind in KINDS:
-                    steps = seconds[kind]
-                    parts = {part: 1e3 * statistics.median(step[part] for step in steps) for part in PARTS}
-                    parts["step"] = 1e3 * statistics.median(sum(step.values()) for step in steps)
-                    medians[kind][name].append(parts)
-    found: dict[str, Any] = {"load": {name: side.loaded for name, side in sides.items()}}
+    rounds: dict[str, dict[str, list[dict[str, float]]]] = {kind: {name: [] for name in names} for kind in KINDS}
+    with contextlib.ExitStack() as stack:
+        sides = {
+            name: _open(stack, directory, dtype, threads, size) for name, size in zip(names, (1, ranks), strict=True)
+        }
+        for number, work in enumerate((works[0], *works)):
+            for name in names if number % 2 else reversed(names):
+                _, seconds = sides[name].run(work)
+                if number:
+                    rounds["prefill"][name].append(_of_round(seconds["prefill"], sum))
+                    rounds["decode"][name].append(_of_round(seconds["decode"], statistics.median))
+        found: dict[str, Any] = {"load": {name: side.loaded for name, side in sides.items()}}
     for kind in KINDS:
-        rows = medians[kind]
+        rows = rounds[kind]
         found[kind] = {
             name: {f"{part}_ms": statistics.median(row[part] for row in rows[name]) for part in ("step", *PARTS)}
             for name in names
         }
         pairs = zip(rows[names[1]], rows[names[0]], strict=True)
         found[kind]["ratio"] = statistics.median(group["step"] / alone["step"] for group, alone in pairs)
-    for side in sides.values():
-        side.close()
     return found
+
+
+def _open(stack: contextlib.ExitStack, directory: Path, dtype: torch.dtype, threads: int, ranks: int) -> Side:
+    return stack.enter_context(contextlib.closing(Side(directory, dtype, threads, ranks)))
+
+
+def _of_round(steps: Sequence[dict[str, float]], join: Callable[[Iterable[float]], float]) -> dict[str, float]:
+    """Milliseconds by part, and of the whole step."""
+    parts = {part: 1e3 * join([step[part] for step in steps]) for part in PARTS}
+    return parts | {"step": 1e3 * join([sum(step.values()) for step in steps])}
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -305,8 +304,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=16, help="generated for each sequence")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args(arguments)
-    if options.ranks < 2 or options.rounds < 1 or options.tokens < 2 or options.prompt < 1 or options.sequences < 1:
+    if options.ranks < 2 or options.rounds < 1 or options.tokens < 2 or options.sequences < 1:
         parser.error("a group has two ranks or more; one round, one sequence and two tokens are the least to measure")
+    if options.prompt < LEAST_PROMPT:
+        parser.error(f"a prompt has {LEAST_PROMPT} tokens or more")
     return options
 
 

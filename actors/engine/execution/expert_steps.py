@@ -34,14 +34,14 @@ class ExpertSteps:
             raise ValueError("the model does not hold the share of the experts that its group knows")
         self.group = group
         self._model = model
-        self._fixed = FixedShapeDispatcher(group)
-        self._variable = AllToAllDispatcher(group)
+        self.fixed = FixedShapeDispatcher(group)
+        self.variable = AllToAllDispatcher(group)
 
     def begin(self, shape: StepShape) -> None:
         """Before every forward pass, also without tokens here. Chooses by ``shape`` alone, which all ranks share."""
         self.group.begin_step(GroupStep(number=shape.step, most_tokens=shape.max_tokens, vision=shape.vision))
         is_fixed = shape.decodes and shape.max_tokens <= FIXED_ROOM
-        self._model.dispatcher = self._fixed if is_fixed else self._variable
+        self._model.dispatcher = self.fixed if is_fixed else self.variable
 
     def meet(self, mark: str, timeout_s: float, stop: threading.Event | None = None) -> None:
         """Waits until all ranks are here, for longer than in a collective. Each mark once. Raises WorldError."""
