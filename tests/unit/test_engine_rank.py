@@ -16,7 +16,7 @@ from actors.engine.group.balance import BalanceConfig
 from actors.engine.group.followers import RankLost
 from actors.engine.group.group_runner import GroupRunner
 from actors.engine.group.meeting import Invitation
-from actors.engine_group import EngineGroup, StartRank
+from actors.engine_group import EngineGroup, StartRank, child_processes
 from actors.engine_rank import Rank, load_rank, rank_main
 from actors.ernie.weights import Checkpoint
 from actors.parallel.world import Seat
@@ -118,13 +118,15 @@ def share_main(invitation: Invitation, rank: int, seat: Seat, config: EngineRepl
     rank_main(invitation, seat, config, EngineRole.COLOCATED)
 
 
-def test_a_group_of_processes_shares_what_one_rank_loads_and_computes_the_same() -> None:
+def test_a_group_of_processes_shares_what_one_rank_loads_and_computes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # Of the other rank's process.
     config = replace(CONFIG, dtype="float64")
     alone = load_rank(config, EngineRole.COLOCATED)
-    wanted = [request(range(3 + n, 40 + 2 * n), max_tokens=12) for n in range(6)]
+    wanted = [request(range(3 + n, 40 + 2 * n), max_tokens=6) for n in range(4)]
     with rig_of(alone) as rig:
         outputs = rig.run(*wanted)
-    group = EngineGroup(2, HOST, child_ranks(config), config=PATIENT, balance=BalanceConfig(every_steps=2))
+    start = child_processes(config, EngineRole.COLOCATED)
+    group = EngineGroup(2, HOST, start, config=PATIENT, balance=BalanceConfig(every_steps=2))
     try:
         rank, runner = group.load(config, EngineRole.COLOCATED)
         assert any(note.endswith("; a share of them on rank 0 of 2") for note in rank.notes)
@@ -144,6 +146,7 @@ def test_a_group_of_processes_shares_what_one_rank_loads_and_computes_the_same()
         with rig_of(rank, group=join) as rig:
             assert rig.run(*wanted) == outputs
             assert min(runner.counters.rank_s) > 0
+            assert runner.counters.balance is not None and runner.counters.balance.loads > 0
     finally:
         group.close()
     assert [process.is_alive() for process in group.processes.values()] == [False]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from actors.engine.constraints.constraint import TokenConstraint, mask_words
 from actors.engine.execution.runner import Runner
-from actors.engine.group.balance import Balancer
+from actors.engine.group.balance import BalanceCounters, Balancer
 from actors.engine.group.followers import Followers
 from actors.engine.group.messages import Embedding, Part
 from actors.engine.group.remote_constraints import RemoteConstraints
@@ -39,6 +39,8 @@ class GroupCounters:
     """Computing, as each of the other ranks measured it."""
     sent_bytes: int = 0
     """Of parts."""
+    balance: BalanceCounters | None = None
+    """None where experts stay where they are."""
 
 
 class _Home(NamedTuple):
@@ -61,7 +63,9 @@ class GroupRunner:
         self._balancer = balancer
         counts = () if followers is None else followers.wait_ready()
         self.block_counts = (runner.block_count, *counts)
-        self.counters = GroupCounters(rank_s=[0.0] * len(counts))
+        self.counters = GroupCounters(
+            rank_s=[0.0] * len(counts), balance=None if balancer is None else balancer.counters
+        )
         self._numbers = 0
         self._homes: dict[int, _Home] = {}
         self._early: dict[int, TokenConstraint] = {}

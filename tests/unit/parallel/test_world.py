@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 import uuid
 from multiprocessing.connection import Connection
 
@@ -54,6 +55,32 @@ def leaves(world: World) -> str:
         assert error.layer is None and not error.timed_out
         return str(error)
     return "gathered"
+
+
+def meets(world: World) -> list[str]:
+    """All come, rank 1 last; then rank 0 waits alone, until it is stopped and until its time is over."""
+    if world.rank == 1:
+        time.sleep(0.5)
+    world.meet("loaded", timeout_s=120.0)
+    said = []
+    if world.rank == 0:
+        stop = threading.Event()
+        stop.set()
+        for limit_s, event in ((120.0, stop), (0.1, None)):
+            with pytest.raises(WorldError) as caught:
+                world.meet("warm", timeout_s=limit_s, stop=event)
+            said.append(str(caught.value))
+    world.meet("done", timeout_s=120.0)
+    return said
+
+
+def test_ranks_meet_for_longer_than_in_a_collective() -> None:
+    waited, other = values(run_ranks(2, meets, config=WorldConfig(join_timeout_s=120, collective_timeout_s=0.2)))
+    assert other == []
+    assert waited == [
+        "rank 0 of 2, waiting until all are warm: stopped",
+        "rank 0 of 2, waiting until all are warm: timed out after 0.1 s without rank 1",
+    ]
 
 
 def test_a_rank_that_leaves_is_told_to_the_others() -> None:

@@ -73,7 +73,6 @@ class KindsSeen(WatchedGroup):
 
     def __init__(self, runner: Runner, followers: Followers, balancer: Balancer | None = None) -> None:
         super().__init__(runner, followers, balancer)
-        self.balancer = balancer
         self.kinds: set[str] = set()
         self._vision: dict[int, list[bool]] = {}
 

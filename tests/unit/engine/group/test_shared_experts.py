@@ -63,9 +63,8 @@ def test_experts_that_move_all_the_time_change_no_token(group: SharingGroup, one
     before = group.experts.group.placement
     with shared(group, group.rebalanced, max_num_seqs=6, max_batched_tokens=16) as rig:
         assert rig.run(*chats()) == one_rank
-        balancer = seen(rig).balancer
-        assert balancer is not None
-        counters = balancer.counters
+        counters = rig.group.counters.balance
+        assert counters is not None
         assert counters.loads > 5 and counters.moves > 2 and counters.moved_experts > 8 and counters.move_s > 0
         assert 1 < counters.text_skew < 8 and 1 <= counters.vision_skew < 8
     assert group.experts.group.placement != before
@@ -159,3 +158,12 @@ def test_moved_experts_are_those_that_change_their_rank() -> None:
 def test_balance_that_cannot_work_is_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="every_steps must be positive and least_gain not negative"):
         partial(BalanceConfig, **changes)()
+
+
+def test_graphs_do_not_go_with_shared_experts_and_moves_need_them() -> None:
+    runner = Rig().runner
+    with pytest.raises(ValueError, match="this rank shares no experts with others"):
+        runner.need_experts()
+    parts: Any = (runner.model, runner.config, None, runner.cache)
+    with pytest.raises(ValueError, match="decode graphs of a group of ranks are not built"):
+        Runner(*parts, graphs=object(), experts=object())  # type: ignore[arg-type]

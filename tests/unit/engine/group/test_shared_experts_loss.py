@@ -56,6 +56,22 @@ def test_a_rank_that_is_lost_in_a_step_is_named_by_those_who_wait_for_it(
                 group.processes[2].kill()
 
 
+def test_a_rank_that_is_lost_while_loads_are_compared_is_named() -> None:
+    with SharingGroup(3) as group:
+        take_load = group.experts.take_load
+
+        def kill_first() -> Any:
+            group.processes[1].kill()
+            return take_load()
+
+        group.experts.take_load = kill_first  # type: ignore[method-assign]
+        with Rig(group.model, group=group.rebalanced) as rig:
+            rig.submit(0, request([5] * 6, max_tokens=100))
+            error = lost_in(group, rig)
+            assert error.rank == 1
+            group.wait_gone()
+
+
 def test_a_leader_whose_own_part_fails_keeps_nobody_waiting() -> None:
     with SharingGroup(3) as group:
         rig = Rig(group.model, group=group.join)
