@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import threading
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,17 +16,23 @@ from actors.engine.constraints.vocabulary import ConstraintVocabulary
 from actors.engine.execution import memory
 from actors.engine.execution.arena import Arena, ArenaPlan, arena_bytes
 from actors.engine.execution.decode_graphs import CudaRecorder, DecodeGraphs, graph_sizes
+from actors.engine.execution.expert_steps import ExpertSteps
 from actors.engine.execution.forms import AttentionForm, Forms, choose_forms, recording_obstacle, varlen_obstacle
 from actors.engine.execution.kv_cache import KvCache, KvLayout
 from actors.engine.execution.runner import PROMPT_LOGPROB_ROWS, Runner
-from actors.engine.plan import NewSequence, Slice, StepPlan
+from actors.engine.group.meeting import Invitation
+from actors.engine.group.rank_process import follow
+from actors.engine.plan import NewSequence, RankPlan, Slice, StepShape
 from actors.ernie.attention import PackedAttention
 from actors.ernie.bank import VisionBank, empty_bank_buffer, vision_bank_bytes
-from actors.ernie.config import ErnieConfig, Rules
+from actors.ernie.config import ErnieConfig, Rules, TextConfig
 from actors.ernie.experts_form import ExpertsForm
 from actors.ernie.text import LanguageModel
 from actors.ernie.vocabulary import generated_token_ids
 from actors.ernie.weights import Checkpoint, LoadReport, Progress, load_language, load_vision_bank
+from actors.parallel.group import ExpertGroup
+from actors.parallel.layout import ExpertShare, even_placement
+from actors.parallel.world import Seat
 from actors.types import EngineRole, SamplingParams
 
 log = logging.getLogger(__name__)
@@ -51,25 +59,51 @@ class Rank:
     """What it holds and how it computes, for people."""
 
 
-def load_rank(config: EngineReplicaConfig, role: EngineRole, progress: Progress | None = None) -> Rank:
+def load_rank(
+    config: EngineReplicaConfig,
+    role: EngineRole,
+    progress: Progress | None = None,
+    seat: Seat | None = None,
+    stop: threading.Event | None = None,
+) -> Rank:
     """Loads what ``role`` needs: a decode engine reads no vision experts and uses their room for KV blocks.
 
     ``progress`` is called with (bytes done, bytes in all), for the language model and then for the vision experts.
+    ``seat``: in the world of a group, whose ranks each hold a share of the experts and do the same here at the same
+    time, with the same configuration. ``stop`` ends the waiting for the others. ``Runner.close`` leaves the world.
 
     Raises:
-        ValueError: the checkpoint is broken, a form that the configuration names cannot run here, or the memory does
-            not hold one block or a sequence of the configured ``max_model_len``.
+        ValueError: the checkpoint is broken, a form that the configuration names cannot run here, the memory does not
+            hold one block or a sequence of the configured ``max_model_len``, or there are too few experts to share.
+        WorldError: the group broke.
     """
+    with contextlib.ExitStack() as on_failure:
+        rank = _load(config, role, progress, seat, stop, on_failure)
+        on_failure.pop_all()
+    log.info("%s engine loaded %.2f GB in %.1f s", role, rank.loaded.total_bytes / 1e9, rank.loaded.seconds)
+    return rank
+
+
+def _load(
+    config: EngineReplicaConfig,
+    role: EngineRole,
+    progress: Progress | None,
+    seat: Seat | None,
+    stop: threading.Event | None,
+    on_failure: contextlib.ExitStack,
+) -> Rank:
     rules = Rules.transformers() if config.compat == "transformers" else Rules.original()
     dtype: torch.dtype = getattr(torch, config.dtype)
     with Checkpoint(config.model_dir) as checkpoint:
         model_config = _with_end_guard(checkpoint.config, config)
         text = model_config.text
+        share = None if seat is None else _share(text, seat)
         model = load_language(
             checkpoint,
             checkpoint.config,
             dtype=dtype,
             device=config.device,
+            share=share,
             experts_form=None if config.experts is None else ExpertsForm(config.experts),
             progress=progress,
         )
@@ -83,30 +117,52 @@ def load_rank(config: EngineReplicaConfig, role: EngineRole, progress: Progress 
         experts = f"experts: {model.experts_form} ({model.experts_choice.reason})"
         log.info("%s", experts)
         forms = _forms(config, layout, model)
-        arena, room = _arena(config, layout, vision_bank_bytes(text, dtype), model, forms, has_bank=role.prefills)
+        steps: ExpertSteps | None = None
+        if seat is not None and share is not None:
+            # Ranks read at different speeds: whoever is done waits here, and not in a collective.
+            group = ExpertGroup(seat.join(model.device, stop), share.placement)
+            on_failure.callback(group.world.close)
+            steps = ExpertSteps(model, group)
+            experts += f"; a share of them on rank {seat.rank} of {seat.size}"
+        arena, room = _arena(config, layout, model, forms, steps, has_bank=role.prefills)
         if role.prefills:
             # A model without sparse layers has a bank all the same, of no bytes.
             has_bytes = arena.plan.bank_bytes > 0
-            storage = arena.bank_storage() if has_bytes else empty_bank_buffer(text, dtype, config.device)
-            bank = VisionBank(text, dtype, storage)
+            storage = arena.bank_storage() if has_bytes else empty_bank_buffer(text, dtype, config.device, share)
+            bank = VisionBank(text, dtype, storage, share)
             load_vision_bank(checkpoint, bank, progress=progress)
             model.attach_vision_bank(bank)
         cache = KvCache(layout, arena.block_storage(with_bank=role.prefills))
         rank = Rank(
             config=model_config,
             rules=rules,
-            runner=Runner(model, model_config, rules, cache, attention=forms.attention),
+            runner=Runner(model, model_config, rules, cache, attention=forms.attention, experts=steps),
             arena=arena,
             fingerprint=checkpoint.fingerprint("language"),
             loaded=checkpoint.report,
             vocabulary=_vocabulary(config, model_config),
             notes=(*room, experts, *forms.lines, *forms.warnings),
         )
+    if steps is not None and seat is not None:
+        steps.meet("loaded", seat.config.join_timeout_s, stop)
     _warm_up(rank.runner)
     if forms.cuda_graphs:
         rank.runner.graphs = _record_graphs(config, model, cache)
-    log.info("%s engine loaded %.2f GB in %.1f s", role, rank.loaded.total_bytes / 1e9, rank.loaded.seconds)
     return rank
+
+
+def rank_main(invitation: Invitation, seat: Seat, config: EngineReplicaConfig, role: EngineRole) -> None:
+    """All that the process of a rank other than the leader's does, however it was started; returns when the leader ends
+    the group. See ``follow`` for what happens when it does not.
+    """
+    follow(invitation, seat.rank, lambda: load_rank(config, role, seat=seat).runner)
+
+
+def _share(text: TextConfig, seat: Seat) -> ExpertShare:
+    experts = text.moe_num_experts if text.sparse_layers else 0
+    if experts < seat.size:
+        raise ValueError(f"a group of {seat.size} ranks cannot share the {experts} experts of this model")
+    return ExpertShare(even_placement(text.num_hidden_layers, text.sparse_layers, experts, seat.size), seat.rank)
 
 
 def _forms(config: EngineReplicaConfig, layout: KvLayout, model: LanguageModel) -> Forms:
@@ -116,7 +172,7 @@ def _forms(config: EngineReplicaConfig, layout: KvLayout, model: LanguageModel) 
         model.device,
         model.experts_form,
         varlen_obstacle(model.device, layout, model.config.num_attention_heads),
-        no_recording=recording_obstacle(model.device),
+        no_recording=recording_obstacle(model.device) if model.share is None else "those of a group are not built",
         attention=named,
         cuda_graphs=config.cuda_graphs,
     )
@@ -130,9 +186,9 @@ def _forms(config: EngineReplicaConfig, layout: KvLayout, model: LanguageModel) 
 def _arena(
     config: EngineReplicaConfig,
     layout: KvLayout,
-    bank_bytes: int,
     model: LanguageModel,
     forms: Forms,
+    steps: ExpertSteps | None,
     *,
     has_bank: bool,
 ) -> tuple[Arena, list[str]]:
@@ -140,8 +196,9 @@ def _arena(
 
     Raises ValueError if it holds no block, or no sequence of the configured length.
     """
+    bank_bytes = vision_bank_bytes(model.config, model.dtype, model.share)
     plan = ArenaPlan(
-        size_bytes=_arena_bytes(config, layout, bank_bytes, model, forms),
+        size_bytes=_arena_bytes(config, layout, bank_bytes, model, forms, steps),
         block_bytes=layout.block_bytes,
         bank_bytes=bank_bytes,
     )
@@ -194,7 +251,12 @@ def _vocabulary(config: EngineReplicaConfig, model: ErnieConfig) -> ConstraintVo
 
 
 def _arena_bytes(
-    config: EngineReplicaConfig, layout: KvLayout, bank_bytes: int, model: LanguageModel, forms: Forms
+    config: EngineReplicaConfig,
+    layout: KvLayout,
+    bank_bytes: int,
+    model: LanguageModel,
+    forms: Forms,
+    steps: ExpertSteps | None,
 ) -> int:
     """Room for KV blocks beside the bank: as configured, or what the device has left after weights and activations.
 
@@ -209,7 +271,7 @@ def _arena_bytes(
             given = f"{gib}" if gib is not None else f"{size / memory.GIB:.3g}, a share of the free memory,"
             raise ValueError(f"kv_cache_gib: {given} holds no KV block of {layout.block_bytes} bytes")
         return arena_bytes(size // layout.block_bytes, layout.block_bytes, bank_bytes)
-    activations = _activation_bytes(model, config.max_batched_tokens)
+    activations = _activation_bytes(model, config.max_batched_tokens, steps)
     if forms.attention is not AttentionForm.VARLEN:
         activations += PAGED_BYTES
     free, total = torch.cuda.mem_get_info(model.device)
@@ -232,19 +294,24 @@ def _arena_bytes(
 
 
 @torch.inference_mode()
-def _activation_bytes(model: LanguageModel, token_count: int) -> int:
-    """Peak device memory of one forward pass over ``token_count`` text tokens beside what is there already."""
+def _activation_bytes(model: LanguageModel, token_count: int, steps: ExpertSteps | None) -> int:
+    """Peak device memory of one forward pass over ``token_count`` text tokens beside what is there already.
+
+    In a group every rank computes so many, and the peak is that of the rank whose experts had most of them.
+    """
     device = model.device
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
+    if steps is not None:
+        steps.begin(StepShape(step=0, max_tokens=token_count, decodes=False, vision=False))
     ids = torch.zeros(token_count, dtype=torch.int64, device=device)
     positions = torch.arange(token_count, device=device).expand(3, -1)
     model.forward(model.embed(ids), positions, None, PackedAttention([0, token_count]))
     torch.cuda.synchronize(device)
     peak = torch.cuda.max_memory_allocated(device) - before
     torch.cuda.empty_cache()
-    return peak
+    return peak if steps is None else steps.largest(peak)
 
 
 def _warm_up(runner: Runner) -> None:
@@ -258,6 +325,8 @@ def _warm_up(runner: Runner) -> None:
     ]
     started = time.monotonic()
     for new, part in steps:
-        runner.run(StepPlan(step=0, ended=(), new=new, slices=(part,)))
-    runner.run(StepPlan(step=0, ended=(-1,), new=(), slices=()))
+        shape = StepShape(step=0, max_tokens=part.count, decodes=not new, vision=False)
+        runner.run(RankPlan(shape=shape, ended=(), new=new, slices=(part,)))
+    nothing = StepShape(step=0, max_tokens=0, decodes=False, vision=False)
+    runner.run(RankPlan(shape=nothing, ended=(-1,), new=(), slices=()))
     log.info("warmed up in %.2f s", time.monotonic() - started)

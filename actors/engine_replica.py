@@ -25,6 +25,7 @@ from actors.engine.config import EngineConfig
 from actors.engine.constraints.compiler import ConstraintCompiler
 from actors.engine.engine import Engine
 from actors.engine.events import ComputedChunk
+from actors.engine.group.group_runner import GroupRunner
 from actors.engine_rank import Rank, load_rank
 from actors.errors import AlreadyExists, InternalError, ServingError
 from actors.parallel.kv_transfer import KvGeometry, KvTransferConfig
@@ -121,7 +122,7 @@ class EngineReplica:
             ),
             rank.config,
             rank.rules,
-            rank.runner,
+            GroupRunner(rank.runner),
             _Sink(self),
             identity=self._identity,
             compiler=None if rank.vocabulary is None else ConstraintCompiler(rank.vocabulary),

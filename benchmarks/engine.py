@@ -81,8 +81,8 @@ class CountingDispatcher:
         self.hit: list[tuple[int, int]] = []
         """(tokens, experts with rows)."""
 
-    def dispatch(self, x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> Dispatched[Any]:
-        sent = self.inner.dispatch(x_TD, expert_ids_TK, weights_TK)
+    def dispatch(self, layer: int, x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> Dispatched[Any]:
+        sent = self.inner.dispatch(layer, x_TD, expert_ids_TK, weights_TK)
         self.hit.append((x_TD.shape[0], int((sent.rows_per_expert_X > 0).sum())))
         return sent
 
@@ -97,6 +97,7 @@ def decode_step_bytes(ours: Ours, scenario: Scenario, tokens: int) -> tuple[floa
     keys and values.
     """
     model = ours.model
+    assert model.dispatcher is not None
     counting = CountingDispatcher(model.dispatcher)
     model.dispatcher = counting
     try:

@@ -18,6 +18,7 @@ from actors.engine.engine import Engine
 from actors.engine.events import EngineSink
 from actors.engine.execution.kv_cache import KvCache, KvLayout
 from actors.engine.execution.runner import Runner
+from actors.engine.group.group_runner import GroupRunner
 from actors.ernie.bank import empty_bank_buffer
 from actors.ernie.config import Rules
 from actors.ernie.text import LanguageModel
@@ -110,7 +111,7 @@ class Ours:
         identity = KvIdentity(fingerprint="", dtype=str(dtype), block_size=BLOCK_SIZE, switches=rules.switches)
         self.token_bytes = layout.token_bytes
         self.sink = StepLog()
-        self.engine = Engine(settings, self.config, rules, runner, self.sink, identity=identity)
+        self.engine = Engine(settings, self.config, rules, GroupRunner(runner), self.sink, identity=identity)
         self.sink.engine = self.engine
         self.engine.start()
         self._runs = 0

@@ -134,7 +134,7 @@ def measure(batch: int, prompt: int, steps: int, vocab: int, sampling: dict[str,
         max_num_seqs=batch,
         max_batched_tokens=batch * prompt,
     )
-    scheduler = Scheduler(engine, pool, frozenset(config.eos_token_ids), config.im_patch_id)
+    scheduler = Scheduler(engine, [pool], frozenset(config.eos_token_ids), config.im_patch_id)
     layout = KvLayout(num_layers=2, block_size=BLOCK_SIZE, num_kv_heads=2, head_dim=16, dtype=torch.float32)
     model = cast(LanguageModel, StoredAnswers(text, batch * prompt))
     runner = Runner(model, config, Rules.original(), KvCache.allocate(layout, blocks))
@@ -175,7 +175,7 @@ def measure(batch: int, prompt: int, steps: int, vocab: int, sampling: dict[str,
         for _ in range(steps + 10):
             watch.parts.clear()
             plan = plan_step(0.0)
-            result = run(plan)
+            result = run(plan.parts[0])
             apply(plan, result, 0.001)
             scheduler.take_events()
             pool.take_changes()

@@ -8,9 +8,9 @@ from concurrent.futures import Future
 from actors.engine.constraints.compiler import ConstraintCompiler, needs_constraint
 from actors.engine.constraints.constraint import ConstraintFactory
 from actors.engine.constraints.structure import unexpected
-from actors.engine.execution.runner import StepRunner
 from actors.engine.scheduling.scheduler import Scheduler
 from actors.engine.scheduling.sequence import Sequence
+from actors.engine.step_runner import StepRunner
 from actors.errors import InvalidRequest, ServingError
 from actors.types import SamplingParams, SequenceKey
 

@@ -3,7 +3,8 @@
     while running:  apply commands -> tell events -> plan -> tell events -> run -> tell tokens, then events
 
 The thread sleeps on a condition when there is nothing to compute, until a command or the next deadline. An exception on
-it is a defect of ours, never a request's: the engine stops for good and ``on_fatal`` ends the process.
+it is a defect of ours, never a request's, and so is the loss of a rank, whatever the thread does meanwhile: the engine
+stops for good and ``on_fatal`` ends the process.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ from actors.engine.config import EngineConfig
 from actors.engine.constraint_supply import ConstraintSupply
 from actors.engine.constraints.compiler import ConstraintCompiler
 from actors.engine.events import EngineSink
-from actors.engine.execution.runner import StepRunner
 from actors.engine.keys import KeyRegistry
 from actors.engine.load import measure
 from actors.engine.plan import StepPlan
@@ -30,10 +30,19 @@ from actors.engine.scheduling.block_pool import BlockPool
 from actors.engine.scheduling.reservations import Reservation, Reservations
 from actors.engine.scheduling.scheduler import Scheduler
 from actors.engine.scheduling.sequence import Sequence
+from actors.engine.step_runner import StepRunner
 from actors.engine.validation import check_request
 from actors.ernie.config import ErnieConfig, Rules
 from actors.errors import InternalError, ServingError, Unavailable
-from actors.types import AttemptMode, EngineRequest, KvIdentity, LoadReport, MilestoneKind, SequenceKey
+from actors.types import (
+    AttemptMode,
+    EngineRequest,
+    EngineRole,
+    KvIdentity,
+    LoadReport,
+    MilestoneKind,
+    SequenceKey,
+)
 
 Command = Callable[[float], None]
 
@@ -57,6 +66,12 @@ class Engine:
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
+        """Raises ValueError for several ranks in a role that transfers KV: only rank 0 could."""
+        if len(runner.block_counts) > 1 and config.role is not EngineRole.COLOCATED:
+            raise ValueError(
+                f"a {config.role.value} engine of {len(runner.block_counts)} ranks: KV transfer of several ranks is "
+                "not built yet, only colocated engines may have more than one"
+            )
         self.config = config
         self.model_config = model_config
         self.rules = rules
@@ -66,7 +81,8 @@ class Engine:
         self._clock = clock
         self._wall_clock = wall_clock
         eos_ids = frozenset(model_config.eos_token_ids)
-        self._scheduler = Scheduler(config, BlockPool(runner.block_count), eos_ids, model_config.im_patch_id)
+        pools = [BlockPool(count) for count in runner.block_counts]
+        self._scheduler = Scheduler(config, pools, eos_ids, model_config.im_patch_id)
         self._constraints = ConstraintSupply(compiler, self._scheduler, runner, self.fail)
         self._wake = threading.Condition()
         # Guarded by _wake:
@@ -75,6 +91,8 @@ class Engine:
         self._accepting = True
         self._stopping = False
         self._closed = False
+        self._lost: Exception | None = None
+        self._told_fatal = False
         self._checks: set[Future[None]] = set()
         self._load = measure(self._scheduler)
         # The step thread's own:
@@ -88,6 +106,7 @@ class Engine:
 
     def start(self) -> None:
         """Starts the step thread."""
+        self._runner.watch(self._lose)
         self._thread.start()
 
     def stop(self) -> None:
@@ -117,9 +136,12 @@ class Engine:
         """Takes an attempt. A full queue is told later, by ``on_ended`` with Overloaded.
 
         Raises InvalidRequest or ContextExceeded for what the request gets wrong, AlreadyExists for an active key,
-        Unavailable with reason ENDED for one that ended or was cancelled lately, WRONG_ROLE, or DRAINING, Overloaded if
-        too many structures wait to be compiled. A structure that cannot be used is told by ``on_ended``.
+        Unavailable with reason ENDED for one that ended or was cancelled lately, WRONG_ROLE (also for one whose KV is
+        transferred, where there are several ranks), or DRAINING, Overloaded if too many structures wait to be compiled.
+        A structure that cannot be used is told by ``on_ended``.
         """
+        if mode is not AttemptMode.COLOCATED and len(self._scheduler.ranks) > 1:
+            raise Unavailable(f"an engine of several ranks takes no {mode.value} attempt yet", reason="WRONG_ROLE")
         check_request(request, mode, role=self.config.role, model=self.model_config, max_model_len=self.max_model_len)
         now = self._clock()
         constraint = self._constraints.order(request.sampling)
@@ -179,8 +201,8 @@ class Engine:
         """Blocks for ``token_count`` tokens (prompt and earlier outputs) and a margin; waits for the attempt's Submit
         and for free blocks, each up to a bound of the config.
 
-        The future gives the block table and how many leading tokens are in it already, shared with others and not to be
-        written; or it fails with Unavailable and a reason: NO_BLOCKS, ENDED, UNKNOWN (no Submit),
+        The future gives the rank, the block table and how many leading tokens are in it already, shared with others and
+        not to be written; or it fails with Unavailable and a reason: NO_BLOCKS, ENDED, UNKNOWN (no Submit),
         DUPLICATE, MISMATCH (another prompt length), STOPPED. Its callbacks run on the step thread.
         """
         future: Future[Reservation] = Future()
@@ -235,11 +257,28 @@ class Engine:
         except BaseException as error:  # whatever it is, this process cannot go on serving
             self._close()
             self._reservations.refuse_all("ENGINE_LOST", "the engine failed")
+            self._tell_fatal(error)
+
+    def _lose(self, error: Exception) -> None:
+        """A rank is lost. The step thread may be where nothing wakes it, in a collective: it is not waited for."""
+        with self._wake:
+            if self._closed:
+                return
+            self._lost = error
+            self._wake.notify_all()
+        self._tell_fatal(error)
+
+    def _tell_fatal(self, error: BaseException) -> None:
+        with self._wake:
+            told, self._told_fatal = self._told_fatal, True
+        if not told:
             self._sink.on_fatal(error)
 
     def _turn(self) -> bool:
         """Applies commands and runs at most one step. False when the thread must end."""
         with self._wake:
+            if self._lost is not None:
+                raise self._lost
             commands, self._commands = self._commands, deque()
             if self._stopping:
                 self._commands = commands
@@ -257,7 +296,7 @@ class Engine:
         self._run_checks()
         with self._wake:
             self._load = measure(self._scheduler)
-            if plan is None and not (self._commands or self._checks or self._stopping):
+            if plan is None and not (self._commands or self._checks or self._stopping or self._lost):
                 wakeup = self._scheduler.next_wakeup()
                 self._wake.wait(None if wakeup is None else min(MAX_WAIT_S, max(0.0, wakeup - self._clock())))
         return True
@@ -328,8 +367,8 @@ class Engine:
             self._scheduler.end(key, InternalError(message))
             return
         id = self._scheduler.add_embedding(key, media_index, unit_index)
-        if id is not None:
-            self._runner.supply_embedding(id, media_index, unit_index, embedding)
+        if id is not None and sequence.rank is not None:
+            self._runner.supply_embedding(sequence.rank, id, media_index, unit_index, embedding)
 
     def _start_decoding(self, key: SequenceKey, first_output_id: int, finished: bool) -> None:
         if 0 <= first_output_id < self.model_config.im_patch_id:
@@ -340,7 +379,7 @@ class Engine:
     def _tell(self) -> None:
         for event in self._scheduler.take_events():
             self._tell_one(event)
-        changes = self._scheduler.pool.take_changes()
+        changes = self._scheduler.take_block_changes()
         if changes.stored or changes.removed:
             self._sink.on_blocks_changed(changes.stored, changes.removed)
 
@@ -361,8 +400,8 @@ class Engine:
                 sink.on_chunk(event)
             case ev.TransferCancelled(key):
                 sink.on_transfer_cancelled(key)
-            case ev.ReservationGranted(key, block_table, held_tokens):
-                self._reservations.grant(key, block_table, held_tokens)
+            case ev.ReservationGranted(key, rank, block_table, held_tokens):
+                self._reservations.grant(key, rank, block_table, held_tokens)
             case ev.ReservationFailed(key, reason, message):
                 self._reservations.refuse(key, reason, message)
             case ev.ReservationDropped(key):

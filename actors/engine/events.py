@@ -83,6 +83,7 @@ class ReservationGranted:
     """Decode: blocks are held for a transfer; the first ``held_tokens`` are in them already and must not be written."""
 
     key: SequenceKey
+    rank: int
     block_table: tuple[int, ...]
     held_tokens: int
 
@@ -178,4 +179,6 @@ class EngineSink(Protocol):
         """Hashes of blocks that the prefix cache can find from now on, and of those that it cannot any more."""
 
     def on_fatal(self, error: BaseException) -> None:
-        """A step failed: ours, not a request's. The engine has stopped for good; the process must end."""
+        """A step failed or a rank is lost: ours, not a request's. The engine has stopped for good; the process must
+        end. Told once, on any thread.
+        """

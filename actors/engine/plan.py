@@ -1,13 +1,14 @@
-"""What all ranks of an engine do in one step: plain values that could travel to another process.
+"""What all ranks of an engine do in one step: plain values that travel to other processes.
 
-The leader's scheduler makes a ``StepPlan``; every rank's runner executes its part and returns the tokens it sampled.
-Sequences are named by the small number the scheduler gave them.
+The leader's scheduler makes a ``StepPlan`` with one part per rank; every rank's runner executes its part and returns
+the tokens it sampled. Sequences are named by the small number the scheduler gave them, unique over all ranks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 
 from actors.types import Grid, SamplingParams, TokenLogprobs
 
@@ -41,10 +42,26 @@ class Slice:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class StepPlan:
-    """One step. Ended sequences are forgotten before new ones are added; a plan may have no slices."""
+class StepShape:
+    """What all ranks must agree on before they meet in a collective."""
 
     step: int
+    max_tokens: int
+    """The most tokens that any rank computes. 0: the step only tells news, and no model runs anywhere."""
+    decodes: bool
+    """Every slice of every rank is the last token of a reply that goes on."""
+    vision: bool
+    """Some token of some rank may go to the vision experts."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RankPlan:
+    """One rank's part of a step. Ended sequences are forgotten before new ones are added.
+
+    A part without slices still takes part in the step, with no tokens, when another rank has some.
+    """
+
+    shape: StepShape
     ended: tuple[int, ...]
     new: tuple[NewSequence, ...]
     slices: tuple[Slice, ...]
@@ -55,8 +72,27 @@ class StepPlan:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class StepPlan:
+    """One step of all ranks."""
+
+    shape: StepShape
+    parts: tuple[RankPlan, ...]
+    """By rank."""
+
+    @property
+    def slices(self) -> tuple[Slice, ...]:
+        """Of all ranks, in their order."""
+        return tuple(chain.from_iterable(part.slices for part in self.parts))
+
+    @property
+    def token_count(self) -> int:
+        """Of all ranks."""
+        return sum(part.token_count for part in self.parts)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class StepResult:
-    """What a rank returns of a step, by sequence number."""
+    """What one rank, or all of them, return of a step, by sequence number."""
 
     tokens: Mapping[int, int]
     """The new token of each slice that samples."""
@@ -66,3 +102,17 @@ class StepResult:
     """Where asked for: of the prompt tokens that follow each token of the slice; one that begins the prompt puts None
     for token 0 first.
     """
+
+    @classmethod
+    def gathered(cls, results: Iterable[StepResult]) -> StepResult:
+        """Of all ranks together. Raises ValueError if two ranks sampled for one sequence."""
+        tokens: dict[int, int] = {}
+        logprobs: dict[int, TokenLogprobs] = {}
+        prompt_logprobs: dict[int, tuple[TokenLogprobs | None, ...]] = {}
+        for result in results:
+            if not tokens.keys().isdisjoint(result.tokens):
+                raise ValueError(f"two ranks sampled for {sorted(tokens.keys() & result.tokens.keys())}")
+            tokens |= result.tokens
+            logprobs |= result.logprobs
+            prompt_logprobs |= result.prompt_logprobs
+        return cls(tokens=tokens, logprobs=logprobs, prompt_logprobs=prompt_logprobs)

@@ -1,7 +1,8 @@
 """Mixture of experts with two banks: every token is routed inside the bank of its modality.
 
-T tokens, D hidden, E experts of one bank, K experts per token, M width inside an expert, F = 2 M (gate over up),
-N = T * K rows, X = 2 E experts of both banks. Expert ids of the vision bank are offset by E.
+T tokens, D hidden, E experts of one bank, H of them held here (all, unless a group of ranks shares them), K experts per
+token, M width inside an expert, F = 2 M (gate over up), N rows for the experts held here, X experts of both banks held
+here. Expert ids of the vision bank are offset by E.
 """
 
 from __future__ import annotations
@@ -23,31 +24,49 @@ from actors.parallel.dispatch import Dispatcher
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExpertBank:
-    """Router and experts of one modality in one layer. The router is float32 (float64 in a float64 model)."""
+    """Router and experts of one modality in one layer. The router is float32 (float64 in a float64 model).
+
+    The router knows all experts, also those that other ranks hold.
+    """
 
     router_ED: Tensor
     correction_E: Tensor
     """Added to probabilities for selection only."""
-    gate_up_EFD: Tensor
-    down_EDM: Tensor
+    gate_up_HFD: Tensor
+    down_HDM: Tensor
 
     def parameters(self, prefix: str) -> dict[str, Tensor]:
         return {
             f"{prefix}.gate.weight": self.router_ED,
             f"{prefix}.gate.moe_statics.e_score_correction_bias": self.correction_E.unsqueeze(0),
-            f"{prefix}.experts.gate_up_proj": self.gate_up_EFD,
-            f"{prefix}.experts.down_proj": self.down_EDM,
+            **dict(zip(expert_tensor_names(prefix), self.experts, strict=True)),
         }
 
+    @property
+    def experts(self) -> tuple[Tensor, Tensor]:
+        """The tensors that hold one expert per row."""
+        return self.gate_up_HFD, self.down_HDM
 
-def bank_shapes(config: TextConfig, inner: int, dtype: torch.dtype) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shape and dtype of each field of an ExpertBank whose experts are ``inner`` wide, in storage order."""
+
+def expert_tensor_names(prefix: str) -> tuple[str, str]:
+    """Canonical names of ``ExpertBank.experts``."""
+    return f"{prefix}.experts.gate_up_proj", f"{prefix}.experts.down_proj"
+
+
+def bank_shapes(
+    config: TextConfig, inner: int, dtype: torch.dtype, held: int | None = None
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of each field of an ExpertBank whose experts are ``inner`` wide, in storage order.
+
+    ``held``: how many experts are held here; None = all.
+    """
     experts, width, wide = config.moe_num_experts, config.hidden_size, wide_dtype(dtype)
+    held = experts if held is None else held
     return {
         "router_ED": ((experts, width), wide),
         "correction_E": ((experts,), wide),
-        "gate_up_EFD": ((experts, 2 * inner, width), dtype),
-        "down_EDM": ((experts, width, inner), dtype),
+        "gate_up_HFD": ((held, 2 * inner, width), dtype),
+        "down_HDM": ((held, width, inner), dtype),
     }
 
 
@@ -89,63 +108,81 @@ def route(
 
 
 def run_experts(
-    rows_ND: Tensor, rows_per_expert_X: Tensor, banks: Sequence[ExpertBank], form: ExpertsForm = ExpertsForm.LOOP
+    rows_ND: Tensor,
+    rows_per_expert_X: Tensor,
+    banks: Sequence[ExpertBank],
+    form: ExpertsForm = ExpertsForm.LOOP,
+    text_rows: int | None = None,
 ) -> Tensor:
-    """Applies each expert to its rows, which lie in the order of expert ids over ``banks``: [N, D].
+    """Applies each expert to its rows, which lie in the order of local experts over ``banks``: [N, D].
 
-    ``rows_per_expert_X`` may count further experts after those of ``banks``; they must have no rows.
+    ``rows_per_expert_X`` may count further experts after those of ``banks``; they must have no rows. ``text_rows``:
+    how many rows are those of the first bank, if the host knows it.
     """
+    if len(banks) == 1 and text_rows not in (None, rows_ND.shape[0]):
+        raise ValueError("vision tokens need the vision expert bank")
     run = {ExpertsForm.LOOP: _run_loop, ExpertsForm.GROUPED: _run_grouped, ExpertsForm.NATIVE: _run_native}[form]
     parts: list[Tensor] = []
     start = first = 0
     for index, bank in enumerate(banks):
-        experts = bank.gate_up_EFD.shape[0]
-        counts_E = rows_per_expert_X[first : first + experts]
+        experts = bank.gate_up_HFD.shape[0]
+        counts_H = rows_per_expert_X[first : first + experts]
         # Only a batch of both modalities has to learn where the second bank's rows begin.
-        end = rows_ND.shape[0] if index == len(banks) - 1 else start + int(counts_E.sum())
+        if index == len(banks) - 1:
+            end = rows_ND.shape[0]
+        else:
+            end = start + int(counts_H.sum()) if text_rows is None else text_rows
         if end > start:
-            parts.append(run(rows_ND[start:end], counts_E, bank))
+            parts.append(run(rows_ND[start:end], counts_H, bank))
         start, first = end, first + experts
     return parts[0] if len(parts) == 1 else torch.cat(parts) if parts else torch.empty_like(rows_ND)
 
 
-def _run_loop(rows_ND: Tensor, counts_E: Tensor, bank: ExpertBank) -> Tensor:
+def _run_loop(rows_ND: Tensor, counts_H: Tensor, bank: ExpertBank) -> Tensor:
     out_ND = torch.empty_like(rows_ND)
     start = 0
-    for expert, count in enumerate(counts_E.tolist()):
+    for expert, count in enumerate(counts_H.tolist()):
         if count:
-            hidden_NM = silu_and_multiply(F.linear(rows_ND[start : start + count], bank.gate_up_EFD[expert]))
-            torch.mm(hidden_NM, bank.down_EDM[expert].t(), out=out_ND[start : start + count])
+            hidden_NM = silu_and_multiply(F.linear(rows_ND[start : start + count], bank.gate_up_HFD[expert]))
+            torch.mm(hidden_NM, bank.down_HDM[expert].t(), out=out_ND[start : start + count])
             start += count
     if start != rows_ND.shape[0]:
         raise ValueError(f"{rows_ND.shape[0] - start} rows belong to experts that are not held here")
     return out_ND
 
 
-def _run_grouped(rows_ND: Tensor, counts_E: Tensor, bank: ExpertBank) -> Tensor:
-    ends_E = counts_E.cumsum(0, dtype=torch.int32)
-    hidden_NF = F.grouped_mm(rows_ND, bank.gate_up_EFD.transpose(1, 2), offs=ends_E)
-    return F.grouped_mm(silu_and_multiply(hidden_NF), bank.down_EDM.transpose(1, 2), offs=ends_E)
+def _run_grouped(rows_ND: Tensor, counts_H: Tensor, bank: ExpertBank) -> Tensor:
+    ends_H = counts_H.cumsum(0, dtype=torch.int32)
+    hidden_NF = F.grouped_mm(rows_ND, bank.gate_up_HFD.transpose(1, 2), offs=ends_H)
+    return F.grouped_mm(silu_and_multiply(hidden_NF), bank.down_HDM.transpose(1, 2), offs=ends_H)
 
 
-def _run_native(rows_ND: Tensor, counts_E: Tensor, bank: ExpertBank) -> Tensor:
+def _run_native(rows_ND: Tensor, counts_H: Tensor, bank: ExpertBank) -> Tensor:
     kernels = load_cpu_kernels()
-    if rows_ND.shape[0] > kernels.row_limit * bank.gate_up_EFD.shape[0]:
-        return _run_loop(rows_ND, counts_E, bank)
-    return kernels.experts(rows_ND, counts_E, bank.gate_up_EFD, bank.down_EDM)
+    if rows_ND.shape[0] > kernels.row_limit * bank.gate_up_HFD.shape[0]:
+        return _run_loop(rows_ND, counts_H, bank)
+    return kernels.experts(rows_ND, counts_H, bank.gate_up_HFD, bank.down_HDM)
 
 
 class SparseMlp:
     """Routed experts of both banks plus the shared experts every token passes."""
 
     def __init__(
-        self, config: TextConfig, dtype: torch.dtype, device: torch.device, kernels: CpuKernels | None = None
+        self,
+        config: TextConfig,
+        index: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        kernels: CpuKernels | None = None,
+        held: int | None = None,
     ) -> None:
+        """``index`` of the decoder layer; ``held``: how many text experts are held here, None = all."""
         inner = config.moe_intermediate_size[0]
+        self.index = index
         self.kernels = kernels
         self.k = config.moe_k
         self.norm_min = config.moe_norm_min
-        shapes = bank_shapes(config, inner, dtype)
+        shapes = bank_shapes(config, inner, dtype, held)
         self.text = ExpertBank(
             **{name: torch.empty(shape, dtype=kind, device=device) for name, (shape, kind) in shapes.items()}
         )
@@ -172,9 +209,12 @@ class SparseMlp:
         ids_TK, weights_TK = route(
             x_TD, self.text, vision, vision_T, k=self.k, norm_min=self.norm_min, kernels=self.kernels
         )
-        sent = dispatcher.dispatch(x_TD, ids_TK, weights_TK)
-        banks = (self.text,) if vision is None or vision_T is None else (self.text, vision)
-        rows_ND = run_experts(sent.rows_ND, sent.rows_per_expert_X, banks, form)
+        sent = dispatcher.dispatch(self.index, x_TD, ids_TK, weights_TK)
+        text_rows = sent.text_rows
+        if text_rows is None and vision_T is None:
+            text_rows = sent.rows_ND.shape[0]
+        banks = (self.text,) if vision is None or text_rows == sent.rows_ND.shape[0] else (self.text, vision)
+        rows_ND = run_experts(sent.rows_ND, sent.rows_per_expert_X, banks, form, text_rows)
         out_TD = dispatcher.combine(rows_ND, sent.metadata)
         return out_TD if self.shared is None else out_TD + self.shared(x_TD)
 

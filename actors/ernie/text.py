@@ -16,10 +16,13 @@ from actors.ernie.bank import VisionBank
 from actors.ernie.config import DENSE, TextConfig
 from actors.ernie.experts_form import ExpertsForm, resolve_experts_form
 from actors.ernie.layers import GatedMlp, Linear, product, rms_norm, wide_dtype
-from actors.ernie.moe import ExpertBank, SparseMlp
+from actors.ernie.moe import ExpertBank, SparseMlp, expert_tensor_names
 from actors.ernie.rope import rotate_pairs, text_rope_tables
 from actors.kernels.cpu import CpuKernels, load_cpu_kernels
 from actors.parallel.dispatch import Dispatcher, LocalDispatcher
+from actors.parallel.group import ExpertGroup
+from actors.parallel.layout import ExpertPlacement, ExpertShare
+from actors.parallel.moves import BankStorage, MoveReport, move_experts
 
 PREFIX = "model.language_model"
 
@@ -28,7 +31,13 @@ class DecoderLayer:
     """x += attention(norm(x)); x += mlp(norm(x)). q, k and v are one matrix, gate and up are one matrix."""
 
     def __init__(
-        self, config: TextConfig, index: int, dtype: torch.dtype, device: torch.device, kernels: CpuKernels | None
+        self,
+        config: TextConfig,
+        index: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        kernels: CpuKernels | None,
+        share: ExpertShare | None,
     ) -> None:
         self.config = config
         self.index = index
@@ -44,7 +53,8 @@ class DecoderLayer:
             inner = config.intermediate_size
             self.mlp = GatedMlp.empty(width, inner, bias=bias, dtype=dtype, device=device, kernels=kernels)
         else:
-            self.mlp = SparseMlp(config, dtype, device, kernels)
+            held = None if share is None else len(share.text(index))
+            self.mlp = SparseMlp(config, index, dtype, device, kernels, held)
 
     def attend(self, x_TD: Tensor, cos_TF: Tensor, sin_TF: Tensor, attention: Attention) -> Tensor:
         heads, kv_heads = self.config.num_attention_heads, self.config.num_key_value_heads
@@ -80,24 +90,29 @@ class LanguageModel:
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
         vision_bank: VisionBank | None = None,
+        share: ExpertShare | None = None,
         dispatcher: Dispatcher[Any] | None = None,
         experts_form: ExpertsForm | None = None,
     ) -> None:
         """``dtype``: bfloat16, float32 or float64 of weights and activations; norms, routers and rotary are at least
-        float32. Without a ``dispatcher`` all experts are here. ``experts_form``: None takes the fastest there is;
-        raises ValueError for one that cannot be.
+        float32. ``share``: which experts this rank of a group holds; without one all are here. A share computes with
+        the ``dispatcher`` of its group, which may also be set later and changed between steps. ``experts_form``: None
+        takes the fastest there is; raises ValueError for one that cannot be.
         """
         self.config = config
+        self.share = share
         self.dtype = dtype
         self.device = torch.device(device)
         self.experts_choice = resolve_experts_form(self.device, dtype, experts_form)
         self.experts_form = self.experts_choice.form
         self.kernels = load_cpu_kernels() if self.experts_form is ExpertsForm.NATIVE else None
-        self.dispatcher: Dispatcher[Any] = dispatcher or LocalDispatcher(2 * config.moe_num_experts, self.kernels)
+        self.dispatcher = dispatcher
+        if dispatcher is None and share is None:
+            self.dispatcher = LocalDispatcher(2 * config.moe_num_experts, self.kernels)
         self.vision_bank: VisionBank | None = None
         self.embed_VD = torch.empty(config.vocab_size, config.hidden_size, dtype=dtype, device=self.device)
         self.layers = [
-            DecoderLayer(config, i, dtype, self.device, self.kernels) for i in range(config.num_hidden_layers)
+            DecoderLayer(config, i, dtype, self.device, self.kernels, share) for i in range(config.num_hidden_layers)
         ]
         self.norm_D = torch.empty(config.hidden_size, dtype=dtype, device=self.device)
         self.head_VD = self.embed_VD if config.tie_word_embeddings else torch.empty_like(self.embed_VD)
@@ -106,8 +121,8 @@ class LanguageModel:
 
     def attach_vision_bank(self, bank: VisionBank) -> None:
         """Makes vision tokens computable. The bank's tensors must be filled before the next ``forward``."""
-        if bank.config != self.config or bank.dtype != self.dtype:
-            raise ValueError("this vision bank was laid out for another model")
+        if bank.config != self.config or bank.dtype != self.dtype or bank.share != self.share:
+            raise ValueError("this vision bank was laid out for another model or another share of the experts")
         self.vision_bank = bank
 
     def detach_vision_bank(self) -> None:
@@ -118,7 +133,8 @@ class LanguageModel:
         """Destination of every language tensor but the vision bank's, by canonical name, in the checkpoint's shape.
 
         A loader copies into the views (``view.copy_(tensor)``, which converts dtype and device); that q, k, v and gate,
-        up lie in one matrix never shows. Tied heads have no tensor of their own.
+        up lie in one matrix never shows. Tied heads have no tensor of their own. Tensors that ``expert_rows`` names
+        have only the rows it tells.
         """
         views = {f"{PREFIX}.embed_tokens.weight": self.embed_VD, f"{PREFIX}.norm.weight": self.norm_D}
         if self.head_VD is not self.embed_VD:
@@ -126,6 +142,36 @@ class LanguageModel:
         for layer in self.layers:
             views |= layer.parameters()
         return views
+
+    def expert_rows(self) -> dict[str, tuple[int, ...]]:
+        """By canonical name, which experts a tensor holds, in its order. Empty if all are here."""
+        if self.share is None:
+            return {}
+        prefixes = {layer: f"{PREFIX}.layers.{layer}.mlp.text_moe" for layer in self.config.sparse_layers}
+        return {name: self.share.text(i) for i, prefix in prefixes.items() for name in expert_tensor_names(prefix)}
+
+    def move_experts(self, group: ExpertGroup, wanted: ExpertPlacement) -> MoveReport:
+        """Exchanges experts with the other ranks of the group (see ``parallel.moves``), of an attached vision bank too.
+
+        Between steps. A bank that is attached later must have been laid out for the new share.
+
+        Raises ValueError if the model's share is not the group's.
+        """
+        if self.share != group.share:
+            raise ValueError("the model does not hold the share of the experts that its group knows")
+        banks: dict[int, ExpertBank] = {} if self.vision_bank is None else self.vision_bank.layers
+        storage = {
+            layer.index: BankStorage(
+                text=layer.mlp.text.experts, vision=banks[layer.index].experts if layer.index in banks else ()
+            )
+            for layer in self.layers
+            if isinstance(layer.mlp, SparseMlp)
+        }
+        report = move_experts(group, wanted, storage)
+        self.share = group.share
+        if self.vision_bank is not None:
+            self.vision_bank.share = group.share
+        return report
 
     def embed(self, ids_T: Tensor) -> Tensor:
         """Embedding rows [T, D] of int64 ids. Placeholder rows are the caller's to overwrite with media embeddings."""
@@ -135,8 +181,11 @@ class LanguageModel:
         """Final normed hidden states [T, D] of embeddings at integer positions (rows t, h, w).
 
         ``vision_T``: bool, True routes to the vision experts; None when all tokens are text (then no vision router
-        runs). Raises ValueError if vision tokens are present and no vision bank is attached.
+        runs). A rank of a group without tokens takes part with T = 0. Raises ValueError if vision tokens are present
+        and no vision bank is attached, or a share of the experts has no dispatcher.
         """
+        if self.dispatcher is None:
+            raise ValueError("this model holds a share of the experts; it needs the dispatcher of its group")
         if vision_T is not None and self.vision_bank is None:
             if bool(vision_T.any()):
                 raise ValueError("vision tokens in a batch, but no vision expert bank is attached")

@@ -2,16 +2,17 @@
 
 Opening a checkpoint compares every tensor name and shape in the files with the inventory of ``names`` without reading
 data, so that each place refuses the same broken checkpoint although it loads only its own part. Files are memory
-mapped; a tensor is copied (and converted) piece by piece into its destination, never as a whole in between.
+mapped; a tensor is copied (and converted) piece by piece into its destination, never as a whole in between. A rank of a
+group reads only the experts it holds; fingerprints are those of the whole checkpoint all the same.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -40,11 +41,16 @@ from actors.ernie.text import LanguageModel
 from actors.ernie.vision import VisionModel
 from actors.ernie.vocabulary import generated_token_ids
 from actors.parallel.dispatch import Dispatcher
+from actors.parallel.layout import ExpertShare
 
 logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all) while loading."""
+
+ExpertRows = Mapping[str, tuple[int, ...]]
+"""By canonical name of a tensor of stacked experts: the experts wanted of it."""
+NO_ROWS: ExpertRows = {}
 
 PIECE_BYTES = 64 << 20
 """Most bytes of stored data converted at once."""
@@ -61,6 +67,16 @@ class LoadReport:
     @property
     def total_bytes(self) -> int:
         return sum(self.bytes_read.values())
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Read:
+    """Part of a stored tensor: its rows ``first : first + count``, which fill ``source.target`` of a destination."""
+
+    source: Source
+    first: int
+    count: int
+    bytes: int
 
 
 class Checkpoint:
@@ -113,7 +129,14 @@ class Checkpoint:
     def stored_bytes(self, group: Group) -> int:
         """Bytes of tensor data of a group in the files."""
         names = [name for name, spec in self.specs.items() if spec.group == group]
-        return sum(self._source_bytes(source) for name in names for source in self._sources[name])
+        return sum(read.bytes for name in names for read in self._reads(name, None))
+
+    def bytes_to_read(self, names: Iterable[str], rows: ExpertRows = NO_ROWS) -> dict[Group, int]:
+        """What ``load_into`` reads for destinations of these canonical names, told from the headers alone."""
+        found: dict[Group, int] = dict.fromkeys(GROUPS, 0)
+        for name in names:
+            found[self._spec(name).group] += sum(read.bytes for read in self._reads(name, rows.get(name)))
+        return found
 
     def load(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """One tensor by canonical name, on the CPU, as [shape of its spec]; ``dtype`` None keeps the stored one."""
@@ -121,32 +144,36 @@ class Checkpoint:
         if dtype is None:
             dtype = _TORCH_DTYPES[self._stored[self._sources[name][0].name].dtype]
         tensor = torch.empty(spec.shape, dtype=dtype)
-        for source in self._sources[name]:
-            for _ in self._copy(source, tensor):
+        for read in self._reads(name, None):
+            for _ in self._copy(read, tensor):
                 pass
         return tensor
 
-    def load_into(self, destinations: Mapping[str, Tensor], progress: Progress | None = None) -> LoadReport:
+    def load_into(
+        self, destinations: Mapping[str, Tensor], progress: Progress | None = None, rows: ExpertRows = NO_ROWS
+    ) -> LoadReport:
         """Fill tensors given by canonical name, in the order of the files' layout, converting to their dtypes.
 
-        ``destinations`` may be views of fused storage, on any device. ``progress`` is called at most once a second and
-        at the end; by default it logs. Raises ValueError naming a destination of a wrong name, shape or dtype before
-        anything is read.
+        ``destinations`` may be views of fused storage, on any device. ``rows``: by name, which rows of a tensor of
+        stacked experts its destination holds, in its order; nothing else of that tensor is read. ``progress`` is called
+        at most once a second and at the end; by default it logs. Raises ValueError naming a destination of a wrong
+        name, shape or dtype before anything is read.
         """
         for name, tensor in destinations.items():
             spec = self._spec(name)
-            if tuple(tensor.shape) != spec.shape:
-                raise ValueError(f"{name}: destination has shape {list(tensor.shape)}, need {list(spec.shape)}")
+            shape = self._shape_of_rows(name, rows[name]) if name in rows else spec.shape
+            if tuple(tensor.shape) != shape:
+                raise ValueError(f"{name}: destination has shape {list(tensor.shape)}, need {list(shape)}")
             if spec.keep_fp32 and tensor.dtype not in (torch.float32, torch.float64):
                 raise ValueError(f"{name}: destination has dtype {tensor.dtype}, need float32 or float64")
-        work = [(source, name) for name in destinations for source in self._sources[name]]
+        work = [(read, name) for name in destinations for read in self._reads(name, rows.get(name))]
         work.sort(key=lambda item: self._place(item[0]))
-        total = sum(self._source_bytes(source) for source, _ in work)
+        total = sum(read.bytes for read, _ in work)
         started = time.monotonic()
         report = _Reporter(progress or self._log_progress, total)
         bytes_read: dict[Group, int] = dict.fromkeys(GROUPS, 0)
-        for source, name in work:
-            for count in self._copy(source, destinations[name]):
+        for read, name in work:
+            for count in self._copy(read, destinations[name]):
                 bytes_read[self.specs[name].group] += count
                 report.add(count)
         report.finish()
@@ -177,31 +204,47 @@ class Checkpoint:
             raise ValueError(f"{name} is not a tensor of this model")
         return self.specs[name]
 
-    def _place(self, source: Source) -> tuple[str, int]:
-        stored = self._stored[source.name]
-        return stored.path.name, stored.offset
+    def _shape_of_rows(self, name: str, rows: tuple[int, ...]) -> tuple[int, ...]:
+        shape = self._spec(name).shape
+        if len(shape) != 3 or len(set(rows)) != len(rows) or not set(rows) <= set(range(shape[0])):
+            raise ValueError(f"{name} of shape {list(shape)} has no separate rows {list(rows)}")
+        return (len(rows), *shape[1:])
 
-    def _source_bytes(self, source: Source) -> int:
-        stored = self._stored[source.name]
-        return stored.nbytes if source.row is None else stored.nbytes // stored.shape[0]
+    def _reads(self, name: str, rows: tuple[int, ...] | None) -> Iterator[_Read]:
+        """What fills a destination of tensor ``name``, or one of only these ``rows`` of it."""
+        for source in self._sources[name]:
+            if rows is None:
+                first, count = (0, source.shape[0]) if source.row is None else (source.row, 1)
+                yield self._read(source, first, count)
+            elif source.target:
+                expert, *rest = source.target
+                if expert in rows:
+                    yield self._read(replace(source, target=(rows.index(expert), *rest)), 0, source.shape[0])
+            else:
+                for place, first, count in _runs(rows):
+                    yield self._read(replace(source, target=(slice(place, place + count),)), first, count)
+
+    def _read(self, source: Source, first: int, count: int) -> _Read:
+        size = self._stored[source.name].nbytes // source.shape[0] * count
+        return _Read(source=source, first=first, count=count, bytes=size)
+
+    def _place(self, read: _Read) -> tuple[str, int, int]:
+        stored = self._stored[read.source.name]
+        return stored.path.name, stored.offset, read.first
 
     @torch.no_grad()
-    def _copy(self, source: Source, destination: Tensor) -> Iterable[int]:
-        """Copy one stored tensor piece by piece, yielding the bytes of each."""
-        view = self._file(self._stored[source.name]).get_slice(self._stored[source.name].name)
+    def _copy(self, read: _Read, destination: Tensor) -> Iterable[int]:
+        """Copy part of one stored tensor piece by piece, yielding the bytes of each."""
+        source, stored = read.source, self._stored[read.source.name]
+        view = self._file(stored).get_slice(stored.name)
         target = destination[source.target] if source.target else destination
-        if source.row is not None:
-            rows = view[source.row : source.row + 1]
-            target.copy_(rows)
-            yield rows.nbytes
-            return
         if source.transpose:
             target = target.t()
-        row_bytes = max(1, self._stored[source.name].nbytes // source.shape[0])
-        step = max(1, PIECE_BYTES // row_bytes)
-        for start in range(0, source.shape[0], step):
-            rows = view[start : start + step]
-            target[start : start + step].copy_(rows)
+        step = max(1, PIECE_BYTES // max(1, stored.nbytes // source.shape[0]))
+        for start in range(0, read.count, step):
+            count = min(step, read.count - start)
+            rows = view[read.first + start : read.first + start + count]
+            target[start : start + count].copy_(rows)
             yield rows.nbytes
 
     def _file(self, stored: StoredTensor) -> Any:
@@ -256,23 +299,27 @@ def load_language(
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
     bank_storage: Tensor | None = None,
+    share: ExpertShare | None = None,
     dispatcher: Dispatcher[Any] | None = None,
     experts_form: ExpertsForm | None = None,
     progress: Progress | None = None,
 ) -> LanguageModel:
     """The language model with its text experts; with ``bank_storage`` (see VisionBank) also the vision experts, in it.
 
-    ``config`` must be the checkpoint's. Routers and correction biases stay float32 (float64 in a float64 model). What
-    was read is in ``checkpoint.report``.
+    ``config`` must be the checkpoint's. Routers and correction biases stay float32 (float64 in a float64 model).
+    ``share``: the experts a rank of a group holds, and reads; None = all. What was read is in ``checkpoint.report``.
     """
     _require_config(checkpoint, config)
-    model = LanguageModel(config.text, dtype=dtype, device=device, dispatcher=dispatcher, experts_form=experts_form)
-    destinations = model.parameters_by_name()
-    bank = None if bank_storage is None else VisionBank(config.text, dtype, bank_storage)
+    model = LanguageModel(
+        config.text, dtype=dtype, device=device, share=share, dispatcher=dispatcher, experts_form=experts_form
+    )
+    destinations, rows = model.parameters_by_name(), model.expert_rows()
+    bank = None if bank_storage is None else VisionBank(config.text, dtype, bank_storage, share)
     if bank is not None:
         destinations |= bank.parameters_by_name()
+        rows |= bank.expert_rows()
     _require_groups(checkpoint, destinations, "language", *(() if bank is None else ("vision_experts",)))
-    checkpoint.load_into(destinations, progress)
+    checkpoint.load_into(destinations, progress, rows)
     checkpoint.require_tied_head(model.embed_VD)
     if bank is not None:
         model.attach_vision_bank(bank)
@@ -283,7 +330,7 @@ def load_vision_bank(checkpoint: Checkpoint, bank: VisionBank, *, progress: Prog
     """Fill a vision bank, for an engine that becomes able to prefill. Attaching it is the caller's."""
     destinations = bank.parameters_by_name()
     _require_groups(checkpoint, destinations, "vision_experts")
-    return checkpoint.load_into(destinations, progress)
+    return checkpoint.load_into(destinations, progress, bank.expert_rows())
 
 
 def load_vision(
@@ -314,6 +361,15 @@ def _require_groups(checkpoint: Checkpoint, destinations: Mapping[str, Tensor], 
     wanted = {name for name, spec in checkpoint.specs.items() if spec.group in groups}
     if wanted != destinations.keys():
         raise ValueError(f"model and inventory disagree on {quote_some(wanted ^ destinations.keys())}")
+
+
+def _runs(rows: tuple[int, ...]) -> Iterator[tuple[int, int, int]]:
+    """(place among ``rows``, first row, count) of each run of neighbouring rows."""
+    start = 0
+    for i in range(1, len(rows) + 1):
+        if i == len(rows) or rows[i] != rows[i - 1] + 1:
+            yield start, rows[start], i - start
+            start = i
 
 
 class _Reporter:

@@ -20,6 +20,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
+from actors.engine.scheduling.reservations import Reservation
 from actors.errors import ServingError, Unavailable
 from actors.parallel.kv_transfer import KvCache, KvGeometry, KvTransferConfig, Meeting
 from actors.types import KvIdentity, SequenceKey
@@ -62,8 +63,8 @@ class PrefillEngine(Protocol):
 class DecodeEngine(Protocol):
     """What a receiver asks of its engine. As above, but ``drop`` of the receiver may come from any thread."""
 
-    def reserve(self, key: SequenceKey, token_count: int, /) -> Future[tuple[list[int], int]]:
-        """(block table, held tokens) for a prompt. Fails with ServingError; its reason goes to the peer.
+    def reserve(self, key: SequenceKey, token_count: int, /) -> Future[Reservation]:
+        """Blocks for a prompt. Fails with ServingError; its reason goes to the peer.
 
         The KV of the held tokens is in the first blocks already: whole blocks that others may share, not all tokens.
         """

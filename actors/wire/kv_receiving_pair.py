@@ -12,6 +12,7 @@ from typing import TypeAlias
 
 import grpc.aio
 
+from actors.engine.scheduling.reservations import Reservation
 from actors.errors import InternalError, ServingError, Unavailable
 from actors.parallel.kv_threads import ReceivingThread
 from actors.parallel.kv_transfer import (
@@ -229,7 +230,7 @@ class ReceivingPair:
             else:
                 future.add_done_callback(lambda done: parts.post(lambda: self._reserved(entry, done)))
 
-    def _reserved(self, entry: Incoming, future: Future[tuple[list[int], int]]) -> None:
+    def _reserved(self, entry: Incoming, future: Future[Reservation]) -> None:
         parts = self._parts
         failure = future.exception()
         if parts.entries.get(entry.key) is not entry:
@@ -237,7 +238,7 @@ class ReceivingPair:
                 parts.engine.fail(entry.key, given_up(CANCELLED))
             return
         if failure is None:
-            block_table, held_tokens = future.result()
+            rank, block_table, held_tokens = future.result()
             block_size = parts.identity.block_size
             if held_tokens % block_size or not 0 <= held_tokens < entry.token_count:
                 log.error("%d of %d tokens of %s cannot be held", held_tokens, entry.token_count, entry.key)
@@ -246,7 +247,7 @@ class ReceivingPair:
             entry.held_tokens, entry.own_blocks = held_tokens, block_table[held_tokens // block_size :]
             reserved = pb.Reserved(
                 key=convert.key_to_proto(entry.key),
-                rank=0,
+                rank=rank,
                 rendezvous_address=parts.meeting.address,
                 held_token_count=held_tokens,
             )

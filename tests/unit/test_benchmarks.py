@@ -1,20 +1,33 @@
-"""The benchmark against transformers runs and reports, on a model too small to say anything about speed."""
+"""The benchmarks run and report, on models too small to say anything about speed."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from tests.tiny_model import tiny_checkpoint
 
-SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "engine.py"
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 SCENARIOS = ("decode_b1", "decode_b8", "decode_b32", "prefill_512", "image_prompt")
 
 
 def run(*arguments: str) -> str:
-    command = [sys.executable, str(SCRIPT), "--model", str(tiny_checkpoint()), "--threads", "1", "--tokens", "2"]
+    command = [
+        sys.executable,
+        str(BENCHMARKS / "engine.py"),
+        "--model",
+        str(tiny_checkpoint()),
+        "--threads",
+        "1",
+        "--tokens",
+        "2",
+    ]
     done = subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -41,3 +54,63 @@ def test_it_profiles_our_side() -> None:
     table = run("--only", "decode_b8", "--profile")
     assert table.strip().startswith("decode_b8:")
     assert "aten::" in table and "share" in table
+
+
+def expert_parallel(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [
+        sys.executable,
+        str(BENCHMARKS / "expert_parallel.py"),
+        "--threads",
+        "1",
+        "--rounds",
+        "1",
+        "--tokens",
+        "3",
+    ]
+    return subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=250)
+
+
+def test_groups_of_ranks_are_compared_with_one() -> None:
+    done = expert_parallel("--sequences", "3", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["equal"] is True and found["tokens_compared"] == 2 * (1 + 5) * 8
+    for kind in ("prefill", "decode"):
+        for side in ("ep1", "ep2"):
+            row = found[kind][side]
+            parts = {part: row[f"{part}_ms"] for part in ("dispatch", "experts", "combine", "rest", "plan", "gather")}
+            waits = parts.pop("plan"), parts.pop("gather")
+            assert all(part > 0 for part in parts.values())
+            assert all(wait > 0 for wait in waits) if side == "ep2" else waits == (0, 0)
+            assert max(parts.values()) < row["step_ms"]
+        assert found[kind]["ratio"] > 0
+    whole, share = found["load"]["ep1"]["bytes"], found["load"]["ep2"]["bytes"]
+    assert share < whole < 2 * share
+
+
+def test_a_token_that_differs_fails_the_comparison(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    spec = importlib.util.spec_from_file_location("expert_parallel", BENCHMARKS / "expert_parallel.py")
+    assert spec is not None and spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "expert_parallel", script)
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    spec.loader.exec_module(script)
+
+    class Side:
+        """Answers like a real one, but for one token of the group."""
+
+        def __init__(self, directory: Path, dtype: Any, threads: int, ranks: int) -> None:
+            self.last = 7 if ranks == 1 else says[0]
+
+        def run(self, work: Any) -> Any:
+            return {sequence: [1, 2, self.last if sequence else 3] for sequence in range(work.sequences)}, {}
+
+        def close(self) -> None:
+            pass
+
+    monkeypatch.setattr(script, "Side", Side)
+    monkeypatch.setattr(script, "time_steps", lambda *arguments: {})
+    says = [7]
+    assert script.main(["--json"]) == 0
+    says = [8]
+    assert script.main(["--json"]) == 1

@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
+from multiprocessing.process import BaseProcess
+from typing import Any
 
 import pytest
 
 from actors.config import EngineReplicaConfig
 from actors.engine.execution import memory
-from actors.engine_rank import load_rank
+from actors.engine.execution.runner import Runner
+from actors.engine.group.balance import BalanceConfig
+from actors.engine.group.followers import RankLost
+from actors.engine.group.group_runner import GroupRunner
+from actors.engine.group.meeting import Invitation
+from actors.engine_group import EngineGroup, StartRank, child_processes
+from actors.engine_rank import Rank, load_rank, rank_main
 from actors.ernie.weights import Checkpoint
+from actors.parallel.world import Seat
 from actors.types import EngineRole
 from tests.tiny_model import tiny_checkpoint
+from tests.unit.engine.engine_requests import request
+from tests.unit.engine.group.rank_group import CONTEXT, HOST, PATIENT, start_rank
+from tests.unit.engine.harness import Rig
 
 CONFIG = EngineReplicaConfig(
     model_dir=str(tiny_checkpoint()), pool="engine", dtype="float32", kv_cache_gib=0.01, block_size=16
@@ -84,6 +97,103 @@ def test_start_says_what_runs_and_what_fits(caplog: pytest.LogCaptureFixture) ->
         load_rank(CONFIG, EngineRole.DECODE)
     assert "attention: paged" in caplog.text and "decode steps: eager" in caplog.text
     assert "KV arena of 0.0" in caplog.text and "beside 0.00 GiB of vision experts" in caplog.text
+
+
+def rig_of(rank: Rank, **options: Any) -> Rig:
+    """An engine around a loaded rank."""
+    fields = {"config": rank.config, "rules": rank.rules, "cache": rank.runner.cache, "block_size": 16}
+    return Rig(rank.runner.model, **fields, **options)
+
+
+def child_ranks(config: EngineReplicaConfig) -> StartRank:
+    def start(invitation: Invitation, seat: Seat) -> BaseProcess:
+        main = partial(share_main, seat=seat, config=config)
+        return start_rank(main, invitation, seat.rank)
+
+    return start
+
+
+def share_main(invitation: Invitation, rank: int, seat: Seat, config: EngineReplicaConfig) -> None:
+    assert seat.rank == rank
+    rank_main(invitation, seat, config, EngineRole.COLOCATED)
+
+
+def test_a_group_of_processes_shares_what_one_rank_loads_and_computes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # Of the other rank's process.
+    config = replace(CONFIG, dtype="float64")
+    alone = load_rank(config, EngineRole.COLOCATED)
+    wanted = [request(range(3 + n, 40 + 2 * n), max_tokens=6) for n in range(4)]
+    with rig_of(alone) as rig:
+        outputs = rig.run(*wanted)
+    start = child_processes(config, EngineRole.COLOCATED)
+    group = EngineGroup(2, HOST, start, config=PATIENT, balance=BalanceConfig(every_steps=2))
+    try:
+        rank, runner = group.load(config, EngineRole.COLOCATED)
+        assert any(note.endswith("; a share of them on rank 0 of 2") for note in rank.notes)
+        assert rank.fingerprint == alone.fingerprint
+        read, all_read = rank.loaded.bytes_read, alone.loaded.bytes_read
+        with Checkpoint(config.model_dir) as checkpoint:
+            text = checkpoint.config.text
+        for name, inner in zip(("language", "vision_experts"), text.moe_intermediate_size, strict=True):
+            elsewhere = len(text.sparse_layers) * text.moe_num_experts // 2 * 3 * inner * text.hidden_size
+            assert all_read[name] - read[name] == elsewhere * stored_item_size()  # type: ignore[index]
+
+        def join(own: Runner) -> GroupRunner:
+            own.experts = rank.runner.experts
+            runner._runner = own
+            return runner
+
+        with rig_of(rank, group=join) as rig:
+            assert rig.run(*wanted) == outputs
+            assert min(runner.counters.rank_s) > 0
+            assert runner.counters.balance is not None and runner.counters.balance.loads > 0
+    finally:
+        group.close()
+    assert [process.is_alive() for process in group.processes.values()] == [False]
+
+
+def stored_item_size() -> int:
+    with Checkpoint(CONFIG.model_dir) as checkpoint:
+        return checkpoint.load("model.language_model.layers.1.mlp.text_moe.experts.down_proj").element_size()
+
+
+def test_a_rank_that_cannot_load_ends_the_group_with_its_reason() -> None:
+    broken = replace(CONFIG, kv_cache_gib=1e-9)
+    group = EngineGroup(2, HOST, child_ranks(broken), config=PATIENT)
+    with pytest.raises(RankLost, match=r"(?s)rank 1 is lost: .*kv_cache_gib: 1e-09 holds no KV block"):
+        group.load(CONFIG, EngineRole.COLOCATED)
+    assert not group.processes[1].is_alive()
+
+
+def test_a_leader_that_cannot_load_takes_its_ranks_along() -> None:
+    group = EngineGroup(2, HOST, child_ranks(CONFIG), config=PATIENT)
+    with pytest.raises(ValueError, match="kv_cache_gib: 1e-09 holds no KV block"):
+        group.load(replace(CONFIG, kv_cache_gib=1e-9), EngineRole.COLOCATED)
+    assert not group.processes[1].is_alive()
+
+
+def test_a_process_that_ends_before_it_came_is_noticed() -> None:
+    def start(_invitation: Invitation, seat: Seat) -> BaseProcess:
+        process = CONTEXT.Process(target=int)
+        process.start()
+        return process
+
+    with pytest.raises(RuntimeError, match=r"the processes of ranks \[1\] died at once"):
+        EngineGroup(2, HOST, start, config=PATIENT)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "size", "message"),
+    [
+        ({}, 64, "a group of 64 ranks cannot share the 8 experts of this model"),
+        ({"text_config.mlp_layer_types": ["dense"] * 4}, 2, "a group of 2 ranks cannot share the 0 experts"),
+    ],
+)
+def test_a_model_with_too_few_experts_is_refused(overrides: dict[str, Any], size: int, message: str) -> None:
+    config = replace(CONFIG, model_dir=str(tiny_checkpoint(overrides=overrides)))
+    seat = Seat(address="127.0.0.1:1", name="none", rank=0, size=size, host=HOST)
+    with pytest.raises(ValueError, match=message):
+        load_rank(config, EngineRole.COLOCATED, seat=seat)
 
 
 @pytest.mark.parametrize(

@@ -161,7 +161,7 @@ class PlainAttention:
                 q_Hnd[None], k_KCd[None], v_KCd[None], attn_mask=seen_nC, enable_gqa=True
             )
             outs.append(out_1Hnd[0].transpose(0, 1))
-        return torch.cat(outs)
+        return torch.cat(outs) if outs else q_THd
 
 
 def group_rows(pages_n: npt.NDArray[np.int64], max_pages: int) -> list[tuple[int, int]]:

@@ -95,6 +95,8 @@ class VarlenAttention:
             )
             for call in self.calls
         ]
+        if not outs:
+            return q_THd
         return outs[0] if len(outs) == 1 else torch.cat(outs)
 
 

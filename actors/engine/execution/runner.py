@@ -1,12 +1,11 @@
 """Executes one rank's part of a step: plan -> flat tensors -> model -> sampled tokens.
 
-T tokens of the step, D hidden, N slices that sample, R rows whose prompt log-probabilities are wanted. In a step that
-only decodes nothing here is done per sequence, but for reading the plan and writing the result.
+T tokens of the part, D hidden, N slices that sample, R rows whose prompt log-probabilities are wanted. In a step that
+only decodes nothing here is done per sequence, but for reading the plan and writing the result. A part without slices
+runs the model all the same, with T = 0, when other ranks have tokens: they meet in its layers.
 """
 
 from __future__ import annotations
-
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -18,11 +17,12 @@ from actors.engine.execution.attention import PagedAttention, PlainAttention
 from actors.engine.execution.attention_varlen import VarlenAttention
 from actors.engine.execution.decode_graphs import DecodeGraphs
 from actors.engine.execution.embedding_store import EmbeddingStore
+from actors.engine.execution.expert_steps import ExpertSteps
 from actors.engine.execution.forms import AttentionForm
 from actors.engine.execution.kv_cache import KvCache
 from actors.engine.execution.residents import Known, Residents
 from actors.engine.execution.step_batch import Chunk, StepBatch, StepLayout, build_batch
-from actors.engine.plan import StepPlan, StepResult
+from actors.engine.plan import RankPlan, StepResult, StepShape
 from actors.engine.sampling.sampler import Sampler
 from actors.ernie.attention import Attention
 from actors.ernie.config import ErnieConfig, Rules
@@ -33,29 +33,8 @@ PROMPT_LOGPROB_ROWS = 256
 """Rows of logits at once: a row of a large vocabulary has 400 KB."""
 
 
-class StepRunner(Protocol):
-    """What an engine needs of its ranks. Called on the step thread only."""
-
-    @property
-    def block_count(self) -> int:
-        """KV blocks there are."""
-        ...
-
-    def run(self, plan: StepPlan) -> StepResult:
-        """Execute a plan."""
-        ...
-
-    def supply_embedding(self, id: int, media_index: int, unit_index: int, embedding: Tensor) -> None:
-        """Keep the embedding [tokens of the unit, D] until the unit is computed or the sequence ended."""
-        ...
-
-    def supply_constraint(self, id: int, constraint: TokenConstraint) -> None:
-        """Bounds the tokens of a sequence until it ended; comes before the first slice that samples."""
-        ...
-
-
 class Runner:
-    """One rank's model, cache and residents. Not thread-safe: the step thread's own."""
+    """One rank's model, cache and residents. Not thread-safe: one thread's own."""
 
     def __init__(
         self,
@@ -66,13 +45,19 @@ class Runner:
         *,
         attention: AttentionForm = AttentionForm.PAGED,
         graphs: DecodeGraphs | None = None,
+        experts: ExpertSteps | None = None,
     ) -> None:
-        """``graphs`` runs the steps that only decode, as far as it has a batch size for them."""
+        """``graphs`` runs the steps that only decode, as far as it has a batch size for them. ``experts``: where the
+        model holds a share of them; graphs do not go with it.
+        """
+        if experts is not None and graphs is not None:
+            raise ValueError("decode graphs of a group of ranks are not built")
         self.model = model
         self.config = config
         self.cache = cache
         self.attention = attention
         self.graphs = graphs
+        self.experts = experts
         self.sampler = Sampler(
             config.im_patch_id, vocab_size=config.text.vocab_size, eos_token_ids=config.eos_token_ids
         )
@@ -81,6 +66,7 @@ class Runner:
 
     @property
     def block_count(self) -> int:
+        """KV blocks there are."""
         return self.cache.block_count
 
     @property
@@ -88,15 +74,29 @@ class Runner:
         """Sequences with any memory here."""
         return len({*self._residents.ids, *self._embeddings.ids, *self.sampler.sequence_ids})
 
+    def need_experts(self) -> ExpertSteps:
+        """Raises ValueError where all experts are here."""
+        if self.experts is None:
+            raise ValueError("this rank shares no experts with others")
+        return self.experts
+
+    def close(self) -> None:
+        """Leaves the group's world, if there is one. Idempotent."""
+        if self.experts is not None:
+            self.experts.close()
+
     def supply_embedding(self, id: int, media_index: int, unit_index: int, embedding: Tensor) -> None:
+        """Keeps the embedding [tokens of the unit, D] until the unit is computed or the sequence ended."""
         at_home = embedding.to(device=self.model.device, dtype=self.model.dtype)
         self._embeddings.supply(id, media_index, unit_index, at_home)
 
     def supply_constraint(self, id: int, constraint: TokenConstraint) -> None:
+        """Bounds the tokens of a sequence until it ended; comes before the first slice that samples."""
         self.sampler.constrain(id, constraint)
 
     @torch.inference_mode()
-    def run(self, plan: StepPlan) -> StepResult:
+    def run(self, plan: RankPlan) -> StepResult:
+        """Raises ValueError for tokens of the vision experts in a step that is to have none on any rank."""
         for id in plan.ended:
             self._residents.remove(id)
             self._embeddings.forget(id)
@@ -104,24 +104,36 @@ class Runner:
         for new in plan.new:
             self._residents.add(new)
             self.sampler.admit(new)
-        if not plan.slices:
+        if not plan.shape.max_tokens:
             return StepResult(tokens={})
         self._residents.append_blocks(plan.slices)
+        if self.experts is not None:
+            self.experts.begin(plan.shape)
         batch = build_batch(self._residents, plan.slices, self.cache.layout.block_size)
-        h_TD = self._forward(batch)
+        h_TD = self._forward(batch, plan.shape)
         prompt_logprobs = self._prompt_logprobs(batch, h_TD)
         tokens, logprobs = self._sample(batch, h_TD)
         return StepResult(tokens=tokens, logprobs=logprobs, prompt_logprobs=prompt_logprobs)
 
-    def _forward(self, batch: StepBatch) -> Tensor:
-        if self.graphs is not None and self.graphs.fits(batch.layout):
+    def _forward(self, batch: StepBatch, shape: StepShape) -> Tensor:
+        if self.graphs is not None and shape.decodes and self.graphs.fits(batch.layout):
             return self.graphs.run(batch)
         x_TD = self.model.embed(self._to_device(batch.ids_T))
         for known, chunk in zip(batch.known, batch.layout.chunks, strict=True):
             if known.new.spans:
                 self._embeddings.place(x_TD, known, chunk)
-        vision_T = None if batch.vision_T is None else self._to_device(batch.vision_T)
-        return self.model.forward(x_TD, self._to_device(batch.positions_3T), vision_T, self._attention(batch.layout))
+        positions_3T, attention = self._to_device(batch.positions_3T), self._attention(batch.layout)
+        return self.model.forward(x_TD, positions_3T, self._vision(batch, shape), attention)
+
+    def _vision(self, batch: StepBatch, shape: StepShape) -> Tensor | None:
+        """On every rank alike: with tokens of the vision experts on one, their rows may come to all."""
+        if batch.vision_T is not None:
+            if not shape.vision:
+                raise ValueError(f"step {shape.step} was planned without tokens for the vision experts and has some")
+            return self._to_device(batch.vision_T)
+        if shape.vision:
+            return torch.zeros(len(batch.ids_T), dtype=torch.bool, device=self.model.device)
+        return None
 
     def _attention(self, layout: StepLayout) -> Attention:
         if self.attention is AttentionForm.VARLEN:

@@ -14,7 +14,7 @@ class Want(NamedTuple):
 
 
 def share_budget(budget: int, wants: Sequence[Want]) -> list[int]:
-    """Tokens for each of ``wants``, which are in order of rank; together at most ``budget``.
+    """Tokens for each of ``wants``, which are in their order; together at most ``budget``.
 
     The first that can use any has a right to half of the budget (rounded up), so that nothing keeps it from finishing.
     The others share what it leaves, those first that have the least to go: a short prompt does not wait for a long one.

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Ranked
+from collections.abc import Sequence as Listed
 
 from actors.engine.scheduling.sequence import Sequence, SequenceState
 from actors.types import AttemptMode
 
 
-def choose_victim(holders: Ranked[Sequence]) -> Sequence | None:
-    """The last in rank of those whose blocks can be had at once; None if only the first of these is left.
+def choose_victim(holders: Listed[Sequence]) -> Sequence | None:
+    """The last of one rank's holders whose blocks can be had at once; None if only the first of these is left.
 
     Blocks that a transfer may read (a chunk of them was handed out) stay until it ends. Whoever comes first among the
     others is never a victim: it finishes, then the next is first, and so everybody does.

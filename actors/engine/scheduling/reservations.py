@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from concurrent.futures import Future
+from typing import NamedTuple
 
 from actors.errors import Unavailable
 from actors.types import SequenceKey
 
-Reservation = tuple[list[int], int]
-"""A block table and the number of leading tokens that are in it already."""
+
+class Reservation(NamedTuple):
+    """Blocks held for a transfer."""
+
+    rank: int
+    """Of the group: whose blocks they are."""
+    block_table: list[int]
+    held_tokens: int
+    """Leading tokens that are in the blocks already."""
 
 
 class Reservations:
@@ -26,8 +34,8 @@ class Reservations:
         self._waiting[key] = future
         return True
 
-    def grant(self, key: SequenceKey, block_table: tuple[int, ...], held_tokens: int) -> None:
-        self._waiting.pop(key).set_result((list(block_table), held_tokens))
+    def grant(self, key: SequenceKey, rank: int, block_table: tuple[int, ...], held_tokens: int) -> None:
+        self._waiting.pop(key).set_result(Reservation(rank, list(block_table), held_tokens))
 
     def refuse(self, key: SequenceKey, reason: str, message: str) -> None:
         error = Unavailable(message, reason=reason, retry_after_s=self._retry_after_s)

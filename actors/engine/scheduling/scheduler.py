@@ -1,23 +1,30 @@
 """Decides what is computed when. Pure: no tensors, no threads, no clock but the ``now`` it is given.
 
 Commands change the state, ``plan`` says what the next step computes, ``apply`` takes what the step sampled. What others
-must hear of is listed as events. Order among attempts is ``Sequence.rank``: arrival, each level of priority being worth
-``EngineConfig.priority_step_s`` of waiting, then submission; whoever goes first is also the last to be preempted. As
-the rank of an attempt never changes while those of new ones grow, everybody is first at last. In a step decoding
-sequences come first, prompts share the rest of the budget (``fair_share``).
+must hear of is listed as events. Order among attempts is ``Sequence.order``: arrival, each level of priority being
+worth ``EngineConfig.priority_step_s`` of waiting, then submission; whoever goes first is also the last to be preempted.
+As the order of an attempt never changes while those of new ones grow, everybody is first at last.
+
+An attempt that is given blocks lives on one rank (``placement``), until it ends or is preempted. Ranks have seats,
+blocks, a token budget and preemption of their own; the queue is one. In a step of a rank decoding sequences come first,
+prompts share the rest of its budget (``fair_share``).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Listed
+from dataclasses import dataclass, field
+
 from actors.engine import events as ev
 from actors.engine.config import EngineConfig
-from actors.engine.plan import NewSequence, Slice, StepPlan, StepResult
+from actors.engine.plan import NewSequence, RankPlan, Slice, StepPlan, StepResult, StepShape
 from actors.engine.scheduling.admission import Admission
-from actors.engine.scheduling.block_pool import BlockPool
+from actors.engine.scheduling.block_pool import BlockPool, Changes
 from actors.engine.scheduling.fair_share import Want, share_budget
+from actors.engine.scheduling.findable import FindableBlocks
 from actors.engine.scheduling.outcomes import StepOutcome, next_chunk, next_prompt_logprobs
 from actors.engine.scheduling.preemption import choose_victim, recomputes_here
-from actors.engine.scheduling.prefix import PrefixCache
+from actors.engine.scheduling.rank_state import RankState
 from actors.engine.scheduling.roster import Roster
 from actors.engine.scheduling.sequence import Sequence, SequenceState
 from actors.engine.scheduling.timers import Timers
@@ -27,27 +34,37 @@ from actors.types import AttemptMode, MilestoneKind, SequenceKey, TokenEvent, To
 State = SequenceState
 
 
+@dataclass(slots=True)
+class _Draft:
+    """One rank's part of a plan in the making."""
+
+    slices: list[Slice] = field(default_factory=list)
+    new: list[NewSequence] = field(default_factory=list)
+
+
 class Scheduler:
     """Owns every attempt of an engine and the blocks they hold.
 
     Commands name attempts by key and ignore unknown ones: an answer may always arrive after the end.
     """
 
-    def __init__(self, config: EngineConfig, pool: BlockPool, eos_ids: frozenset[int], im_patch_id: int) -> None:
+    def __init__(
+        self, config: EngineConfig, pools: Listed[BlockPool], eos_ids: frozenset[int], im_patch_id: int
+    ) -> None:
+        """``pools``: of each rank."""
         self.config = config
-        self.pool = pool
+        self.ranks = tuple(RankState(number, pool, config.block_size) for number, pool in enumerate(pools))
         self.eos_ids = eos_ids
         self.im_patch_id = im_patch_id
-        self.max_model_len = min(config.max_model_len, pool.total * config.block_size)
-        self.roster = Roster()
-        self.prefix = PrefixCache(pool, config.block_size)
+        self.max_model_len = min(config.max_model_len, *(pool.total * config.block_size for pool in pools))
+        self.roster = Roster(self.ranks)
         self.step = 0
         self.preemptions = 0
         """Sequences that lost their blocks to another."""
-        self._admission = Admission(config, pool, self.roster, self.prefix, self.max_model_len)
+        self._admission = Admission(config, self.ranks, self.roster, self.max_model_len)
+        self._findable = FindableBlocks()
         self._early_reserves: dict[SequenceKey, tuple[int, float]] = {}
         self._timers = Timers()
-        self._ended_ids: list[int] = []
         self._events: list[ev.Event] = []
 
     # Commands
@@ -145,7 +162,7 @@ class Scheduler:
         if sequence is None or sequence.state is not State.RECEIVING:
             return
         self.roster.advance(sequence, sequence.initial_count - sequence.computed)
-        self.prefix.publish(sequence)
+        self.roster.rank_of(sequence).prefix.publish(sequence)
         if finished:
             self._release(sequence)
             return
@@ -168,26 +185,29 @@ class Scheduler:
     def plan(self, now: float) -> StepPlan | None:
         """What to compute next; None when there is nothing to tell the ranks before the next command or wake-up."""
         self._expire(now)
-        slices: list[Slice] = []
-        new: list[NewSequence] = []
-        for sequence in tuple(self.roster.holders):
-            if sequence.state is not State.RUNNING or not sequence.decodes or sequence.constraint_pending:
-                continue
-            if self._grow(sequence):
-                slices.append(self._slice(sequence, 1, new))
+        drafts = [_Draft() for _ in self.ranks]
+        for rank, draft in zip(self.ranks, drafts, strict=True):
+            self._plan_replies(rank, draft)
         while (admitted := self._admission.next()) is not None:
             self._tell_place(admitted)
-        prompts = [s for s in self.roster.holders if s.state is State.RUNNING and not s.decodes]
-        if prompts:
-            wants = [Want(s.plannable_tokens - s.computed, len(s.tokens) - s.computed) for s in prompts]
-            grants = share_budget(self.config.max_batched_tokens - len(slices), wants)
-            slices += [self._slice(s, count, new) for s, count in zip(prompts, grants, strict=True) if count]
-        if not slices and not self._ended_ids:
+        chunks: list[Slice] = []
+        for rank, draft in zip(self.ranks, drafts, strict=True):
+            chunks += self._plan_prompts(rank, draft)
+        computes = any(draft.slices for draft in drafts)
+        if not computes and not any(rank.ended_ids for rank in self.ranks):
             return None
-        if slices:
-            self.step += 1
-        ended, self._ended_ids = tuple(self._ended_ids), []
-        return StepPlan(step=self.step, ended=ended, new=tuple(new), slices=tuple(slices))
+        self.step += computes
+        shape = StepShape(
+            step=self.step,
+            max_tokens=max(sum(part.count for part in draft.slices) for draft in drafts),
+            decodes=computes and not chunks,
+            vision=any(self._has_vision(part) for part in chunks),
+        )
+        parts = []
+        for rank, draft in zip(self.ranks, drafts, strict=True):
+            ended, rank.ended_ids = tuple(rank.ended_ids), []
+            parts.append(RankPlan(shape=shape, ended=ended, new=tuple(draft.new), slices=tuple(draft.slices)))
+        return StepPlan(shape=shape, parts=tuple(parts))
 
     def apply(self, plan: StepPlan, result: StepResult, step_s: float) -> StepOutcome:
         """Takes the result of ``plan``: a token for each slice that samples. No command but
@@ -195,15 +215,16 @@ class Scheduler:
 
         Raises ValueError if ``result`` does not match the plan.
         """
-        if result.tokens.keys() != {part.id for part in plan.slices if part.sample}:
-            raise ValueError(f"step {plan.step} sampled {sorted(result.tokens)}, which is not what was planned")
+        slices = plan.slices
+        if result.tokens.keys() != {part.id for part in slices if part.sample}:
+            raise ValueError(f"step {plan.shape.step} sampled {sorted(result.tokens)}, which is not what was planned")
         outcome = StepOutcome(tokens=[], prompt_logprobs=[])
         share = step_s / max(1, plan.token_count)
-        for part in plan.slices:
+        for part in slices:
             sequence = self.roster.by_id[part.id]
             sequence.busy_s += share * part.count
             self.roster.advance(sequence, part.count)
-            self.prefix.publish(sequence)
+            self.roster.rank_of(sequence).prefix.publish(sequence)
             if sequence.needs_embeddings:
                 for unit in sequence.consume_units():
                     self._events.append(ev.MediaConsumed(sequence.key, unit.media_index, unit.unit_index))
@@ -227,20 +248,47 @@ class Scheduler:
         taken, self._events = self._events, []
         return taken
 
+    def take_block_changes(self) -> Changes:
+        """The net changes of what the prefix cache can find, on any rank, since the last call."""
+        return self._findable.update(rank.pool.take_changes() for rank in self.ranks)
+
     # Decisions
 
-    def _grow(self, sequence: Sequence) -> bool:
-        """Makes room for the token to be computed, at the cost of the last in rank. False if it cannot run now."""
+    def _plan_replies(self, rank: RankState, draft: _Draft) -> None:
+        for sequence in tuple(rank.holders):
+            if sequence.state is not State.RUNNING or not sequence.decodes or sequence.constraint_pending:
+                continue
+            if self._grow(sequence, rank):
+                draft.slices.append(self._slice(sequence, 1, draft.new))
+
+    def _plan_prompts(self, rank: RankState, draft: _Draft) -> list[Slice]:
+        """What is left of the rank's budget; returns the slices that were added."""
+        prompts = [s for s in rank.holders if s.state is State.RUNNING and not s.decodes]
+        if not prompts:
+            return []
+        wants = [Want(s.plannable_tokens - s.computed, len(s.tokens) - s.computed) for s in prompts]
+        grants = share_budget(self.config.max_batched_tokens - len(draft.slices), wants)
+        chunks = [self._slice(s, count, draft.new) for s, count in zip(prompts, grants, strict=True) if count]
+        draft.slices += chunks
+        return chunks
+
+    def _has_vision(self, chunk: Slice) -> bool:
+        """It may have tokens for the vision experts: by some rules not all of these ids go there."""
+        tokens = self.roster.by_id[chunk.id].tokens[chunk.first : chunk.first + chunk.count]
+        return max(tokens) >= self.im_patch_id
+
+    def _grow(self, sequence: Sequence, rank: RankState) -> bool:
+        """Makes room for the token to be computed, at the cost of the rank's last. False if it cannot run now."""
         if sequence.computed < len(sequence.blocks) * self.config.block_size:
             return True
-        while not self.pool.free:
-            victim = choose_victim(self.roster.holders)
+        while not rank.pool.free:
+            victim = choose_victim(rank.holders)
             if victim is None:
                 return False
             self._preempt(victim)
             if victim is sequence:
                 return False
-        sequence.blocks += self.pool.allocate(1)
+        sequence.blocks += rank.pool.allocate(1)
         return True
 
     def _preempt(self, sequence: Sequence) -> None:
@@ -251,7 +299,7 @@ class Scheduler:
             self._abort(sequence, Unavailable(message, reason="PREEMPTED", retry_after_s=retry_after_s))
             return
         self._tell_runner_ended(sequence)
-        self.pool.release(sequence.blocks)
+        self.roster.rank_of(sequence).pool.release(sequence.blocks)
         self.roster.requeue(sequence)
         self._events.append(ev.Preempted(sequence.key))
         if sequence.needs_constraint:
@@ -318,8 +366,9 @@ class Scheduler:
         """Gives back everything; the last thing that happens to an attempt."""
         if sequence.state is not State.PINNED:
             self._tell_runner_ended(sequence)
-        self.pool.release(sequence.blocks)
-        sequence.blocks = []
+        if sequence.blocks:
+            self.roster.rank_of(sequence).pool.release(sequence.blocks)
+            sequence.blocks = []
         self.roster.remove(sequence)
         self._milestone(sequence, MilestoneKind.RELEASED)
 
@@ -328,8 +377,8 @@ class Scheduler:
     def _tell_place(self, sequence: Sequence) -> None:
         """What follows from an admission."""
         if sequence.state is State.RECEIVING:
-            held_tokens = sequence.cached_tokens
-            self._events.append(ev.ReservationGranted(sequence.key, tuple(sequence.blocks), held_tokens))
+            rank, held_tokens = self.roster.rank_of(sequence).number, sequence.cached_tokens
+            self._events.append(ev.ReservationGranted(sequence.key, rank, tuple(sequence.blocks), held_tokens))
         elif sequence.state is State.RUNNING:
             self._tell_admitted(sequence)
         elif not sequence.reservation_asked:
@@ -344,8 +393,9 @@ class Scheduler:
             self._events.append(ev.Admitted(sequence.key, sequence.cached_tokens))
 
     def _tell_runner_ended(self, sequence: Sequence) -> None:
+        """The leader keeps constraints of those that never had a rank."""
         if sequence.known_to_runner:
-            self._ended_ids.append(sequence.id)
+            self.ranks[sequence.rank or 0].ended_ids.append(sequence.id)
 
     def _milestone(self, sequence: Sequence, kind: MilestoneKind, cached_tokens: int = 0) -> None:
         cached_tokens = min(cached_tokens, len(sequence.request.prompt_ids))
@@ -386,5 +436,6 @@ class Scheduler:
 
     def check_integrity(self) -> None:
         """Raises AssertionError if blocks, lists and counts disagree."""
-        self.roster.check_integrity(self.pool, self.config.block_size)
-        assert self.roster.active <= self.config.max_num_seqs, "too many sequences take part"
+        self.roster.check_integrity(self.config.block_size)
+        for rank in self.ranks:
+            assert rank.active <= self.config.max_num_seqs, f"too many sequences take part on rank {rank.number}"

@@ -71,8 +71,10 @@ class Sequence:
     """Its tokens are bound by a constraint, which the runner must have before the first draw."""
     id: int = -1
     """Its number for the runner, given by the roster: a new one after each preemption."""
-    rank: tuple[float, int] = (0.0, 0)
-    """Sorts by who goes first, and is the last to be preempted. Set by the scheduler, for good."""
+    order: tuple[float, int] = (0.0, 0)
+    """Sorts by who goes first, and is the last to be preempted. Set by the roster, for good."""
+    rank: int | None = None
+    """Where its blocks are, while it holds any."""
     state: SequenceState = SequenceState.WAITING
     tokens: list[int] = field(init=False)
     """Prompt, earlier outputs, and what was generated here."""
@@ -169,8 +171,9 @@ class Sequence:
         """Some unit is not computed yet."""
         return self._first_unconsumed < len(self.units)
 
-    def begin(self, blocks: list[int], cached_tokens: int) -> None:
-        """It was given blocks, the first of which hold the KV of ``cached_tokens`` (whole blocks)."""
+    def begin(self, rank: int, blocks: list[int], cached_tokens: int) -> None:
+        """It was given blocks on a rank, the first of which hold the KV of ``cached_tokens`` (whole blocks)."""
+        self.rank = rank
         self.blocks = blocks
         self.computed = self.cached_tokens = cached_tokens
         while self._first_unconsumed < len(self.units) and self.units[self._first_unconsumed].end <= cached_tokens:
@@ -183,6 +186,7 @@ class Sequence:
         if self.mode is AttemptMode.DECODE:
             self.mode = AttemptMode.COLOCATED
         self.prefill_count = len(self.tokens)
+        self.rank = None
         self.blocks = []
         self.computed = self.cached_tokens = self.published = self.told_blocks = 0
         self._present.clear()

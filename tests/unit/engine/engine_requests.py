@@ -13,6 +13,7 @@ from actors.types import EngineRequest, Grid, MediaKind, MediaSpan, SamplingPara
 
 Embeddings = dict[tuple[int, int], torch.Tensor]
 """By medium and unit, [tokens of the unit, hidden size]."""
+Wanted = tuple[EngineRequest, Embeddings | None]
 
 IMAGE, VIDEO = 100, 127
 EOS = 2
@@ -79,3 +80,20 @@ def named_by(embeddings: Embeddings, media: Sequence[MediaSpan]) -> tuple[MediaS
 
 def _name(embedding: torch.Tensor) -> bytes:
     return hashlib.blake2b(embedding.numpy().tobytes(), digest_size=32).digest()
+
+
+def chats() -> list[Wanted]:
+    """32 replies: text and media, many of which begin alike; some sampled."""
+    generator = torch.Generator().manual_seed(11)
+    start = torch.randint(3, IMAGE, (21,), generator=generator).tolist()
+    wanted: list[Wanted] = []
+    for number in range(24):
+        tail = torch.randint(3, IMAGE, (1 + number % 7,), generator=generator).tolist()
+        how = {"temperature": 0.9, "seed": number} if number % 3 == 2 else {}
+        wanted.append((request([*start[: 21 - 4 * (number % 3)], *tail], max_tokens=3 + number % 9, **how), None))
+    for number in range(8):
+        shown, embeddings = media_request(number % 2)
+        question = torch.randint(3, IMAGE, (number,), generator=generator).tolist()
+        prompt = [*shown.prompt_ids, *question]
+        wanted.append((request(prompt, media=named_by(embeddings, shown.media), max_tokens=5 + number), embeddings))
+    return wanted

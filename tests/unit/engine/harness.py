@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from actors.engine.events import ComputedChunk
 from actors.engine.execution.forms import AttentionForm
 from actors.engine.execution.kv_cache import KvCache, KvLayout
 from actors.engine.execution.runner import Runner
+from actors.engine.group.group_runner import GroupRunner
 from actors.ernie.config import ErnieConfig, Rules, TextConfig
 from actors.ernie.text import LanguageModel
 from actors.errors import ServingError
@@ -148,7 +150,7 @@ class Recorder:
             self.calls.append(call)
             self.changed.notify_all()
 
-    def wait(self, condition: Any, timeout_s: float = 20.0) -> None:
+    def wait(self, condition: Any, timeout_s: float = 60.0) -> None:
         """Until ``condition()`` holds; fails the test on a fatal error or after a time that only a hang takes."""
         with self.changed:
             assert self.changed.wait_for(lambda: self.fatal is not None or condition(), timeout_s), "nothing happened"
@@ -190,6 +192,7 @@ class Rig:
         sink: Recorder | None = None,
         batched_decode: bool = True,
         compiler: ConstraintCompiler | None = None,
+        group: Callable[[Runner], GroupRunner] = GroupRunner,
         **options: Any,
     ) -> None:
         fields: dict[str, Any] = {
@@ -208,11 +211,18 @@ class Rig:
         attention = AttentionForm.PAGED if batched_decode else AttentionForm.PLAIN
         self.runner = Runner(self.model, self.config, self.rules, self.cache, attention=attention)
         self.sink = sink or Recorder()
+        self.group = group(self.runner)
         identity = KvIdentity(
             fingerprint="00", dtype="float64", block_size=engine_config.block_size, switches=self.rules.switches
         )
         self.engine = Engine(
-            engine_config, self.config, self.rules, self.runner, self.sink, identity=identity, compiler=compiler
+            engine_config,
+            self.config,
+            self.rules,
+            self.group,
+            self.sink,
+            identity=identity,
+            compiler=compiler,
         )
         self.sink.engine = self.engine
 
@@ -231,7 +241,7 @@ class Rig:
         load = self.engine.load()
         assert (load.running, load.waiting, load.reserved, load.queued_tokens) == (0, 0, 0, 0)
         assert load.free_blocks == load.total_blocks
-        assert self.runner.resident_count == 0
+        assert self.runner.resident_count == self.group.tracked_count == 0
 
     def submit(
         self,

@@ -7,28 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from actors.types import AttemptMode, EngineRequest, SequenceKey
-from tests.unit.engine.engine_requests import IMAGE, Embeddings, key, media_request, named_by, request
+from actors.types import AttemptMode, SequenceKey
+from tests.unit.engine.engine_requests import IMAGE, Wanted, chats, key, media_request, named_by, request
 from tests.unit.engine.harness import Rig
-
-Wanted = tuple[EngineRequest, Embeddings | None]
-
-
-def chats() -> list[Wanted]:
-    """32 replies: text and media, many of which begin alike; some sampled."""
-    generator = torch.Generator().manual_seed(11)
-    start = torch.randint(3, IMAGE, (21,), generator=generator).tolist()
-    wanted: list[Wanted] = []
-    for number in range(24):
-        tail = torch.randint(3, IMAGE, (1 + number % 7,), generator=generator).tolist()
-        how = {"temperature": 0.9, "seed": number} if number % 3 == 2 else {}
-        wanted.append((request([*start[: 21 - 4 * (number % 3)], *tail], max_tokens=3 + number % 9, **how), None))
-    for number in range(8):
-        shown, embeddings = media_request(number % 2)
-        question = torch.randint(3, IMAGE, (number,), generator=generator).tolist()
-        prompt = [*shown.prompt_ids, *question]
-        wanted.append((request(prompt, media=named_by(embeddings, shown.media), max_tokens=5 + number), embeddings))
-    return wanted
 
 
 @pytest.fixture(scope="module")

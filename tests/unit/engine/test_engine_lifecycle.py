@@ -10,7 +10,7 @@ import torch
 
 from actors.engine.execution.runner import Runner
 from actors.engine.keys import KeyRegistry
-from actors.engine.plan import StepPlan
+from actors.engine.plan import RankPlan
 from actors.errors import AlreadyExists, DeadlineExceeded, InvalidRequest, Overloaded, RequestCancelled, Unavailable
 from tests.unit.engine.harness import Rig, key, media_request, request
 
@@ -23,7 +23,7 @@ class Gate:
         self.may_run = threading.Semaphore(0)
         run = rig.runner.run
 
-        def gated(plan: StepPlan) -> Mapping[int, int]:
+        def gated(plan: RankPlan) -> Mapping[int, int]:
             if plan.slices:
                 self.entered.release()
                 assert self.may_run.acquire(timeout=20)
@@ -180,7 +180,7 @@ def test_drain_lets_the_present_finish() -> None:
 
 
 def test_failed_step_stops_the_engine_for_good(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(self: Runner, plan: StepPlan) -> Mapping[int, int]:
+    def broken(self: Runner, plan: RankPlan) -> Mapping[int, int]:
         raise RuntimeError("kernel")
 
     monkeypatch.setattr(Runner, "run", broken)

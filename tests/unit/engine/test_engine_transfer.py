@@ -37,7 +37,7 @@ class PrefillSide(Recorder):
         error = future.exception()
         if error is None:
             with self.peer.sink.tables_lock:  # type: ignore[attr-defined]
-                self.peer.sink.tables[key], held_tokens = future.result()  # type: ignore[attr-defined]
+                _, self.peer.sink.tables[key], held_tokens = future.result()  # type: ignore[attr-defined]
             self.engine.reserved(key, held_tokens)
         else:
             assert isinstance(error, ServingError)
@@ -283,7 +283,7 @@ def test_reservation_errors() -> None:
         assert reservation_error(waiting) == "ENDED"
         name = pair.decode.submit(0, request([5] * 6), mode=AttemptMode.DECODE)
         assert reservation_error(engine.reserve(name, 5)) == "MISMATCH"
-        assert len(engine.reserve(name, 6).result(20)[0]) == 18
+        assert len(engine.reserve(name, 6).result(20).block_table) == 18
         assert reservation_error(engine.reserve(name, 6)) == "DUPLICATE"
         engine.kv_arrived(name, 101)
         pair.decode.wait_released(name)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from actors.ernie.bank import ALIGNMENT, VisionBank, empty_bank_buffer, vision_bank_bytes
+from actors.parallel.layout import ExpertLayout, ExpertPlacement, ExpertShare
 from tests.small_models import text_config
 
 
@@ -39,6 +40,20 @@ def test_names_shapes_and_dtypes() -> None:
         f"{prefix}.experts.down_proj": ((8, 48, 16), torch.bfloat16),
     }
     assert len(views) == 8
+
+
+def test_a_share_has_whole_routers_and_its_own_experts() -> None:
+    config = text_config()
+    layout = ExpertLayout(text=((0, 1, 2, 3), (4, 5, 6, 7)), vision=((5, 0, 1), (2, 3, 4, 6, 7)))
+    share = ExpertShare(ExpertPlacement((None, layout, layout)), 0)
+    bank = VisionBank(config, torch.float32, empty_bank_buffer(config, torch.float32, share=share), share)
+    prefix = "model.language_model.layers.2.mlp.vision_moe"
+    shapes = {name: tuple(view.shape) for name, view in bank.parameters_by_name().items()}
+    assert shapes[f"{prefix}.gate.weight"] == (8, 48)
+    assert shapes[f"{prefix}.experts.gate_up_proj"] == (3, 32, 48)
+    assert bank.expert_rows()[f"{prefix}.experts.down_proj"] == (5, 0, 1)
+    saved = 2 * 5 * (32 * 48 + 48 * 16) * 4
+    assert vision_bank_bytes(config, torch.float32) - vision_bank_bytes(config, torch.float32, share) == saved
 
 
 def test_size_of_the_28b_bank() -> None:

@@ -26,8 +26,8 @@ def tokens(count: int, dtype: torch.dtype = torch.float64) -> Tensor:
 
 
 def expert(bank: ExpertBank, index: int, x: Tensor) -> Tensor:
-    gate, up = bank.gate_up_EFD[index].chunk(2)
-    return (F.silu(x @ gate.T) * (x @ up.T)) @ bank.down_EDM[index].T
+    gate, up = bank.gate_up_HFD[index].chunk(2)
+    return (F.silu(x @ gate.T) * (x @ up.T)) @ bank.down_HDM[index].T
 
 
 def test_bias_decides_the_choice_but_not_the_weight() -> None:

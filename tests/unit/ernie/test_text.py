@@ -14,6 +14,7 @@ from actors.ernie.experts_form import ExpertsForm
 from actors.ernie.positions import prompt_positions
 from actors.ernie.text import LanguageModel
 from actors.parallel.dispatch import LocalDispatcher
+from actors.parallel.layout import ExpertShare, even_placement
 from actors.types import Grid
 from tests.small_models import language_model, text_config
 
@@ -116,13 +117,27 @@ def test_a_bank_of_another_layout_is_refused() -> None:
         model.attach_vision_bank(VisionBank(other, torch.float64, empty_bank_buffer(other, torch.float64)))
 
 
+def test_a_share_needs_its_group_and_its_own_bank() -> None:
+    config = text_config()
+    share, other = (ExpertShare(even_placement(3, (1, 2), 8, 2), rank) for rank in range(2))
+    model = LanguageModel(config, dtype=torch.float64, share=share)
+    assert model.expert_rows()["model.language_model.layers.2.mlp.text_moe.experts.down_proj"] == (0, 1, 2, 3)
+    assert model.parameters_by_name()["model.language_model.layers.2.mlp.text_moe.gate.weight"].shape == (8, 48)
+    with pytest.raises(ValueError, match="dispatcher of its group"):
+        Sequence(6, 9, None).forward(model)
+    buffer = empty_bank_buffer(config, torch.float64, share=other)
+    with pytest.raises(ValueError, match="another share"):
+        model.attach_vision_bank(VisionBank(config, torch.float64, buffer, other))
+    model.attach_vision_bank(VisionBank(config, torch.float64, buffer, share))
+
+
 def test_one_dispatch_and_one_combine_per_sparse_layer_whatever_the_mix() -> None:
     calls: list[str] = []
 
     class Counting(LocalDispatcher):
-        def dispatch(self, x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> Any:
-            calls.append("dispatch")
-            return super().dispatch(x_TD, expert_ids_TK, weights_TK)
+        def dispatch(self, layer: int, x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> Any:
+            calls.append(f"dispatch {layer}")
+            return super().dispatch(layer, x_TD, expert_ids_TK, weights_TK)
 
         def combine(self, rows_ND: Tensor, metadata: Any) -> Tensor:
             calls.append("combine")
@@ -132,7 +147,7 @@ def test_one_dispatch_and_one_combine_per_sparse_layer_whatever_the_mix() -> Non
     for sequence in (Sequence(8, 12, Grid(1, 4, 4)), Sequence(9, 4, None)):
         calls.clear()
         sequence.forward(model)
-        assert calls == ["dispatch", "combine"] * 2
+        assert calls == ["dispatch 1", "combine", "dispatch 2", "combine"]
 
 
 def test_forward_leaves_its_input_alone() -> None:

@@ -17,6 +17,7 @@ from actors.ernie.bank import VisionBank, empty_bank_buffer
 from actors.ernie.config import ErnieConfig
 from actors.ernie.files import stored_tensors
 from actors.ernie.weights import Checkpoint, load_language, load_vision, load_vision_bank
+from actors.parallel.layout import ExpertLayout, ExpertPlacement, ExpertShare
 from tests.tiny_model import tiny_checkpoint
 
 NAMINGS = ["hf", "baidu"]
@@ -283,3 +284,68 @@ class TestFiles:
         (directory / "model.safetensors").write_bytes(struct.pack("<Q", 8) + b"nonsense" + b"0" * 64)
         with pytest.raises(ValueError, match="not a whole safetensors file"):
             Checkpoint(directory)
+
+
+class TestShares:
+    """A rank's experts lie in the files apart or in one tensor; both give the same rows, in the rank's order."""
+
+    def placement(self, checkpoint: Checkpoint) -> ExpertPlacement:
+        layout = ExpertLayout(text=((6, 7, 0, 3), (2, 1, 4, 5)), vision=((1, 0, 2), (7, 3, 4, 5, 6)))
+        sparse = checkpoint.config.text.sparse_layers
+        layers = range(checkpoint.config.text.num_hidden_layers)
+        return ExpertPlacement(tuple(layout if i in sparse else None for i in layers))
+
+    @pytest.mark.parametrize("naming", NAMINGS)
+    @pytest.mark.parametrize("rank", [0, 1])
+    def test_a_rank_gets_its_own_experts_and_everything_else(self, naming: str, rank: int) -> None:
+        with Checkpoint(tiny_checkpoint(naming=naming)) as checkpoint:
+            text = checkpoint.config.text
+            share = ExpertShare(self.placement(checkpoint), rank)
+            storage = empty_bank_buffer(text, torch.float64, share=share)
+            model = load_language(checkpoint, checkpoint.config, dtype=torch.float64, bank_storage=storage, share=share)
+            assert model.vision_bank is not None
+            rows = model.expert_rows() | model.vision_bank.expert_rows()
+            views = model.parameters_by_name() | model.vision_bank.parameters_by_name()
+            assert len(rows) == 4 * len(text.sparse_layers)
+            for name, view in views.items():
+                whole = checkpoint.load(name, torch.float64)
+                assert torch.equal(view, whole[list(rows[name])] if name in rows else whole), name
+
+    def test_ranks_together_read_every_expert_once(self) -> None:
+        read = {}
+        for naming in NAMINGS:
+            with Checkpoint(tiny_checkpoint(naming=naming)) as checkpoint:
+                text, whole = checkpoint.config.text, checkpoint.stored_bytes("language")
+                dense = load_language(checkpoint, checkpoint.config, dtype=torch.float32).parameters_by_name()
+                shared = sum(view.nbytes for name, view in dense.items() if ".experts." not in name)
+                sizes = []
+                for rank in range(2):
+                    share = ExpertShare(self.placement(checkpoint), rank)
+                    before = checkpoint.report
+                    load_language(checkpoint, checkpoint.config, dtype=torch.float32, share=share)
+                    sizes.append(checkpoint.report.bytes_read["language"] - before.bytes_read["language"])
+                    bank = VisionBank(text, torch.float32, empty_bank_buffer(text, torch.float32, share=share), share)
+                    report = load_vision_bank(checkpoint, bank)
+                    assert report.bytes_read == checkpoint.bytes_to_read(bank.parameters_by_name(), bank.expert_rows())
+                    sizes.append(report.bytes_read["vision_experts"])
+                assert sizes[0] + sizes[2] == whole + shared
+                assert sizes[1] < sizes[3], "three vision experts and five"
+                read[naming] = sizes
+        assert read["hf"] == read["baidu"]
+
+    def test_fingerprints_are_those_of_the_whole_checkpoint(self) -> None:
+        with Checkpoint(tiny_checkpoint()) as checkpoint:
+            before = checkpoint.fingerprint("language")
+            share = ExpertShare(self.placement(checkpoint), 1)
+            load_language(checkpoint, checkpoint.config, dtype=torch.float32, share=share)
+            assert checkpoint.fingerprint("language") == before
+
+    def test_rows_are_checked_before_reading(self) -> None:
+        name = "model.language_model.layers.1.mlp.text_moe.experts.down_proj"
+        with Checkpoint(tiny_checkpoint()) as checkpoint:
+            for rows in ((8,), (1, 1), (-1,)):
+                with pytest.raises(ValueError, match="no separate rows"):
+                    checkpoint.load_into({name: torch.zeros(len(rows), 96, 48)}, rows={name: rows})
+            with pytest.raises(ValueError, match=r"destination has shape \[8, 96, 48\], need \[2, 96, 48\]"):
+                checkpoint.load_into({name: torch.zeros(8, 96, 48)}, rows={name: (1, 2)})
+            assert checkpoint.report.total_bytes == 0

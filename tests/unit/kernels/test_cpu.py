@@ -149,7 +149,7 @@ def banks(width: int, experts: int) -> tuple[ExpertBank, ExpertBank]:
         unused = torch.empty(0)
         router = noise(experts, width, seed=seed).float() * width**-0.5
         return ExpertBank(
-            router_ED=router, correction_E=0.1 * noise(experts).float(), gate_up_EFD=unused, down_EDM=unused
+            router_ED=router, correction_E=0.1 * noise(experts).float(), gate_up_HFD=unused, down_HDM=unused
         )
 
     return bank(1), bank(2)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from actors.engine.events import ComputedChunk
+from actors.engine.scheduling.reservations import Reservation
 from actors.errors import ServingError, Unavailable
 from actors.parallel.kv_transfer import KvGeometry, KvTransferConfig, Meeting, Transport
 from actors.parallel.torch_pairs import TorchMeeting
@@ -106,11 +107,11 @@ class DecodeDouble(Recorder):
         self.tables: dict[SequenceKey, list[int]] = {}
         self.held: dict[SequenceKey, list[int]] = {}
         """Blocks at the beginning of a sequence's table that are there already; set before its reservation."""
-        self.waiting: dict[SequenceKey, tuple[int, Future[tuple[list[int], int]]]] = {}
+        self.waiting: dict[SequenceKey, tuple[int, Future[Reservation]]] = {}
         self.wait_for_submit = False
 
-    def reserve(self, key: SequenceKey, token_count: int) -> Future[tuple[list[int], int]]:
-        future: Future[tuple[list[int], int]] = Future()
+    def reserve(self, key: SequenceKey, token_count: int) -> Future[Reservation]:
+        future: Future[Reservation] = Future()
         self.waiting[key] = (token_count, future)
         self.tell("reserve", key, token_count)
         if not self.wait_for_submit:
@@ -125,7 +126,7 @@ class DecodeDouble(Recorder):
             future.set_exception(Unavailable("no blocks", reason="NO_BLOCKS"))
             return
         self.tables[key] = [*held, *(self.free.pop() for _ in range(need))]
-        future.set_result((self.tables[key], len(held) * BLOCK_SIZE))
+        future.set_result(Reservation(0, self.tables[key], len(held) * BLOCK_SIZE))
 
     def kv_arrived(self, key: SequenceKey, first_output_id: int, finished: bool) -> None:
         self.tell("kv_arrived", key, first_output_id, finished)

@@ -8,6 +8,7 @@ from concurrent.futures import Future
 import pytest
 import torch
 
+from actors.engine.scheduling.reservations import Reservation
 from actors.types import SequenceKey
 from tests.unit.wire.kv_engines import (
     BLOCK_SIZE,
@@ -112,9 +113,9 @@ class BoastfulEngine(DecodeDouble):
 
     boast = 0
 
-    def reserve(self, key: SequenceKey, token_count: int) -> Future[tuple[list[int], int]]:
-        future: Future[tuple[list[int], int]] = Future()
-        future.set_result((TABLE, self.boast))
+    def reserve(self, key: SequenceKey, token_count: int) -> Future[Reservation]:
+        future: Future[Reservation] = Future()
+        future.set_result(Reservation(0, TABLE, self.boast))
         return future
 
 

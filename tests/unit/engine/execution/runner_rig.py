@@ -10,13 +10,13 @@ import torch
 
 from actors.engine.execution.kv_cache import KvCache
 from actors.engine.execution.runner import Runner
-from actors.engine.plan import NewSequence, Slice, StepPlan, StepResult
+from actors.engine.plan import NewSequence, RankPlan, Slice, StepResult, StepShape
 from actors.ernie.attention import PackedAttention
 from actors.ernie.config import Rules
 from actors.ernie.positions import prompt_positions
 from actors.ernie.text import LanguageModel
 from actors.types import Grid, SamplingParams
-from tests.unit.engine.harness import ernie_config, kv_layout, media_request
+from tests.unit.engine.harness import IMAGE, ernie_config, kv_layout, media_request
 
 RULES = Rules.original()
 
@@ -47,6 +47,10 @@ class RunnerRig:
         self._ended: list[int] = []
         self._next = 0
         self.steps = 0
+        self.tokens_elsewhere = 0
+        """What the other ranks compute, of those that have the most, in the steps to come."""
+        self.prompts_elsewhere = False
+        self.vision_elsewhere = False
 
     def add(self, length: int, *, media: bool = False, outputs: int = 0, **sampling: Any) -> int:
         """A new sequence, told with the next step: a random prompt, or one with a picture and a video."""
@@ -78,6 +82,9 @@ class RunnerRig:
         self._new = [new for new in self._new if new.id != id]
         self._ended.append(id)
 
+    def _of(self, part: Slice) -> list[int]:
+        return self.driven[part.id].tokens[part.first : part.first + part.count]
+
     def step(self, counts: dict[int, int]) -> StepResult:
         """Computes so many further tokens of each sequence; the last known token of one samples the next."""
         slices = []
@@ -93,7 +100,14 @@ class RunnerRig:
         for new in self._new:
             for (media, unit), embedding in self.driven[new.id].embeddings.items():
                 self.runner.supply_embedding(new.id, media, unit, embedding)
-        plan = StepPlan(step=self.steps, ended=tuple(self._ended), new=tuple(self._new), slices=tuple(slices))
+        shape = StepShape(
+            step=self.steps,
+            max_tokens=max(sum(counts.values()), self.tokens_elsewhere),
+            decodes=not self.prompts_elsewhere
+            and all(part.count == 1 and part.first >= self.driven[part.id].new.prompt_length for part in slices),
+            vision=self.vision_elsewhere or any(max(self._of(part)) >= IMAGE for part in slices),
+        )
+        plan = RankPlan(shape=shape, ended=tuple(self._ended), new=tuple(self._new), slices=tuple(slices))
         self._ended, self._new = [], []
         self.steps += 1
         result = self.runner.run(plan)

@@ -5,11 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from actors.engine.execution import attention_varlen
 from actors.engine.execution.decode_graphs import DecodeGraphs, Replay, graph_sizes
 from actors.engine.execution.forms import AttentionForm
+from actors.engine.plan import RankPlan, Slice, StepShape
 from actors.ernie.text import LanguageModel
+from actors.kernels.cpu import CpuKernels
+from actors.parallel.dispatch import Dispatched, LocalDispatcher, LocalMetadata
 from tests.small_models import language_model, text_config
 from tests.unit.engine.execution.runner_rig import RunnerRig
 from tests.unit.engine.execution.varlen_double import varlen_double
@@ -149,6 +153,80 @@ def test_graphs_equal_the_reference(model: LanguageModel) -> None:
     assert len(replayed) == 12 + 2, "a prompt in the step, and contexts beyond the graphs', run eagerly"
     for id in (*ids, mixed):
         rig.check(id)
+
+
+@pytest.mark.usefixtures("varlen")
+def test_graphs_replay_only_what_decodes_on_every_rank(model: LanguageModel) -> None:
+    replayed: list[int] = []
+
+    def recorder(work: Replay) -> Replay:
+        return lambda: (replayed.append(1), work())[1]
+
+    rig = RunnerRig(model, blocks=40, block_size=4, attention=AttentionForm.VARLEN)
+    rig.runner.graphs = DecodeGraphs(model, rig.cache, sizes=(1,), max_context=40, recorder=recorder)
+    id = rig.add(5)
+    rig.step({id: 5})
+    for rig.prompts_elsewhere in (False, True, True, False):
+        rig.step({id: 1})
+    assert len(replayed) == 2
+    rig.check(id)
+
+
+# A rank among others: what it does must not depend on what it has itself.
+
+
+class CountingDispatcher(LocalDispatcher):
+    """Remembers how many tokens each layer sent."""
+
+    def __init__(self, num_experts: int, kernels: CpuKernels | None) -> None:
+        super().__init__(num_experts, kernels)
+        self.sent: list[int] = []
+        self.came_home: list[int] = []
+
+    def dispatch(self, x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> Dispatched[LocalMetadata]:
+        self.sent.append(len(x_TD))
+        return super().dispatch(x_TD, expert_ids_TK, weights_TK)
+
+    def combine(self, rows_ND: Tensor, metadata: LocalMetadata) -> Tensor:
+        out_TD = super().combine(rows_ND, metadata)
+        self.came_home.append(len(out_TD))
+        return out_TD
+
+
+@pytest.mark.usefixtures("varlen")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("form", list(AttentionForm))
+def test_a_part_without_tokens_meets_the_others_in_every_layer(form: AttentionForm, dtype: torch.dtype) -> None:
+    model = language_model(text_config(), dtype)
+    dispatcher = model.dispatcher = CountingDispatcher(2 * model.config.moe_num_experts, model.kernels)
+    rig = RunnerRig(model, blocks=400, block_size=4, seed=3, attention=form)
+    rig.step({})
+    assert dispatcher.sent == [], "nobody has tokens"
+    rig.tokens_elsewhere = 50
+    for rig.vision_elsewhere in (False, True):
+        assert not rig.step({}).tokens
+        assert dispatcher.sent == dispatcher.came_home == [0, 0], "once a sparse layer"
+        dispatcher.sent.clear()
+        dispatcher.came_home.clear()
+        if dtype == torch.float64:
+            assert drive(rig, 12, sequences=4, longest=30) > 5
+        dispatcher.sent.clear()
+        dispatcher.came_home.clear()
+    for id in list(rig.driven):
+        rig.end(id)
+    rig.step({})
+    assert rig.runner.resident_count == 0
+
+
+def test_vision_tokens_that_were_not_planned_are_a_defect(model: LanguageModel) -> None:
+    rig = RunnerRig(model, blocks=40, block_size=4)
+    id = rig.add(0, media=True)
+    shape = StepShape(step=1, max_tokens=5, decodes=False, vision=False)
+    part = Slice(id=id, first=0, count=5, new_blocks=(0, 1), sample=False)
+    for (media, unit), embedding in rig.driven[id].embeddings.items():
+        rig.runner.supply_embedding(id, media, unit, embedding)
+    with pytest.raises(ValueError, match="step 1 was planned without tokens for the vision experts and has some"):
+        rig.runner.run(RankPlan(shape=shape, ended=(), new=(rig.driven[id].new,), slices=(part,)))
 
 
 @pytest.mark.parametrize(

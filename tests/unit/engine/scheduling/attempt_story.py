@@ -106,7 +106,7 @@ class Story:
             case ev.TransferCancelled():
                 assert self.asked and not self.transfer_over, "a transfer cancelled twice, or never begun"
                 self.transfer_over = True
-            case ev.ReservationGranted(_, _, held_tokens):
+            case ev.ReservationGranted(_, _, _, held_tokens):
                 assert self.mode is AttemptMode.DECODE and not self.over
                 assert 0 <= held_tokens < len(self.request.prompt_ids) + len(self.request.output_ids)
                 self.granted = held_tokens

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
-from actors.engine.plan import NewSequence, Slice, StepPlan, StepResult
+from actors.engine.plan import NewSequence, RankPlan, Slice, StepResult
 from actors.types import EngineRequest, TokenLogprobs
 from tests.unit.engine.scheduling.scheduler_bench import score
 
@@ -60,7 +60,7 @@ class FakeRunner:
         assert id not in self._constraints, "a constraint came twice"
         self._constraints.add(id)
 
-    def run(self, plan: StepPlan, known: dict[int, tuple[EngineRequest, bool]], token: int) -> StepResult:
+    def run(self, plan: RankPlan, known: dict[int, tuple[EngineRequest, bool]], token: int) -> StepResult:
         """``known``: request of each number, and whether it needs a constraint."""
         for id in plan.ended:
             assert id in self._residents or id in self._embeddings or id in self._constraints, "ended for nothing"

@@ -37,7 +37,7 @@ def drawn(plan: StepPlan, token: int = 9) -> StepResult:
 class Bench:
     """Samples token 9 unless told otherwise. Prefix caching is off unless asked for: equal prompts are usual here."""
 
-    def __init__(self, blocks: int = 20, **changes: Any) -> None:
+    def __init__(self, blocks: int = 20, ranks: int = 1, **changes: Any) -> None:
         fields: dict[str, Any] = {
             "role": EngineRole.COLOCATED,
             "block_size": 4,
@@ -49,21 +49,22 @@ class Bench:
             "prefix_caching": False,
         }
         self.config = EngineConfig(**(fields | changes))
-        self.pool = BlockPool(blocks)
-        self.scheduler = Scheduler(self.config, self.pool, frozenset({EOS}), IMAGE)
+        self.pools = [BlockPool(blocks) for _ in range(ranks)]
+        self.pool = self.pools[0]
+        self.scheduler = Scheduler(self.config, self.pools, frozenset({EOS}), IMAGE)
         self.now = 0.0
         self.events: list[ev.Event] = []
         self.plans: list[StepPlan] = []
         self.outcomes: list[StepOutcome] = []
 
-    def submit(self, name: str, length: int, mode: AttemptMode = COLOCATED, **options: Any) -> Sequence:
+    def submit(self, name: str | SequenceKey, length: int, mode: AttemptMode = COLOCATED, **options: Any) -> Sequence:
         options.setdefault("arrival_s", 0.0)
         prompt = options.pop("prompt", None) or [5] * length
         deadline = options.pop("deadline", 1000.0)
         constrained = options.pop("constrained", False)
         wanted = request(prompt, **options)
         sequence = Sequence(
-            key=key(name),
+            key=name if isinstance(name, SequenceKey) else key(name),
             request=wanted,
             mode=mode,
             deadline=deadline,
@@ -107,6 +108,12 @@ class Bench:
         self.collect()
         return [event for event in self.events if isinstance(event, kind)]
 
+    def rank(self, name: str | SequenceKey) -> int | None:
+        return self.scheduler.roster.by_key[name if isinstance(name, SequenceKey) else key(name)].rank
+
+    def states(self, *names: str) -> list[SequenceState]:
+        return [self.scheduler.roster.by_key[key(name)].state for name in names]
+
     def ended(self) -> dict[SequenceKey, Any]:
         return {event.key: event.error for event in self.of(ev.Ended)}
 
@@ -116,15 +123,16 @@ def slices(plan: StepPlan | None) -> list[tuple[int, int, int, bool]]:
 
 
 def check_progress(scheduler: Scheduler, plan: StepPlan | None) -> None:
-    """Right after ``plan``: whoever can decode does, and the first prompt that can go on does."""
-    planned = {part.id for part in plan.slices} if plan else set()
-    prompt_passed = False
-    for s in scheduler.roster.holders:
-        if s.state is not SequenceState.RUNNING or s.plannable_tokens <= s.computed:
-            assert s.id not in planned
-        elif s.decodes:
-            full = s.computed == len(s.blocks) * scheduler.config.block_size
-            assert s.id in planned or (full and not scheduler.pool.free), "a reply stands still"
-        elif not prompt_passed:
-            assert s.id in planned, "the first prompt stands still"
-            prompt_passed = True
+    """Right after ``plan``, on every rank: whoever can decode does, and the first prompt that can go on does."""
+    for rank in scheduler.ranks:
+        planned = {part.id for part in plan.parts[rank.number].slices} if plan else set()
+        prompt_passed = False
+        for s in rank.holders:
+            if s.state is not SequenceState.RUNNING or s.plannable_tokens <= s.computed:
+                assert s.id not in planned
+            elif s.decodes:
+                full = s.computed == len(s.blocks) * scheduler.config.block_size
+                assert s.id in planned or (full and not rank.pool.free), "a reply stands still"
+            elif not prompt_passed:
+                assert s.id in planned, "the first prompt stands still"
+                prompt_passed = True

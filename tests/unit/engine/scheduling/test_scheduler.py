@@ -86,7 +86,7 @@ def test_a_sequence_is_admitted_only_if_all_of_it_fits() -> None:
     bench.submit("b", 4)
     bench.step()
     assert bench.scheduler.roster.running == 1
-    assert bench.scheduler.pool.used == 3
+    assert bench.pool.used == 3
 
 
 def test_full_queue_is_overloaded() -> None:
@@ -109,7 +109,7 @@ def test_deadline_ends_in_every_phase(steps: int) -> None:
     bench.now = 5.0
     bench.plan()
     assert isinstance(bench.ended()[key("a")], DeadlineExceeded)
-    assert bench.scheduler.pool.used == 0
+    assert bench.pool.used == 0
     assert bench.scheduler.next_wakeup() is None
 
 

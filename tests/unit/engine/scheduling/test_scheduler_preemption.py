@@ -54,11 +54,11 @@ def test_a_preempted_sequence_comes_back_whole_under_a_new_number_at_its_old_ran
     bench = Bench(blocks=6, max_model_len=24, max_num_seqs=2)
     bench.submit("old", 3, arrival_s=1.0, max_tokens=20)
     victim = bench.submit("victim", 3, arrival_s=2.0, max_tokens=20)
-    rank, number = victim.rank, victim.id
+    order, number = victim.order, victim.id
     until_preempted(bench, "victim")
     bench.submit("later", 1, arrival_s=3.0)
     assert victim.state is SequenceState.WAITING
-    assert (victim.rank, victim.blocks, victim.computed) == (rank, [], 0)
+    assert (victim.order, victim.rank, victim.blocks, victim.computed) == (order, None, [], 0)
     assert victim.id != number
     known = list(victim.tokens)
     assert bench.scheduler.roster.queued_tokens == len(known) + 1
@@ -66,8 +66,8 @@ def test_a_preempted_sequence_comes_back_whole_under_a_new_number_at_its_old_ran
     bench.scheduler.cancel(key("old"))
     plan = bench.plan()
     assert plan is not None
-    assert any(number in plan.ended for plan in bench.plans)
-    assert next((new.id, list(new.token_ids), new.prompt_length) for new in plan.new) == (victim.id, known, 3)
+    assert any(number in plan.parts[0].ended for plan in bench.plans)
+    assert next((new.id, list(new.token_ids), new.prompt_length) for new in plan.parts[0].new) == (victim.id, known, 3)
     assert slices(plan)[0] == (victim.id, 0, len(known), True)
     told = [event.index for outcome in bench.outcomes for event in outcome.tokens if event.key == key("victim")]
     assert [event.index for event in bench.finish(plan, drawn(plan)) if event.key == key("victim")] == [len(told)]
@@ -112,7 +112,7 @@ def test_embeddings_on_hand_are_dropped_by_the_runner() -> None:
         plan = bench.plan()
         assert plan is not None
         bench.finish(plan, drawn(plan))
-    assert plan.ended == (number,)
+    assert plan.parts[0].ended == (number,)
     assert half.ready_tokens == 0
 
 
@@ -146,7 +146,7 @@ def test_prompt_logprobs_are_told_once() -> None:
         pieces = {}
         for part in plan.slices:
             if part.id == scored.id and scored.prompt_logprobs_due:
-                asked = {new.id: new.sampling.prompt_logprobs for new in plan.new}
+                asked = {new.id: new.sampling.prompt_logprobs for new in plan.parts[0].new}
                 assert asked.get(part.id, 0) == 0
                 first, end = part.first + 1 if part.first else 0, min(13, part.first + part.count + 1)
                 pieces[part.id] = tuple(score(at) if at else None for at in range(first, end))
@@ -182,7 +182,7 @@ def test_prompt_logprobs_told_elsewhere_are_not_wanted(mode: AttemptMode, option
         bench.receive("a")
     plan = bench.plan()
     assert plan is not None
-    assert plan.new[0].sampling.prompt_logprobs is None
+    assert plan.parts[0].new[0].sampling.prompt_logprobs is None
     bench.finish(plan, drawn(plan))
     assert bench.outcomes[-1].prompt_logprobs == []
 

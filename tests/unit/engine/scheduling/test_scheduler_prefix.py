@@ -50,12 +50,12 @@ def test_computing_starts_after_the_longest_known_prefix() -> None:
     plan = bench.plan()
     assert slices(plan) == [(sequence.id, 8, 3, True)]
     assert plan is not None
-    assert plan.new[0].token_ids == (*TEXT[:9], 77, 78)
+    assert plan.parts[0].new[0].token_ids == (*TEXT[:9], 77, 78)
     assert plan.slices[0].new_blocks == tuple(sequence.blocks)
     assert len(sequence.blocks) == 3
     started = ev.Milestone(key("a"), MilestoneKind.PREFILL_STARTED, 0.0, 8)
     assert bench.of(ev.Milestone) == [started]
-    prefix = bench.scheduler.prefix
+    prefix = bench.scheduler.ranks[0].prefix
     assert (prefix.queried_tokens, prefix.hit_tokens) == (13 + 11, 8)
 
 
@@ -108,7 +108,7 @@ def test_off_means_off() -> None:
     sequence = bench.submit("a", 0, prompt=TEXT[:13])
     assert slices(bench.plan()) == [(sequence.id, 0, 13, True)]
     assert bench.pool.cached == 0
-    assert bench.scheduler.prefix.queried_tokens == 0
+    assert bench.scheduler.ranks[0].prefix.queried_tokens == 0
 
 
 def test_prompt_logprobs_need_every_token() -> None:
@@ -116,7 +116,7 @@ def test_prompt_logprobs_need_every_token() -> None:
     warm(bench, TEXT[:13])
     sequence = bench.submit("a", 0, prompt=TEXT[:13], prompt_logprobs=2)
     assert slices(bench.plan()) == [(sequence.id, 0, 13, True)]
-    assert bench.scheduler.prefix.queried_tokens == 13, "the warm one's"
+    assert bench.scheduler.ranks[0].prefix.queried_tokens == 13, "the warm one's"
 
 
 def test_after_they_were_told_a_preempted_sequence_may_find_its_blocks() -> None:
@@ -144,7 +144,7 @@ def test_a_preempted_sequence_finds_what_was_not_evicted() -> None:
     assert victim.cached_tokens >= 8
     while bench.scheduler.roster.by_key:
         bench.step()
-    assert bench.scheduler.prefix.queried_tokens == 15, "coming back is no new question"
+    assert bench.scheduler.ranks[0].prefix.queried_tokens == 15, "coming back is no new question"
 
 
 # Media
@@ -251,7 +251,7 @@ def test_a_reservation_says_what_is_held_and_keeps_it() -> None:
     sequence = bench.submit("a", 0, DECODE, prompt=TEXT[:20], max_tokens=4)
     bench.receive("a")
     granted = bench.of(ev.ReservationGranted)
-    assert granted == [ev.ReservationGranted(key("a"), tuple(sequence.blocks), 12)]
+    assert granted == [ev.ReservationGranted(key("a"), 0, tuple(sequence.blocks), 12)]
     assert bench.pool.peek(sequence.hasher.hashes).blocks == sequence.blocks[:5]  # type: ignore[union-attr]
     plan = bench.plan()
     assert slices(plan) == [(sequence.id, 20, 1, True)]

@@ -11,7 +11,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from actors.engine import events as ev
 from actors.engine.config import EngineConfig
+from actors.engine.plan import StepPlan, StepResult
 from actors.engine.scheduling.block_pool import BlockPool
+from actors.engine.scheduling.rank_state import RankState
 from actors.engine.scheduling.scheduler import Scheduler
 from actors.engine.scheduling.sequence import Sequence, SequenceState
 from actors.errors import Unavailable
@@ -27,6 +29,7 @@ State = SequenceState
 
 class SchedulerMachine(RuleBasedStateMachine):
     @initialize(
+        ranks=st.sampled_from([1, 2, 4]),
         blocks=st.integers(5, 16),
         block_size=st.integers(1, 4),
         max_num_seqs=st.integers(1, 5),
@@ -38,6 +41,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     )
     def start(
         self,
+        ranks: int,
         blocks: int,
         block_size: int,
         max_num_seqs: int,
@@ -59,9 +63,11 @@ class SchedulerMachine(RuleBasedStateMachine):
             priority_step_s=3.0,
             prefix_caching=caching,
         )
-        self.pool = BlockPool(blocks)
-        self.scheduler = Scheduler(self.config, self.pool, frozenset({EOS}), IMAGE)
-        self.runner = FakeRunner(block_size)
+        self.pools = [BlockPool(blocks + number) for number in range(ranks)]
+        self.scheduler = Scheduler(self.config, self.pools, frozenset({EOS}), IMAGE)
+        self.runners = [FakeRunner(block_size) for _ in range(ranks)]
+        self.early: set[int] = set()
+        """Sequences whose constraints came before they were introduced to a runner."""
         self.eager = eager
         self.now = 0.0
         self.counter = itertools.count()
@@ -163,7 +169,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         id = self.scheduler.add_embedding(name, 0, unit)
         if id is not None:
             assert unit < self.stories[name].request.media[0].grid.units
-            self.runner.supply(id, (0, unit), self.stories[name].request.media[0].embedding_keys[unit])
+            embedding_key = self.stories[name].request.media[0].embedding_keys[unit]
+            self.runner_of(self.scheduler.roster.by_key[name]).supply(id, (0, unit), embedding_key)
+
+    def runner_of(self, sequence: Sequence) -> FakeRunner:
+        assert sequence.rank is not None
+        return self.runners[sequence.rank]
 
     @rule(data=st.data())
     def constrain(self, data: st.DataObject) -> None:
@@ -174,7 +185,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         id = self.scheduler.constraint_ready(name)
         if id is not None:
             assert self.stories[name].bound
-            self.runner.constrain(id)
+            sequence = self.scheduler.roster.by_key[name]
+            if sequence.introduced:
+                self.runner_of(sequence).constrain(id)
+            else:
+                self.early.add(id)
 
     @rule(data=st.data(), held=st.integers(0, 30))
     def reserved(self, data: st.DataObject, held: int) -> None:
@@ -226,7 +241,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         truth = contents(sequence.request, sequence.tokens)[:tokens]
         held = self.stories[sequence.key].granted
         assert held is not None
-        self.runner.write(sequence.blocks, truth, held)
+        self.runner_of(sequence).write(sequence.blocks, truth, held)
 
     @rule(data=st.data(), finished=st.sampled_from([False, False, False, True]))
     def kv_arrived(self, data: st.DataObject, finished: bool) -> None:
@@ -262,7 +277,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert tuple(sequence.blocks) == chunk.block_table, "blocks freed under a transfer"
             end = chunk.first_token + chunk.token_count
             truth = contents(sequence.request, sequence.tokens[:end])
-            self.runner.check(chunk.block_table, truth[chunk.first_token :], chunk.first_token)
+            self.runner_of(sequence).check(chunk.block_table, truth[chunk.first_token :], chunk.first_token)
 
     # Time
 
@@ -288,9 +303,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.step_once(9)
 
     def step_once(self, token: int) -> bool:
-        preemptible = [s for s in self.scheduler.roster.holders if s.state.takes_part and not s.chunk_count]
-        first = preemptible[0] if preemptible and preemptible[0].deadline > self.now else None
-        lost = first.preemptions if first else 0
+        safe = {s: s.preemptions for rank in self.scheduler.ranks if (s := self.first_of(rank)) is not None}
         waited = list(self.scheduler.roster.queue)
         plan = self.scheduler.plan(self.now)
         check_progress(self.scheduler, plan)
@@ -298,13 +311,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         left = [self.position(s) for s in waited if s.state is State.WAITING]
         assert not admitted or not left or max(admitted) <= min(left), "the head of the queue was overtaken"
         self.listen()
-        if first is not None:
+        for first, lost in safe.items():
             assert first.preemptions == lost and self.stories[first.key].error != "PREEMPTED", "the first was preempted"
         if plan is None:
             return False
-        assert plan.token_count <= self.config.max_batched_tokens, "budget exceeded"
-        known = {s.id: (s.request, s.needs_constraint) for s in self.scheduler.roster.by_key.values()}
-        outcome = self.scheduler.apply(plan, self.runner.run(plan, known, token), 0.0)
+        self.check_shape(plan)
+        outcome = self.scheduler.apply(plan, self.run_ranks(plan, token), 0.0)
         for piece in outcome.prompt_logprobs:
             self.stories[piece.key].hear_scores(piece)
         assert len({event.key for event in outcome.tokens}) == len(outcome.tokens)
@@ -313,6 +325,33 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.listen()
         self.sound()
         return True
+
+    def first_of(self, rank: RankState) -> Sequence | None:
+        """Whoever must not be preempted there, unless its time is over."""
+        preemptible = [s for s in rank.holders if s.state.takes_part and not s.chunk_count]
+        return preemptible[0] if preemptible and preemptible[0].deadline > self.now else None
+
+    def run_ranks(self, plan: StepPlan, token: int) -> StepResult:
+        known = {s.id: (s.request, s.needs_constraint) for s in self.scheduler.roster.by_key.values()}
+        results = []
+        for runner, part in zip(self.runners, plan.parts, strict=True):
+            for id in (*part.ended, *(new.id for new in part.new)):
+                if id in self.early:
+                    self.early.remove(id)
+                    runner.constrain(id)
+            results.append(runner.run(part, known, token))
+        return StepResult.gathered(results)
+
+    def check_shape(self, plan: StepPlan) -> None:
+        counts = [part.token_count for part in plan.parts]
+        assert max(counts) <= self.config.max_batched_tokens, "budget exceeded"
+        assert all(part.shape == plan.shape for part in plan.parts)
+        assert (plan.shape.max_tokens, plan.shape.step) == (max(counts), self.scheduler.step)
+        by_id = self.scheduler.roster.by_id
+        decodes = [by_id[part.id].decodes for part in plan.slices]
+        assert plan.shape.decodes == (bool(decodes) and all(decodes))
+        shown = [by_id[part.id].tokens[part.first : part.first + part.count] for part in plan.slices]
+        assert plan.shape.vision == any(token >= IMAGE for tokens in shown for token in tokens)
 
     def position(self, sequence: Sequence) -> float:
         return sequence.request.arrival_s - sequence.request.priority * self.config.priority_step_s
@@ -331,12 +370,13 @@ class SchedulerMachine(RuleBasedStateMachine):
             if isinstance(event, ev.ConstraintNeeded) and self.eager:
                 self.give_constraint(event.key)  # between a plan and its run, as the engine does
             if isinstance(event, ev.ReservationGranted):
-                blocks = self.scheduler.roster.by_key[event.key].blocks
-                assert tuple(blocks) == event.block_table
-                self.runner.check(blocks, contents(story.request, story.request.prompt_ids)[: event.held_tokens])
+                sequence = self.scheduler.roster.by_key[event.key]
+                assert (sequence.rank, tuple(sequence.blocks)) == (event.rank, event.block_table)
+                truth = contents(story.request, story.request.prompt_ids)[: event.held_tokens]
+                self.runners[event.rank].check(event.block_table, truth)
             if story.released and story.request not in self.past:
                 self.past.append(story.request)
-        changes = self.pool.take_changes()
+        changes = self.scheduler.take_block_changes()
         assert not self.findable & set(changes.stored) and self.findable >= set(changes.removed)
         self.findable = (self.findable | set(changes.stored)) - set(changes.removed)
 
@@ -367,8 +407,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.now += 2.0  # reservations of attempts that never came
         self.step_once(9)
         assert not self.scheduler.roster.by_key, "attempts never ended"
-        assert self.pool.free == self.pool.total
-        assert self.runner.empty, "the runner still holds something"
+        assert all(pool.free == pool.total for pool in self.pools)
+        assert all(runner.empty for runner in self.runners) and not self.early, "a runner still holds something"
         assert self.asked == self.answered, "reservations without an answer"
         assert all(story.released for story in self.stories.values())
 

@@ -36,7 +36,7 @@ def test_prefill_reserves_first_and_hands_over_chunk_by_chunk() -> None:
     assert bench.scheduler.roster.running == 0
     bench.scheduler.transferred(key("a"))
     assert bench.of(ev.Ended) == []
-    assert bench.scheduler.pool.used == 0
+    assert bench.pool.used == 0
 
 
 def test_tokens_the_peer_holds_are_not_sent() -> None:
@@ -87,11 +87,11 @@ def test_cancelled_transfer_pins_blocks_only_after_a_chunk(chunks: int) -> None:
     assert bench.of(ev.TransferCancelled) == [ev.TransferCancelled(key("a"))]
     assert isinstance(bench.ended()[key("a")], RequestCancelled)
     released = [m for m in bench.of(ev.Milestone) if m.kind is MilestoneKind.RELEASED]
-    assert bool(bench.scheduler.pool.used) == bool(chunks) != bool(released)
+    assert bool(bench.pool.used) == bool(chunks) != bool(released)
     bench.scheduler.transferred(key("a"))
     bench.scheduler.transferred(key("a"))
     bench.collect()
-    assert bench.scheduler.pool.used == 0
+    assert bench.pool.used == 0
     assert len([m for m in bench.of(ev.Milestone) if m.kind is MilestoneKind.RELEASED]) == 1
 
 
@@ -101,13 +101,13 @@ def test_decode_reserves_prompt_and_margin_then_generates_from_index_1() -> None
     assert bench.plan() is None
     bench.scheduler.reserve(key("a"), 8, 0.0)
     bench.plan()
-    assert bench.of(ev.ReservationGranted) == [ev.ReservationGranted(key("a"), tuple(sequence.blocks), 0)]
+    assert bench.of(ev.ReservationGranted) == [ev.ReservationGranted(key("a"), 0, tuple(sequence.blocks), 0)]
     assert len(sequence.blocks) == 3
     assert bench.plan() is None
     bench.scheduler.kv_arrived(key("a"), 17, False)
     plan = bench.plan()
     assert plan is not None
-    assert plan.new[0].token_ids == (*[5] * 8, 17)
+    assert plan.parts[0].new[0].token_ids == (*[5] * 8, 17)
     assert slices(plan) == [(0, 8, 1, True)]
     tokens = bench.finish(plan, drawn(plan)) + bench.step()
     assert [(token.index, token.finish) for token in tokens] == [(1, None), (2, FinishReason.LENGTH)]
@@ -121,7 +121,7 @@ def test_decode_frees_a_reservation_whose_reply_is_over() -> None:
     bench.plan()
     bench.scheduler.kv_arrived(key("a"), 17, True)
     assert bench.of(ev.Ended) == bench.of(ev.ReservationDropped) == []
-    assert bench.scheduler.pool.used == 0
+    assert bench.pool.used == 0
 
 
 def failures(bench: Bench) -> list[tuple[SequenceKey, str]]:

@@ -1,0 +1,103 @@
+"""What runs in the process of every rank but the leader's: it computes its parts, and ends with its leader."""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import threading
+import time
+import traceback
+from collections.abc import Callable
+
+from actors.engine.execution.runner import Runner
+from actors.engine.group.channel import RankChannel
+from actors.engine.group.meeting import Invitation, join
+from actors.engine.group.messages import Done, Embedding, End, Failed, MoveExperts, Part, Ready, TakeLoad, ToRank
+from actors.engine.group.remote_constraints import SentConstraint
+from actors.engine.plan import StepResult
+from actors.parallel.world import WorldError
+
+log = logging.getLogger(__name__)
+
+LEADER_LOST = 70
+"""Exit status of a rank whose leader is gone, with no word."""
+
+
+def follow(invitation: Invitation, rank: int, load: Callable[[], Runner]) -> None:
+    """Joins the group, loads, and computes parts of steps until the leader ends the group.
+
+    The connection comes first: whatever happens while ranks load, each knows whether the leader is there. When the
+    leader is lost the process ends at once, whatever it is doing: it may be in a collective that nobody else is in.
+
+    Closes the runner at the end. Raises whatever ``load`` or a step raises, after the leader was told and before any
+    other rank learns of it.
+    """
+
+    inbox: queue.SimpleQueue[ToRank] = queue.SimpleQueue()
+    dismissed, finished = threading.Event(), threading.Event()
+
+    def hear(message: ToRank) -> None:
+        if isinstance(message, End):
+            dismissed.set()
+        inbox.put(message)
+
+    def leave(reason: str) -> None:
+        if dismissed.is_set() and finished.wait(invitation.config.silence_s):
+            return
+        log.critical("rank %d ends without its leader: %s", rank, reason)
+        logging.shutdown()
+        os._exit(LEADER_LOST)
+
+    channel = RankChannel(join(invitation, rank), invitation.config, name="leader", on_message=hear, on_broken=leave)
+    channel.start()
+    runner: Runner | None = None
+    try:
+        runner = load()
+        channel.send(Ready(runner.block_count))
+        _compute(runner, inbox, channel)
+    except BaseException as error:
+        channel.send(_failed(error))
+        raise
+    finally:
+        finished.set()
+        if runner is not None:
+            runner.close()
+        channel.close()
+
+
+def _failed(error: BaseException) -> Failed:
+    if isinstance(error, WorldError):
+        return Failed(str(error), error.silent)
+    return Failed("".join(traceback.format_exception(error)).strip())
+
+
+def _compute(runner: Runner, inbox: queue.SimpleQueue[ToRank], channel: RankChannel) -> None:
+    constraints: dict[int, SentConstraint] = {}
+    while True:
+        match inbox.get():
+            case Part() as part:
+                started = time.perf_counter()
+                result = _run(runner, part, constraints)
+                channel.send(Done(part.number, result, time.perf_counter() - started))
+            case Embedding() as unit:
+                runner.supply_embedding(unit.id, unit.media_index, unit.unit_index, unit.tensor())
+            case TakeLoad():
+                runner.need_experts().take_load()
+            case MoveExperts(wanted):
+                runner.need_experts().move(wanted)
+            case End():
+                return
+            case other:
+                raise ValueError(f"the leader said {other}")
+
+
+def _run(runner: Runner, part: Part, constraints: dict[int, SentConstraint]) -> StepResult:
+    for id in part.plan.ended:
+        constraints.pop(id, None)
+    for id, row in part.masks.items():
+        if id not in constraints:
+            constraints[id] = SentConstraint()
+            runner.supply_constraint(id, constraints[id])
+        constraints[id].row = row
+    return runner.run(part.plan)

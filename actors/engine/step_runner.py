@@ -1,0 +1,38 @@
+"""What an engine needs of the ranks that compute its steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from torch import Tensor
+
+from actors.engine.constraints.constraint import TokenConstraint
+from actors.engine.plan import StepPlan, StepResult
+
+
+class StepRunner(Protocol):
+    """Called on the step thread only, but for ``watch``."""
+
+    @property
+    def block_counts(self) -> tuple[int, ...]:
+        """KV blocks of each rank."""
+        ...
+
+    def watch(self, on_lost: Callable[[Exception], None]) -> None:
+        """``on_lost`` is called once, on any thread, when a rank is lost: no step can be run any more."""
+        ...
+
+    def run(self, plan: StepPlan) -> StepResult:
+        """Executes a plan on all ranks."""
+        ...
+
+    def supply_embedding(self, rank: int, id: int, media_index: int, unit_index: int, embedding: Tensor) -> None:
+        """Keeps the embedding [tokens of the unit, D] on a rank until the unit is computed or the sequence ended."""
+        ...
+
+    def supply_constraint(self, id: int, constraint: TokenConstraint) -> None:
+        """Bounds the tokens of a sequence until it ended; comes before the first slice that samples, and may come
+        before it has a rank.
+        """
+        ...
