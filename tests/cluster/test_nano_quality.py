@@ -27,8 +27,8 @@ FLOORS = {
     "grounding": 0.55,
     "zoom": 0.45,
 }
-"""Least share of right answers, of grounding least mean overlap: well below what nano reaches on many samples, so that few
-samples do."""
+"""Least share of right answers, of grounding least mean overlap: well below what nano reaches on many samples, so that
+few samples do."""
 
 
 @pytest.fixture(scope="module")
