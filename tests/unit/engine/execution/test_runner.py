@@ -183,9 +183,11 @@ class CountingDispatcher(LocalDispatcher):
         self.sent: list[int] = []
         self.came_home: list[int] = []
 
-    def dispatch(self, x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor) -> Dispatched[LocalMetadata]:
+    def dispatch(
+        self, layer: int, x_TD: Tensor, expert_ids_TK: Tensor, weights_TK: Tensor
+    ) -> Dispatched[LocalMetadata]:
         self.sent.append(len(x_TD))
-        return super().dispatch(x_TD, expert_ids_TK, weights_TK)
+        return super().dispatch(layer, x_TD, expert_ids_TK, weights_TK)
 
     def combine(self, rows_ND: Tensor, metadata: LocalMetadata) -> Tensor:
         out_TD = super().combine(rows_ND, metadata)
