@@ -12,7 +12,6 @@ while the listening process is frozen stands until that one goes on or dies.
 from __future__ import annotations
 
 import contextlib
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -24,15 +23,14 @@ from torch import Tensor
 from torch.distributed import (  # type: ignore[attr-defined]
     DistError,
     PrefixStore,
-    ProcessGroupGloo,
     TCPStore,
 )
 
 from actors.parallel.kv_transfer import KvTransferConfig, Transport, TransportError
+from actors.parallel.process_groups import first_line, join_address, make_group, open_store, split_address
 
 PREFILL_RANK = 0
 DECODE_RANK = 1
-_LISTEN_BACKLOG = 128
 _WAIT_SLICE_S = 0.1
 
 
@@ -104,7 +102,7 @@ class TorchMeeting:
     def address(self) -> str:
         with self._store_lock:
             if self._store is None:
-                self._store = self._open_store()
+                self._store = open_store(self._host)
             return join_address(self._host, self._store.port)
 
     def listen(self, name: str, stop: threading.Event) -> Transport:
@@ -117,24 +115,15 @@ class TorchMeeting:
         with self._store_lock:
             self._store = None
 
-    def _open_store(self) -> TCPStore:
-        """A store given a bound socket; left to itself it would listen on every address of the node."""
-        family = socket.getaddrinfo(self._host, 0, type=socket.SOCK_STREAM)[0][0]
-        with socket.socket(family, socket.SOCK_STREAM) as listener:
-            listener.bind((self._host, 0))
-            listener.listen(_LISTEN_BACKLOG)
-            port = listener.getsockname()[1]
-            return TCPStore(
-                self._host, port, None, True, wait_for_workers=False, master_listen_fd=listener.detach(), use_libuv=True
-            )
-
     def _build(self, address: str, name: str, rank: int, stop: threading.Event) -> Transport:
         host, port = split_address(address)
         timeout = timedelta(seconds=self._config.join_timeout_s)
         with _transport_errors():
             store = PrefixStore(name, TCPStore(host, port, None, False, wait_for_workers=False, timeout=timeout))
             self._await_peer(store, rank, stop)
-            group = self._make_group(store, rank)
+            group = make_group(
+                store, rank, 2, host=self._host, device=self._device, timeout_s=self._config.data_timeout_s
+            )
         return TorchTransport(group, peer=1 - rank, timeout_s=self._config.data_timeout_s, launch=self._launch)
 
     def _await_peer(self, store: PrefixStore, rank: int, stop: threading.Event) -> None:
@@ -151,33 +140,6 @@ class TorchMeeting:
                     raise
         raise TransportError("stopped" if stop.is_set() else "the peer did not come to build the pair")
 
-    def _make_group(self, store: PrefixStore, rank: int) -> Any:
-        timeout = timedelta(seconds=self._config.data_timeout_s)
-        if self._device.type == "cuda":
-            from torch.distributed import ProcessGroupNCCL
-
-            nccl = ProcessGroupNCCL.Options()
-            nccl._timeout = timeout
-            return ProcessGroupNCCL(store, rank, 2, nccl)
-        gloo = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
-        gloo._timeout = timeout
-        gloo._threads = 1
-        gloo._devices = [ProcessGroupGloo.create_device(hostname=self._host)]
-        return ProcessGroupGloo(store, rank, 2, gloo)
-
-
-def join_address(host: str, port: int) -> str:
-    """``host:port``, an IPv6 host in brackets."""
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
-def split_address(address: str) -> tuple[str, int]:
-    """Inverse of ``join_address``. Raises ``TransportError`` on anything else."""
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdigit():
-        raise TransportError(f"not an address: {address!r}")
-    return host.strip("[]"), int(port)
-
 
 @contextlib.contextmanager
 def _transport_errors() -> Iterator[None]:
@@ -185,5 +147,4 @@ def _transport_errors() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        first_line = next(iter(str(error).splitlines()), type(error).__name__)
-        raise TransportError(first_line.split(". This is typically")[0]) from None
+        raise TransportError(first_line(error)) from None

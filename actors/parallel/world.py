@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import re
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -26,13 +25,11 @@ from torch.distributed import (  # type: ignore[attr-defined]
     AllToAllOptions,
     DistError,
     PrefixStore,
-    ProcessGroupGloo,
     TCPStore,
 )
 
-from actors.parallel.torch_pairs import join_address, split_address
+from actors.parallel.process_groups import first_line, join_address, make_group, open_store, split_address
 
-_LISTEN_BACKLOG = 128
 _ROLL_CALL_S = 0.2
 """A loss has to be told within half a second."""
 _SOURCE_PLACE = re.compile(r"^\[\S+:\d+\] ")
@@ -115,16 +112,8 @@ class MeetingPlace:
 
     def __init__(self, host: str) -> None:
         """``host``: the address of this node that the other ranks reach. The system chooses the port."""
-        family = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0][0]
-        with socket.socket(family, socket.SOCK_STREAM) as listener:
-            listener.bind((host, 0))
-            listener.listen(_LISTEN_BACKLOG)
-            port = listener.getsockname()[1]
-            # Given a bound socket; left to itself a store would listen on every address of the node.
-            self._store: TCPStore | None = TCPStore(
-                host, port, None, True, wait_for_workers=False, master_listen_fd=listener.detach(), use_libuv=True
-            )
-        self.address = join_address(host, port)
+        self._store: TCPStore | None = open_store(host)
+        self.address = join_address(host, self._store.port)
 
     def close(self) -> None:
         self._store = None
@@ -156,7 +145,7 @@ def join_world(
         tcp_store = TCPStore(store_host, port, None, False, wait_for_workers=False, timeout=timeout)
         store = PrefixStore(name, tcp_store)
         _await_all(store, rank, size, config.join_timeout_s, stop)
-        group = _make_group(store, rank, size, host, device, config)
+        group = make_group(store, rank, size, host=host, device=device, timeout_s=config.collective_timeout_s)
     return World(group, store, rank=rank, size=size, device=device, timeout_s=config.collective_timeout_s)
 
 
@@ -270,8 +259,7 @@ def _named_errors(
     try:
         yield
     except RuntimeError as error:
-        first_line = next(iter(str(error).splitlines()), type(error).__name__).split(". This is typically")[0]
-        reason = _SOURCE_PLACE.sub("", first_line)
+        reason = _SOURCE_PLACE.sub("", first_line(error))
         raise WorldError(
             reason,
             rank=rank,
@@ -299,18 +287,3 @@ def _await_all(store: PrefixStore, rank: int, size: int, timeout_s: float, stop:
             missing = []
         except DistError:
             missing = [mark for mark in missing if not store.check([mark])]
-
-
-def _make_group(store: PrefixStore, rank: int, size: int, host: str, device: torch.device, config: WorldConfig) -> Any:
-    timeout = timedelta(seconds=config.collective_timeout_s)
-    if device.type == "cuda":
-        from torch.distributed import ProcessGroupNCCL
-
-        nccl = ProcessGroupNCCL.Options()
-        nccl._timeout = timeout
-        return ProcessGroupNCCL(store, rank, size, nccl)
-    gloo = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
-    gloo._timeout = timeout
-    gloo._threads = 1
-    gloo._devices = [ProcessGroupGloo.create_device(hostname=host)]
-    return ProcessGroupGloo(store, rank, size, gloo)

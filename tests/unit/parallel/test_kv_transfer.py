@@ -24,7 +24,8 @@ from actors.parallel.kv_transfer import (
     scatter_chunk,
     send_chunk,
 )
-from actors.parallel.torch_pairs import TorchMeeting, join_address, split_address
+from actors.parallel.process_groups import join_address, split_address
+from actors.parallel.torch_pairs import TorchMeeting
 from actors.types import KvIdentity
 
 GEOMETRY = KvGeometry(num_layers=3, num_kv_heads=2, head_dim=4, dtype=torch.float32, device=torch.device("cpu"))

@@ -10,7 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Client, Connection
 from typing import Any
 
-import psutil
 import pytest
 import torch
 
@@ -19,19 +18,11 @@ from actors.engine.group.followers import RankLost
 from actors.engine.group.meeting import Meeting, join
 from actors.engine.group.rank_process import LEADER_LOST
 from tests.unit.engine.engine_requests import request
-from tests.unit.engine.group.rank_group import CONTEXT, HOST, PATIENT, Fault, RankGroup, RankLoader, start_rank
+from tests.unit.engine.group.losses import assert_ranks_end_with_their_leader, lost_in
+from tests.unit.engine.group.rank_group import HOST, PATIENT, Fault, RankGroup, RankLoader, start_rank
 from tests.unit.engine.harness import Rig
 
 SOON = GroupConfig(tick_s=0.2, silence_s=4.0, step_timeout_s=6.0)
-
-
-def lost_in(group: RankGroup, rig: Rig) -> RankLost:
-    """The error that ends the engine."""
-    with pytest.raises(RankLost) as caught:
-        rig.sink.wait(lambda: False, timeout_s=60.0)
-    rig.engine._thread.join(60)
-    assert not rig.engine._thread.is_alive()
-    return caught.value
 
 
 @pytest.mark.parametrize(
@@ -122,30 +113,9 @@ def lead(told: Connection[Any, Any]) -> None:
         threading.Event().wait()
 
 
-def is_gone(process: psutil.Process) -> bool:
-    try:
-        return process.status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return True
-
-
 def test_ranks_end_when_their_leader_is_killed() -> None:
     """One sits in a step that will never end, as in a collective; the other has nothing to do."""
-    hears, tells = multiprocessing.Pipe(duplex=False)
-    leader = CONTEXT.Process(target=lead, args=(tells,))
-    leader.start()
-    try:
-        assert hears.poll(120)
-        ranks = [psutil.Process(pid) for pid in hears.recv()]
-        assert hears.poll(120) and hears.recv() == "running"
-        assert len(ranks) == 2 and not any(map(is_gone, ranks))
-    finally:
-        leader.kill()
-        leader.join()
-    until = time.monotonic() + 60
-    while not all(map(is_gone, ranks)):
-        assert time.monotonic() < until, "a rank lives on"
-        time.sleep(0.05)
+    assert_ranks_end_with_their_leader(lead)
 
 
 def test_a_rank_whose_leader_falls_silent_ends_by_itself() -> None:

@@ -5,21 +5,19 @@ from __future__ import annotations
 import multiprocessing
 import re
 import threading
-import time
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from typing import Any
 
-import psutil
 import pytest
 import torch
 
 from actors.engine.group.channel import GroupConfig
 from actors.parallel.world import WorldConfig
 from tests.unit.engine.engine_requests import request
-from tests.unit.engine.group.rank_group import CONTEXT, PATIENT, Fault
+from tests.unit.engine.group.losses import assert_ranks_end_with_their_leader, lost_in
+from tests.unit.engine.group.rank_group import PATIENT, Fault
 from tests.unit.engine.group.shared_experts import NEVER, SharingGroup
-from tests.unit.engine.group.test_group_loss import is_gone, lost_in
 from tests.unit.engine.harness import Rig
 
 IMPATIENT = replace(NEVER, collective_timeout_s=4.0)
@@ -106,18 +104,4 @@ def lead(told: Connection[Any, Any]) -> None:
 
 
 def test_ranks_in_a_collective_end_when_their_leader_is_killed() -> None:
-    hears, tells = multiprocessing.Pipe(duplex=False)
-    leader = CONTEXT.Process(target=lead, args=(tells,))
-    leader.start()
-    try:
-        assert hears.poll(120)
-        ranks = [psutil.Process(pid) for pid in hears.recv()]
-        assert hears.poll(120) and hears.recv() == "running"
-        assert len(ranks) == 2 and not any(map(is_gone, ranks))
-    finally:
-        leader.kill()
-        leader.join()
-    until = time.monotonic() + 60
-    while not all(map(is_gone, ranks)):
-        assert time.monotonic() < until, "a rank lives on"
-        time.sleep(0.05)
+    assert_ranks_end_with_their_leader(lead)
