@@ -7,7 +7,7 @@ import logging
 from dataclasses import dataclass, field
 
 from actors.errors import MediaChanged, Unavailable
-from actors.types import MediaSpan, PreprocessReply, PreprocessRequest, Stage
+from actors.types import MediaKind, MediaSpan, PreprocessReply, PreprocessRequest, Stage
 from cluster.generation import GenerateCall
 from cluster.policy import pick_encoder
 from cluster.router.services import Services
@@ -31,6 +31,10 @@ class Prompt:
     @property
     def media_tokens(self) -> int:
         return sum(item.grid.tokens for item in self.reply.media)
+
+    @property
+    def video_tokens(self) -> int:
+        return sum(item.grid.tokens for item in self.reply.media if item.kind is MediaKind.VIDEO)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -135,6 +139,7 @@ class PromptKeeper:
                 thinking=self._call.thinking,
                 tools=tuple(map(template_form, self._call.offered_tools)),
                 max_prompt_tokens=self._services.context_limit() - 1,
+                media_options=self._call.media_options,
             )
         )
         self._leases.patches.add((reply.media_address, lease))
