@@ -7,7 +7,7 @@ templates (``image``, ``video``). Beside a picture or a video stand the options 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Discriminator, FiniteFloat, Tag
@@ -198,6 +198,18 @@ def to_message(body: MessageBody, field: str) -> Message:
         tool_call_id=body.tool_call_id,
         name=body.name,
     )
+
+
+def part_names(messages: Sequence[MessageBody]) -> dict[str, str]:
+    """Where pictures and videos of ``image`` and ``video`` parts stand. Later stages know all as ``image_url`` and
+    ``video_url``, by which the names go."""
+    names: dict[str, str] = {}
+    for i, message in enumerate(messages):
+        for j, part in enumerate(message.content or ()):
+            if isinstance(part, ImageBody | VideoBody):
+                given = next(name for name in ("url", part.type, "base64") if getattr(part, name) is not None)
+                names[f"messages[{i}].content[{j}].{part.type}_url"] = f"messages[{i}].content[{j}].{given}"
+    return names
 
 
 def _misplaced(field: str, role: str) -> InvalidRequest:
