@@ -119,6 +119,32 @@ LOOKED: Pair = (
         **TOOLS[1],
     },
 )
+WEATHER: Pair = (
+    {
+        "messages": [
+            user("Get the current weather in Beijing"),
+            {
+                "role": "assistant",
+                "content": "",
+                "tool_calls": [
+                    {"id": "call_1", "type": "function", "function": {"name": "wait", "arguments": {"unit": "c"}}}
+                ],
+            },
+            {"role": "tool", "content": [{"type": "text", "text": "temperature: 23"}]},
+        ],
+    },
+    {
+        "messages": [
+            grpc_user("Get the current weather in Beijing"),
+            {
+                "role": "ROLE_ASSISTANT",
+                "tool_calls": [{"id": "call_1", "name": "wait", "arguments_json": '{"unit": "c"}'}],
+            },
+            {"role": "ROLE_TOOL", "parts": [{"text": "temperature: 23"}]},
+        ],
+    },
+)
+"""As in FastDeploy's guide: arguments are an object, and the result does not say which call it is of."""
 ON, OFF = "THINKING_MODE_ENABLED", "THINKING_MODE_DISABLED"
 _DIGITS = [token for digit in "123" for token in ids(digit)]
 
@@ -191,6 +217,7 @@ ANSWERED: dict[str, Pair] = {
         TOOLS[1] | {"structured_output": {"json_schema": SCHEMA}, "parallel_tool_calls": False},
     ),
     "a look at a tool's picture": star(*LOOKED),
+    "a result of the only call": star(*WEATHER),
     "schema": star({"guided_json": SCHEMA}, {"structured_output": {"json_schema": SCHEMA}}),
     "object": star(
         {"response_format": {"type": "json_object"}, "max_tokens": 8}, {"structured_output": {"json_object": {}}}
