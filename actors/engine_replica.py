@@ -14,7 +14,7 @@ import asyncio
 import logging
 import os
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,6 +26,7 @@ from actors.engine.constraints.compiler import ConstraintCompiler
 from actors.engine.engine import Engine
 from actors.engine.events import ComputedChunk
 from actors.engine.group.group_runner import GroupRunner
+from actors.engine_group import EngineGroup, start_processes
 from actors.engine_rank import Rank, load_rank
 from actors.errors import AlreadyExists, InternalError, ServingError
 from actors.parallel.kv_transfer import KvGeometry, KvTransferConfig
@@ -35,6 +36,7 @@ from actors.types import (
     EngineInfo,
     EngineRequest,
     EngineRole,
+    GroupReport,
     KvIdentity,
     LoadReport,
     MediaSpan,
@@ -56,6 +58,9 @@ from ernie_serving.internal.v1 import audit_pb2_grpc, engine_link_pb2_grpc, kv_c
 
 log = logging.getLogger(__name__)
 
+StartGroup = Callable[[EngineReplicaConfig, EngineRole, str], EngineGroup]
+"""Starts the further ranks of an engine whose leader, this process, listens on the given address. Blocks."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Attempt:
@@ -73,34 +78,50 @@ class EngineReplica:
         planner: Serve handle of the planner, which gives the role before anything is loaded.
         engine_id: stable name; this process's when None.
         host: address to listen on; the node's, as Ray knows it, when None.
+        start_group: how further ranks are started, where the configuration asks for some.
     """
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
-        self, config: EngineReplicaConfig, planner: Any, engine_id: str | None = None, host: str | None = None
+        self,
+        config: EngineReplicaConfig,
+        planner: Any,
+        engine_id: str | None = None,
+        host: str | None = None,
+        start_group: StartGroup = start_processes,
     ) -> None:
         self._config = config
         self._planner = planner
+        self._group: EngineGroup | None = None
         self._incarnation = uuid.uuid4().hex
         self._loop = asyncio.get_running_loop()
         role: EngineRole = await planner.assign_role.remote(self._incarnation, config.pool)
         self._progress = (0, 0)
+        host = host or node_address()
 
         async def say_loading() -> None:
             await planner.still_loading.remote(self._incarnation, config.pool, role, *self._progress)
 
         loading = asyncio.create_task(renew_for_ever(say_loading))
         try:
-            rank = await asyncio.to_thread(load_rank, config, role, self._note_progress)
+            rank, runner = await asyncio.to_thread(self._load, role, host, start_group)
         finally:
             loading.cancel()
-        self._build(rank, role, engine_id or f"{config.pool}-{self._incarnation[:8]}", host or node_address())
+        self._build(rank, runner, role, engine_id or f"{config.pool}-{self._incarnation[:8]}", host)
         await self._server.start()
         self._engine.start()
         self._registration = Registration(planner, self._incarnation, self._renew)
         log.info("engine %s serves as %s at %s", self._info.engine_id, role, self._info.address)
 
-    def _build(self, rank: Rank, role: EngineRole, engine_id: str, host: str) -> None:
+    def _load(self, role: EngineRole, host: str, start_group: StartGroup) -> tuple[Rank, GroupRunner]:
+        if self._config.ranks == 1:
+            rank = load_rank(self._config, role, self._note_progress)
+            return rank, GroupRunner(rank.runner)
+        self._group = start_group(self._config, role, host)
+        return self._group.load(self._config, role, self._note_progress)
+
+    def _build(self, rank: Rank, runner: GroupRunner, role: EngineRole, engine_id: str, host: str) -> None:
         config, text, cache = self._config, rank.config.text, rank.runner.cache
+        self._runner = runner
         self._attempts: dict[SequenceKey, _Attempt] = {}
         self._hidden_size = text.hidden_size
         self._dtype = rank.runner.model.dtype
@@ -122,7 +143,7 @@ class EngineReplica:
             ),
             rank.config,
             rank.rules,
-            GroupRunner(rank.runner),
+            runner,
             _Sink(self),
             identity=self._identity,
             compiler=None if rank.vocabulary is None else ConstraintCompiler(rank.vocabulary),
@@ -273,7 +294,13 @@ class EngineReplica:
         self._progress = (bytes_done, bytes_total)
 
     async def _renew(self) -> None:
-        await self._planner.renew_engine.remote(self._info, self._config.pool, True, self._engine.load())
+        await self._planner.renew_engine.remote(
+            self._info, self._config.pool, True, self._engine.load(), self.group_report()
+        )
+
+    def group_report(self) -> GroupReport | None:
+        """None with one rank."""
+        return self._runner.report()
 
     async def audit(self) -> Audit:
         """What is held for requests. The engine is checked between two steps: a long one must not stop the loop."""
@@ -310,6 +337,8 @@ class EngineReplica:
         await self._receiver.close()
         await self._server.stop(0.5)
         await asyncio.to_thread(self._engine.stop)
+        if self._group is not None:
+            await asyncio.to_thread(self._group.close)
         await self._media.close()
         self._meeting.close()
 

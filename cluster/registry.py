@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from actors.types import EncoderInfo, EngineInfo, EngineRole, LoadReport
+from actors.types import EncoderInfo, EngineInfo, EngineRole, GroupReport, LoadReport
 
 LEASE_S = 3.0
 """An entry that was not renewed for so long leaves the registry."""
@@ -21,6 +21,8 @@ class EngineEntry:
     pool: str
     ready: bool
     load: LoadReport | None
+    group: GroupReport | None = None
+    """Of an engine with several ranks."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -21,6 +21,7 @@ from actors.engine.group.messages import Embedding, Part
 from actors.engine.group.remote_constraints import RemoteConstraints
 from actors.engine.plan import StepPlan, StepResult
 from actors.parallel.world import WorldError
+from actors.types import GroupReport
 
 
 @dataclass(kw_only=True, slots=True)
@@ -71,6 +72,25 @@ class GroupRunner:
         self._early: dict[int, TokenConstraint] = {}
         """Of sequences not introduced yet: where they will live is not known."""
         self._remote = RemoteConstraints(mask_words(runner.config.text.vocab_size))
+
+    def report(self) -> GroupReport | None:
+        """None with one rank. Any thread."""
+        if self._followers is None:
+            return None
+        counters, balance = self.counters, self.counters.balance or BalanceCounters()
+        return GroupReport(
+            ranks=len(self.block_counts),
+            steps=counters.steps,
+            plan_s=counters.plan_s,
+            own_s=counters.own_s,
+            gather_s=counters.gather_s,
+            text_skew=balance.text_skew,
+            vision_skew=balance.vision_skew,
+            loads=balance.loads,
+            moves=balance.moves,
+            moved_experts=balance.moved_experts,
+            move_s=balance.move_s,
+        )
 
     @property
     def tracked_count(self) -> int:
