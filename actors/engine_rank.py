@@ -31,7 +31,10 @@ from actors.ernie.text import LanguageModel
 from actors.ernie.vocabulary import generated_token_ids
 from actors.ernie.weights import Checkpoint, LoadReport, Progress, load_language, load_vision_bank
 from actors.parallel.group import ExpertGroup
+from actors.parallel.kv_threads import LocalKvRank
+from actors.parallel.kv_transfer import KvGeometry, KvTransferConfig
 from actors.parallel.layout import ExpertShare, even_placement
+from actors.parallel.torch_pairs import TorchMeeting
 from actors.parallel.world import Seat
 from actors.types import EngineRole, SamplingParams
 
@@ -155,7 +158,26 @@ def rank_main(invitation: Invitation, seat: Seat, config: EngineReplicaConfig, r
     """All that the process of a rank other than the leader's does, however it was started; returns when the leader ends
     the group. See ``follow`` for what happens when it does not.
     """
-    follow(invitation, seat.rank, lambda: load_rank(config, role, seat=seat).runner)
+    follow(
+        invitation,
+        seat.rank,
+        lambda: load_rank(config, role, seat=seat).runner,
+        lambda runner: kv_rank(runner.cache, seat.host),
+    )
+
+
+def kv_rank(cache: KvCache, host: str, config: KvTransferConfig | None = None) -> LocalKvRank:
+    """The KV of the rank of this process, whichever it is, for transfers. ``host``: this node's own address."""
+    layout = cache.layout
+    geometry = KvGeometry(
+        num_layers=layout.num_layers,
+        num_kv_heads=layout.num_kv_heads,
+        head_dim=layout.head_dim,
+        dtype=layout.dtype,
+        device=cache.device,
+    )
+    meeting = TorchMeeting(host=host, device=cache.device, config=config or KvTransferConfig())
+    return LocalKvRank(cache, geometry, meeting)
 
 
 def _share(text: TextConfig, seat: Seat) -> ExpertShare:

@@ -27,10 +27,10 @@ from actors.engine.engine import Engine
 from actors.engine.events import ComputedChunk
 from actors.engine.group.group_runner import GroupRunner
 from actors.engine_group import EngineGroup, start_processes
-from actors.engine_rank import Rank, load_rank
+from actors.engine_rank import Rank, kv_rank, load_rank
 from actors.errors import AlreadyExists, InternalError, ServingError
-from actors.parallel.kv_transfer import KvGeometry, KvTransferConfig
-from actors.parallel.torch_pairs import TorchMeeting
+from actors.parallel.kv_ends import KvRank
+from actors.parallel.kv_transfer import KvTransferConfig
 from actors.types import (
     AttemptMode,
     EngineInfo,
@@ -172,30 +172,22 @@ class EngineReplica:
             window_bytes=config.media_window_bytes,
         )
         transfer = KvTransferConfig()
-        self._meeting = TorchMeeting(host=host, device=cache.device, config=transfer)
-        geometry = KvGeometry(
-            num_layers=text.num_hidden_layers,
-            num_kv_heads=text.num_key_value_heads,
-            head_dim=text.head_dim,
-            dtype=self._dtype,
-            device=cache.device,
-        )
+        self._kv_rank = kv_rank(cache, host, transfer)
+        kv_ranks: list[KvRank] = [self._kv_rank, *self._runner.kv_ranks]
         self._sender = KvSender(
             engine=self._engine,
-            cache=cache,
-            geometry=geometry,
+            ranks=kv_ranks,
+            geometry=self._kv_rank.geometry,
             incarnation=self._incarnation,
-            meeting=self._meeting,
             loop=self._loop,
             config=transfer,
         )
         self._receiver = KvReceiver(
             engine=self._engine,
-            cache=cache,
-            geometry=geometry,
+            ranks=kv_ranks,
+            geometry=self._kv_rank.geometry,
             incarnation=self._incarnation,
             identity=self._identity,
-            meeting=self._meeting,
             loop=self._loop,
             config=transfer,
             on_transferred=lambda key, busy_s: self._links.deliver_milestone(key, MilestoneKind.TRANSFERRED, busy_s),
@@ -305,7 +297,8 @@ class EngineReplica:
     async def audit(self) -> Audit:
         """What is held for requests. The engine is checked between two steps: a long one must not stop the loop."""
         engine = await asyncio.to_thread(take_audit, dict, self._engine.check_integrity)
-        around = take_audit(self._held, self._check_surroundings)
+        ranks = await asyncio.to_thread(self._runner.held)
+        around = take_audit(lambda: {**self._held(), **ranks}, self._check_surroundings)
         return replace(around, problem=engine.problem or around.problem)
 
     def _held(self) -> dict[str, int]:
@@ -340,7 +333,7 @@ class EngineReplica:
         if self._group is not None:
             await asyncio.to_thread(self._group.close)
         await self._media.close()
-        self._meeting.close()
+        self._kv_rank.close()
 
 
 class _Sink:

@@ -37,7 +37,6 @@ from actors.errors import InternalError, ServingError, Unavailable
 from actors.types import (
     AttemptMode,
     EngineRequest,
-    EngineRole,
     KvIdentity,
     LoadReport,
     MilestoneKind,
@@ -66,12 +65,6 @@ class Engine:
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
-        """Raises ValueError for several ranks in a role that transfers KV: only rank 0 could."""
-        if len(runner.block_counts) > 1 and config.role is not EngineRole.COLOCATED:
-            raise ValueError(
-                f"a {config.role.value} engine of {len(runner.block_counts)} ranks: KV transfer of several ranks is "
-                "not built yet, only colocated engines may have more than one"
-            )
         self.config = config
         self.model_config = model_config
         self.rules = rules
@@ -136,12 +129,10 @@ class Engine:
         """Takes an attempt. A full queue is told later, by ``on_ended`` with Overloaded.
 
         Raises InvalidRequest or ContextExceeded for what the request gets wrong, AlreadyExists for an active key,
-        Unavailable with reason ENDED for one that ended or was cancelled lately, WRONG_ROLE (also for one whose KV is
-        transferred, where there are several ranks), or DRAINING, Overloaded if too many structures wait to be compiled.
+        Unavailable with reason ENDED for one that ended or was cancelled lately, WRONG_ROLE or DRAINING, Overloaded if
+        too many structures wait to be compiled.
         A structure that cannot be used is told by ``on_ended``.
         """
-        if mode is not AttemptMode.COLOCATED and len(self._scheduler.ranks) > 1:
-            raise Unavailable(f"an engine of several ranks takes no {mode.value} attempt yet", reason="WRONG_ROLE")
         check_request(request, mode, role=self.config.role, model=self.model_config, max_model_len=self.max_model_len)
         now = self._clock()
         constraint = self._constraints.order(request.sampling)

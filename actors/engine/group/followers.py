@@ -14,7 +14,10 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from actors.engine.group.channel import ChannelBroken, GroupConfig, RankChannel
-from actors.engine.group.messages import Done, End, Failed, FromRank, Ready, ToRank
+from actors.engine.group.kv_messages import KvAnswer, KvOrder
+from actors.engine.group.kv_remote import RemoteKvRank
+from actors.engine.group.messages import AskHeld, Done, End, Failed, FromRank, Held, Ready, ToRank
+from actors.parallel.kv_transfer import TransportError
 from actors.parallel.world import WorldError
 
 
@@ -42,6 +45,9 @@ class Followers:
         self._step: tuple[int, float] | None = None
         """Number of the step under way and when it hangs."""
         self._own_done = False
+        self._held: dict[int, Mapping[str, int]] = {}
+        self._asking = threading.Lock()
+        self._kv_ranks = {rank: RemoteKvRank(partial(self._order, rank)) for rank in sorted(connections)}
         self._channels = {
             rank: RankChannel(
                 connection,
@@ -76,6 +82,24 @@ class Followers:
             self._changed.wait_for(lambda: self._lost is not None or len(self._ready) == len(self._channels))
             self._check()
             return tuple(self._ready[rank] for rank in self._channels)
+
+    @property
+    def kv_ranks(self) -> tuple[RemoteKvRank, ...]:
+        """The KV of each rank."""
+        return tuple(self._kv_ranks.values())
+
+    def ask_held(self) -> list[Mapping[str, int]]:
+        """What each rank keeps for sequences, once it has done what it was told before. Raises RankLost."""
+        with self._asking:
+            for rank in self._channels:
+                self.send(rank, AskHeld())
+            with self._changed:
+                self._changed.wait_for(
+                    lambda: self._closed or self._lost is not None or len(self._held) == len(self._channels)
+                )
+                self._check()
+                held, self._held = self._held, {}
+            return [held[rank] for rank in sorted(held)]
 
     def send(self, rank: int, message: ToRank) -> int:
         """The number of bytes. Raises RankLost."""
@@ -125,6 +149,7 @@ class Followers:
         with self._changed:
             self._closed = True
             lost = self._lost
+            self._changed.notify_all()
         self._over.set()
         for channel in self._channels.values():
             if lost is None:
@@ -134,11 +159,26 @@ class Followers:
                     pass  # It is gone already.
         for channel in self._channels.values():
             channel.close()
+        for kv_rank in self._kv_ranks.values():
+            kv_rank.lose("the group has ended")
         self._watchdog.join()
+
+    def _order(self, rank: int, order: KvOrder) -> None:
+        try:
+            self._channels[rank].send(order)
+        except ChannelBroken as error:
+            raise TransportError(f"rank {rank} is lost: {error}") from error
 
     def _take(self, rank: int, message: FromRank) -> None:
         match message:
-            case Ready(block_count):
+            case KvAnswer():
+                self._kv_ranks[rank].take(message)
+            case Held(counts):
+                with self._changed:
+                    self._held[rank] = counts
+                    self._changed.notify_all()
+            case Ready(block_count, kv_address):
+                self._kv_ranks[rank].address = kv_address
                 with self._changed:
                     self._ready[rank] = block_count
                     self._changed.notify_all()
@@ -165,6 +205,8 @@ class Followers:
             self._changed.notify_all()
         for channel in self._channels.values():
             channel.hang_up()
+        for kv_rank in self._kv_ranks.values():
+            kv_rank.lose(str(lost))
         if on_lost is not None:
             on_lost(lost)
 

@@ -7,7 +7,8 @@ rank r           receive        |  its part  | ==send==>
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ from actors.engine.constraints.constraint import TokenConstraint, mask_words
 from actors.engine.execution.runner import Runner
 from actors.engine.group.balance import BalanceCounters, Balancer
 from actors.engine.group.followers import Followers
+from actors.engine.group.kv_remote import RemoteKvRank
 from actors.engine.group.messages import Embedding, Part
 from actors.engine.group.remote_constraints import RemoteConstraints
 from actors.engine.plan import StepPlan, StepResult
@@ -96,6 +98,20 @@ class GroupRunner:
     def tracked_count(self) -> int:
         """Sequences it keeps anything of, on whichever rank; 0 with one rank."""
         return len(self._homes.keys() | self._early.keys())
+
+    @property
+    def kv_ranks(self) -> tuple[RemoteKvRank, ...]:
+        """The KV of ranks 1 .. size - 1, for transfers."""
+        return () if self._followers is None else self._followers.kv_ranks
+
+    def held(self) -> Mapping[str, int]:
+        """What the other ranks keep for sequences, by name, in all; 0 when nothing is to be done. Waits for the step
+        under way; not for the step thread. Raises RankLost.
+        """
+        counts: Counter[str] = Counter()
+        for one in () if self._followers is None else self._followers.ask_held():
+            counts.update(one)
+        return dict(counts)
 
     def watch(self, on_lost: Callable[[Exception], None]) -> None:
         if self._followers is not None:

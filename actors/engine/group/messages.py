@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from actors.engine.group.kv_messages import KvAnswer, KvOrder
 from actors.engine.plan import RankPlan, StepResult
 from actors.parallel.layout import ExpertPlacement
 
@@ -29,6 +30,8 @@ class Ready:
     """Rank, once: it is loaded."""
 
     block_count: int
+    kv_address: str
+    """``host:port`` where KV for this rank is brought."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +53,18 @@ class Done:
     result: StepResult
     seconds: float
     """What computing took."""
+
+
+@dataclass(frozen=True, slots=True)
+class AskHeld:
+    """Leader, between two parts: what is kept there?"""
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """Rank: counts by name, of what it keeps for sequences; all 0 when idle."""
+
+    counts: Mapping[str, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,5 +114,5 @@ class Embedding:
         return torch.frombuffer(bytearray(self.content), dtype=torch.uint8).view(self.dtype).view(self.shape)
 
 
-ToRank = Part | Embedding | TakeLoad | MoveExperts | End | Tick
-FromRank = Hello | Ready | Done | Failed | Tick
+ToRank = Part | Embedding | TakeLoad | MoveExperts | AskHeld | KvOrder | End | Tick
+FromRank = Hello | Ready | Done | Held | KvAnswer | Failed | Tick
