@@ -131,6 +131,17 @@ class EngineGroup:
             self.close()
             raise
 
+    @property
+    def loading(self) -> tuple[tuple[int, int], ...]:
+        """(bytes done, bytes in all) of each rank but the leader's."""
+        return () if self._followers is None else self._followers.loading
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the ranks but the leader's say of what they read: the first of their notes."""
+        said = {} if self._followers is None else self._followers.notes
+        return tuple(f"rank {rank}: {notes[0]}" for rank, notes in sorted(said.items()))
+
     def close(self) -> None:
         """Lets the ranks end, and ends those that do not. No step runs any more. Idempotent."""
         if self._balancer is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import resource
 import threading
 import time
 from dataclasses import dataclass, replace
@@ -21,7 +22,7 @@ from actors.engine.execution.forms import AttentionForm, Forms, choose_forms, re
 from actors.engine.execution.kv_cache import KvCache, KvLayout
 from actors.engine.execution.runner import PROMPT_LOGPROB_ROWS, Runner
 from actors.engine.group.meeting import Invitation
-from actors.engine.group.rank_process import follow
+from actors.engine.group.rank_process import Loaded, follow
 from actors.engine.plan import NewSequence, RankPlan, Slice, StepShape
 from actors.ernie.attention import PackedAttention
 from actors.ernie.bank import VisionBank, empty_bank_buffer, vision_bank_bytes
@@ -144,7 +145,7 @@ def _load(
             fingerprint=checkpoint.fingerprint("language"),
             loaded=checkpoint.report,
             vocabulary=_vocabulary(config, model_config),
-            notes=(*room, experts, *forms.lines, *forms.warnings),
+            notes=(_load_note(checkpoint.report), *room, experts, *forms.lines, *forms.warnings),
         )
     if steps is not None and seat is not None:
         steps.meet("loaded", seat.config.join_timeout_s, stop)
@@ -154,14 +155,25 @@ def _load(
     return rank
 
 
+def _load_note(report: LoadReport) -> str:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+    memory_said = f"the process took at most {peak / 1e9:.2f} GB, mapped files among it"
+    return f"read {report.total_bytes / 1e9:.2f} GB in {report.seconds:.1f} s; {memory_said}"
+
+
 def rank_main(invitation: Invitation, seat: Seat, config: EngineReplicaConfig, role: EngineRole) -> None:
     """All that the process of a rank other than the leader's does, however it was started; returns when the leader ends
     the group. See ``follow`` for what happens when it does not.
     """
+
+    def load(progress: Progress) -> Loaded:
+        rank = load_rank(config, role, progress, seat)
+        return Loaded(rank.runner, rank.notes)
+
     follow(
         invitation,
         seat.rank,
-        lambda: load_rank(config, role, seat=seat).runner,
+        load,
         lambda runner: kv_rank(runner.cache, seat.host),
     )
 

@@ -99,7 +99,8 @@ class EngineReplica:
         host = host or node_address()
 
         async def say_loading() -> None:
-            await planner.still_loading.remote(self._incarnation, config.pool, role, *self._progress)
+            ranks = (self._progress, *(() if self._group is None else self._group.loading))
+            await planner.still_loading.remote(self._incarnation, config.pool, role, ranks)
 
         loading = asyncio.create_task(renew_for_ever(say_loading))
         try:
@@ -160,7 +161,7 @@ class EngineReplica:
             block_size=self._identity.block_size,
             switches=self._identity.switches,
             max_model_len=self._engine.max_model_len,
-            notes=rank.notes,
+            notes=(*rank.notes, *(() if self._group is None else self._group.notes)),
         )
         self._media = MediaClient()
         self._puller = EmbeddingPuller(

@@ -67,9 +67,9 @@ class Planner:
         return self._registry.assign(incarnation, pool, wanted, time.monotonic())
 
     async def still_loading(
-        self, incarnation: str, pool: str, role: EngineRole, bytes_done: int, bytes_total: int
+        self, incarnation: str, pool: str, role: EngineRole, ranks: tuple[tuple[int, int], ...]
     ) -> None:
-        entry = LoadingEntry(pool=pool, role=role, bytes_done=bytes_done, bytes_total=bytes_total)
+        entry = LoadingEntry(pool=pool, role=role, ranks=ranks)
         self._registry.renew_loading(incarnation, entry, time.monotonic())
 
     async def renew_engine(

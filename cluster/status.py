@@ -49,8 +49,8 @@ def cluster_status(snapshot: Snapshot, *, model: str, active: int, missing: str 
             {
                 "pool": entry.pool,
                 "role": str(entry.role),
-                "bytes_done": entry.bytes_done,
-                "bytes_total": entry.bytes_total,
+                "ranks": [{"bytes_done": done, "bytes_total": total} for done, total in entry.ranks],
+                "progress": entry.progress,
             }
             for entry in snapshot.loading
         ],
@@ -84,8 +84,7 @@ def rows(status: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str, str]]:
         state = engine["address"] if engine["ready"] else f"{engine['address']}, not ready"
         yield (engine["pool"], engine["id"], engine["role"], state, _load(engine["load"]) + _group(engine["group"]))
     for engine in status["loading"]:
-        done, total = engine["bytes_done"] / 1e9, engine["bytes_total"] / 1e9
-        yield (engine["pool"], "", engine["role"], f"loading, {done:.1f} of {total:.1f} GB", "")
+        yield (engine["pool"], "", engine["role"], ", ".join(filter(None, ("loading", engine["progress"]))), "")
 
 
 def engine_notes(status: Mapping[str, Any]) -> Iterator[str]:

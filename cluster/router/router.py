@@ -222,5 +222,4 @@ class Router:
 
 
 def _progress(entry: LoadingEntry) -> str:
-    done, total = entry.bytes_done / 1e9, entry.bytes_total / 1e9
-    return f"; {entry.role} engine loading" + (f" {done:.2f} of {total:.2f} GB" if total else "")
+    return f"; {entry.role} engine loading" + (f" {entry.progress}" if entry.progress else "")

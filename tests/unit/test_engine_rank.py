@@ -131,6 +131,10 @@ def test_a_group_of_processes_shares_what_one_rank_loads_and_computes_the_same(m
         rank, runner = group.load(config, EngineRole.COLOCATED)
         assert any(note.endswith("; a share of them on rank 0 of 2") for note in rank.notes)
         assert rank.fingerprint == alone.fingerprint
+        (elsewhere_said,) = group.notes
+        assert elsewhere_said.startswith("rank 1: read 0.00 GB in ") and "the process took at most" in elsewhere_said
+        ((done, total),) = group.loading
+        assert 0 < done == total
         read, all_read = rank.loaded.bytes_read, alone.loaded.bytes_read
         with Checkpoint(config.model_dir) as checkpoint:
             text = checkpoint.config.text

@@ -16,7 +16,7 @@ from typing import Any
 from actors.engine.group.channel import ChannelBroken, GroupConfig, RankChannel
 from actors.engine.group.kv_messages import KvAnswer, KvOrder
 from actors.engine.group.kv_remote import RemoteKvRank
-from actors.engine.group.messages import AskHeld, Done, End, Failed, FromRank, Held, Ready, ToRank
+from actors.engine.group.messages import AskHeld, Done, End, Failed, FromRank, Held, Loading, Ready, ToRank
 from actors.parallel.kv_transfer import TransportError
 from actors.parallel.world import WorldError
 
@@ -37,7 +37,8 @@ class Followers:
         self._config = config
         self._changed = threading.Condition()
         # Guarded by _changed:
-        self._ready: dict[int, int] = {}
+        self._loading: dict[int, Loading] = {}
+        self._ready: dict[int, Ready] = {}
         self._done: dict[int, Done] = {}
         self._lost: RankLost | None = None
         self._on_lost: Callable[[Exception], None] | None = None
@@ -81,7 +82,20 @@ class Followers:
         with self._changed:
             self._changed.wait_for(lambda: self._lost is not None or len(self._ready) == len(self._channels))
             self._check()
-            return tuple(self._ready[rank] for rank in self._channels)
+            return tuple(self._ready[rank].block_count for rank in self._channels)
+
+    @property
+    def loading(self) -> tuple[tuple[int, int], ...]:
+        """(bytes done, bytes in all) of each rank, as it said last."""
+        with self._changed:
+            said = [self._loading.get(rank, Loading(0, 0)) for rank in self._channels]
+        return tuple((one.bytes_done, one.bytes_total) for one in said)
+
+    @property
+    def notes(self) -> dict[int, tuple[str, ...]]:
+        """What the ranks that are ready say of themselves."""
+        with self._changed:
+            return {rank: ready.notes for rank, ready in self._ready.items()}
 
     @property
     def kv_ranks(self) -> tuple[RemoteKvRank, ...]:
@@ -177,10 +191,13 @@ class Followers:
                 with self._changed:
                     self._held[rank] = counts
                     self._changed.notify_all()
-            case Ready(block_count, kv_address):
-                self._kv_ranks[rank].address = kv_address
+            case Loading():
                 with self._changed:
-                    self._ready[rank] = block_count
+                    self._loading[rank] = message
+            case Ready():
+                self._kv_ranks[rank].address = message.kv_address
+                with self._changed:
+                    self._ready[rank] = message
                     self._changed.notify_all()
             case Done():
                 with self._changed:

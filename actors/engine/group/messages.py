@@ -26,12 +26,22 @@ class Hello:
 
 
 @dataclass(frozen=True, slots=True)
+class Loading:
+    """Rank, now and then before it is ready."""
+
+    bytes_done: int
+    bytes_total: int
+
+
+@dataclass(frozen=True, slots=True)
 class Ready:
     """Rank, once: it is loaded."""
 
     block_count: int
     kv_address: str
     """``host:port`` where KV for this rank is brought."""
+    notes: tuple[str, ...]
+    """What it says of itself, for people."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,4 +125,4 @@ class Embedding:
 
 
 ToRank = Part | Embedding | TakeLoad | MoveExperts | AskHeld | KvOrder | End | Tick
-FromRank = Hello | Ready | Done | Held | KvAnswer | Failed | Tick
+FromRank = Hello | Loading | Ready | Done | Held | KvAnswer | Failed | Tick

@@ -54,10 +54,8 @@ def made(**values: Any) -> ClusterConfig:
         ({"model": "m", "engines": [{"roles": {"decode": 2}}]}, "f: engines: no engine is to prefill"),
         ({"model": "m", "engines": [COLOCATED, COLOCATED]}, "f: engines: two pools are called engine"),
         ({"model": "m", "engines": [COLOCATED | {"name": "router"}]}, "f: engines.0.name: 'router' is the name of"),
-        (
-            {"model": "m", "engines": [COLOCATED | {"expert_parallel": 2}]},
-            "f: engines.0.expert_parallel: expert parallelism over more than one rank is not built yet",
-        ),
+        ({"model": "m", "engines": [COLOCATED | {"placement": "tight"}]}, "f: engines.0.placement: Input should be"),
+        ({"model": "m", "engines": [COLOCATED | {"expert_parallel": 0}]}, "f: engines.0.expert_parallel: Input should"),
         (
             {"model": "m", "engines": [COLOCATED | {"max_num_seqs": 65, "max_batched_tokens": 64}]},
             "f: engines.0: max_num_seqs 65 is over max_batched_tokens 64",
