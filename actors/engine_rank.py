@@ -8,6 +8,7 @@ import resource
 import threading
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,12 +21,13 @@ from actors.engine.execution.decode_graphs import CudaRecorder, DecodeGraphs, gr
 from actors.engine.execution.expert_steps import ExpertSteps
 from actors.engine.execution.forms import AttentionForm, Forms, choose_forms, recording_obstacle, varlen_obstacle
 from actors.engine.execution.kv_cache import KvCache, KvLayout
-from actors.engine.execution.runner import PROMPT_LOGPROB_ROWS, Runner
+from actors.engine.execution.runner import PROMPT_LOGPROB_ROWS, RoleChange, Runner
+from actors.engine.execution.vision_tail import VisionTail
 from actors.engine.group.meeting import Invitation
 from actors.engine.group.rank_process import Loaded, follow
 from actors.engine.plan import NewSequence, RankPlan, Slice, StepShape
 from actors.ernie.attention import PackedAttention
-from actors.ernie.bank import VisionBank, empty_bank_buffer, vision_bank_bytes
+from actors.ernie.bank import VisionBank, vision_bank_bytes
 from actors.ernie.config import ErnieConfig, Rules, TextConfig
 from actors.ernie.experts_form import ExpertsForm
 from actors.ernie.text import LanguageModel
@@ -129,18 +131,22 @@ def _load(
             steps = ExpertSteps(model, group)
             experts += f"; a share of them on rank {seat.rank} of {seat.size}"
         arena, room = _arena(config, layout, model, forms, steps, has_bank=role.prefills)
+        tail = VisionTail(arena, model)
         if role.prefills:
-            # A model without sparse layers has a bank all the same, of no bytes.
-            has_bytes = arena.plan.bank_bytes > 0
-            storage = arena.bank_storage() if has_bytes else empty_bank_buffer(text, dtype, config.device, share)
-            bank = VisionBank(text, dtype, storage, share)
-            load_vision_bank(checkpoint, bank, progress=progress)
-            model.attach_vision_bank(bank)
-        cache = KvCache(layout, arena.block_storage(with_bank=role.prefills))
+            tail.hold_bank(lambda bank: load_vision_bank(checkpoint, bank, progress=progress))
+        cache = KvCache(layout, arena.block_storage())
         rank = Rank(
             config=model_config,
             rules=rules,
-            runner=Runner(model, model_config, rules, cache, attention=forms.attention, experts=steps),
+            runner=Runner(
+                model,
+                model_config,
+                rules,
+                cache,
+                attention=forms.attention,
+                experts=steps,
+                roles=RoleChange(tail=tail, fill=partial(_read_bank, config.model_dir)),
+            ),
             arena=arena,
             fingerprint=checkpoint.fingerprint("language"),
             loaded=checkpoint.report,
@@ -153,6 +159,12 @@ def _load(
     if forms.cuda_graphs:
         rank.runner.graphs = _record_graphs(config, model, cache)
     return rank
+
+
+def _read_bank(model_dir: str, bank: VisionBank) -> None:
+    with Checkpoint(model_dir) as checkpoint:
+        read = load_vision_bank(checkpoint, bank)
+    log.info("read the vision experts, %.2f GB, in %.1f s", read.bytes_read["vision_experts"] / 1e9, read.seconds)
 
 
 def _load_note(report: LoadReport) -> str:

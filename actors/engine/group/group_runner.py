@@ -23,7 +23,7 @@ from actors.engine.group.messages import Embedding, Part
 from actors.engine.group.remote_constraints import RemoteConstraints
 from actors.engine.plan import StepPlan, StepResult
 from actors.parallel.world import WorldError
-from actors.types import GroupReport
+from actors.types import EngineRole, GroupReport
 
 
 @dataclass(kw_only=True, slots=True)
@@ -116,6 +116,16 @@ class GroupRunner:
     def watch(self, on_lost: Callable[[Exception], None]) -> None:
         if self._followers is not None:
             self._followers.watch(on_lost)
+
+    def set_role(self, role: EngineRole) -> None:
+        """Ranks read their experts at the same time. Raises RankLost, and what ``Runner.set_role`` raises."""
+        if self._followers is None:
+            self._runner.set_role(role)
+            self.block_counts = (self._runner.block_count,)
+            return
+        self._followers.set_role(role)
+        self._runner.set_role(role)
+        self.block_counts = (self._runner.block_count, *self._followers.wait_role())
 
     def supply_embedding(self, rank: int, id: int, media_index: int, unit_index: int, embedding: Tensor) -> None:
         """Raises RankLost."""

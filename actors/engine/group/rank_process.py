@@ -27,6 +27,8 @@ from actors.engine.group.messages import (
     MoveExperts,
     Part,
     Ready,
+    RoleSet,
+    SetRole,
     TakeLoad,
     ToRank,
 )
@@ -121,6 +123,9 @@ def _compute(runner: Runner, orders: KvOrders, inbox: queue.SimpleQueue[ToRank],
                 runner.need_experts().take_load()
             case MoveExperts(wanted):
                 runner.need_experts().move(wanted)
+            case SetRole(role):
+                runner.set_role(role)
+                channel.send(RoleSet(runner.block_count))
             case AskHeld():
                 channel.send(Held({"rank_sequences": runner.resident_count, **orders.held()}))
             case End():
