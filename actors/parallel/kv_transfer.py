@@ -131,24 +131,26 @@ class BlockGuard:
     def use(self, copy: Callable[[], None]) -> bool:
         """Runs ``copy`` if the blocks are still the sequence's; says whether it did."""
         with self._lock:
-            if self._open:
-                copy()
-            return self._open
+            if not self._open:
+                return False
+            copy()
+            return True
 
     def lend(self, borrower: object, order: Callable[[], None], shut: Callable[[], None]) -> bool:
         """``use`` for an ``order`` upon which ``borrower`` copies where this guard is not. ``shut`` is called once,
         after the last order, and must see to it that no copy runs when the blocks are used again.
         """
         with self._lock:
-            if self._open:
-                self._borrowers.setdefault(borrower, shut)
-                order()
-            return self._open
+            if not self._open:
+                return False
+            self._borrowers.setdefault(borrower, shut)
+            order()
+            return True
 
     def shut(self) -> None:
         """After this returns no ``copy`` runs or will run, and every borrower has been told. Idempotent."""
+        self._open = False  # Before the lock, which is not fair: a data thread could take it for layer after layer.
         with self._lock:
-            self._open = False
             borrowers, self._borrowers = self._borrowers, {}
             for shut in borrowers.values():
                 shut()

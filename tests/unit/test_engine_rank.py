@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from multiprocessing.process import BaseProcess
@@ -25,6 +27,7 @@ from tests.tiny_model import tiny_checkpoint
 from tests.unit.engine.engine_requests import request
 from tests.unit.engine.group.rank_group import CONTEXT, HOST, PATIENT, start_rank
 from tests.unit.engine.harness import Rig
+from tests.unit.wire.kv_groups import EnginePair, Side
 
 CONFIG = EngineReplicaConfig(
     model_dir=str(tiny_checkpoint()), pool="engine", dtype="float32", kv_cache_gib=0.01, block_size=16
@@ -105,17 +108,49 @@ def rig_of(rank: Rank, **options: Any) -> Rig:
     return Rig(rank.runner.model, **fields, **options)
 
 
-def child_ranks(config: EngineReplicaConfig) -> StartRank:
+def child_ranks(config: EngineReplicaConfig, role: EngineRole = EngineRole.COLOCATED) -> StartRank:
     def start(invitation: Invitation, seat: Seat) -> BaseProcess:
-        main = partial(share_main, seat=seat, config=config)
+        main = partial(share_main, seat=seat, config=config, role=role)
         return start_rank(main, invitation, seat.rank)
 
     return start
 
 
-def share_main(invitation: Invitation, rank: int, seat: Seat, config: EngineReplicaConfig) -> None:
+def share_main(invitation: Invitation, rank: int, seat: Seat, config: EngineReplicaConfig, role: EngineRole) -> None:
     assert seat.rank == rank
-    rank_main(invitation, seat, config, EngineRole.COLOCATED)
+    rank_main(invitation, seat, config, role)
+
+
+def test_groups_that_share_experts_prefill_and_decode_what_one_rank_computes() -> None:
+    """Two of prefill, two of decode, as they are loaded from a checkpoint: only the former hold vision experts."""
+    config = replace(CONFIG, dtype="float64")
+    wanted = [request(range(3 + n, 40 + 2 * n), max_tokens=6, seed=n, temperature=n % 2) for n in range(6)]
+    with rig_of(load_rank(config, EngineRole.COLOCATED)) as rig:
+        outputs = rig.run(*wanted)
+    with contextlib.ExitStack() as stack:
+        sides = []
+        for role in (EngineRole.PREFILL, EngineRole.DECODE):
+            group = EngineGroup(2, HOST, child_ranks(config, role), config=PATIENT)
+            stack.callback(group.close)
+            rank, runner = group.load(config, role)
+            assert (rank.runner.model.vision_bank is not None) == role.prefills
+            options = {"config": rank.config, "rules": rank.rules, "cache": rank.runner.cache, "block_size": 16}
+            sides.append(Side(join=joined(rank, runner), options={"model": rank.runner.model, **options}))
+        with EnginePair(*sides) as pair:
+            assert pair.run(*((one, None) for one in wanted)) == outputs
+            assert {there for there, _ in pair.lanes} == {here for _, here in pair.lanes} == {0, 1}
+            pair.assert_clean()
+
+
+def joined(rank: Rank, runner: GroupRunner) -> Callable[[Runner], GroupRunner]:
+    """The group of a loaded rank, around a rig's own runner of it."""
+
+    def join(own: Runner) -> GroupRunner:
+        own.experts = rank.runner.experts
+        runner._runner = own
+        return runner
+
+    return join
 
 
 def test_a_group_of_processes_shares_what_one_rank_loads_and_computes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,12 +177,7 @@ def test_a_group_of_processes_shares_what_one_rank_loads_and_computes_the_same(m
             elsewhere = len(text.sparse_layers) * text.moe_num_experts // 2 * 3 * inner * text.hidden_size
             assert all_read[name] - read[name] == elsewhere * stored_item_size()  # type: ignore[index]
 
-        def join(own: Runner) -> GroupRunner:
-            own.experts = rank.runner.experts
-            runner._runner = own
-            return runner
-
-        with rig_of(rank, group=join) as rig:
+        with rig_of(rank, group=joined(rank, runner)) as rig:
             assert rig.run(*wanted) == outputs
             assert min(runner.counters.rank_s) > 0
             assert runner.counters.balance is not None and runner.counters.balance.loads > 0
