@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -56,6 +57,11 @@ from ernie_serving.internal.v1 import audit_pb2_grpc, engine_link_pb2_grpc, kv_c
 
 log = logging.getLogger(__name__)
 
+MOVE_S = 2.0
+"""For attempts that move to let go of their blocks, transfers included."""
+LAST_WORDS_S = 0.05
+"""For what was told before a step failed to reach the routers: it names what the step computed."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Attempt:
@@ -84,6 +90,7 @@ class EngineReplica:
         self._loop = asyncio.get_running_loop()
         role: EngineRole = await planner.assign_role.remote(self._incarnation, config.pool)
         self._progress = (0, 0)
+        self._leaves = False
 
         async def say_loading() -> None:
             await planner.still_loading.remote(self._incarnation, config.pool, role, *self._progress)
@@ -207,7 +214,7 @@ class EngineReplica:
         self._puller.resupply(key, media)
 
     def load(self) -> LoadReport:
-        return self._engine.load()
+        return replace(self._engine.load(), draining=self._leaves)
 
     # What the engine tells, on the event loop.
 
@@ -302,10 +309,14 @@ class EngineReplica:
         self._registration.check()
 
     async def close(self) -> None:
-        """Drains: no new attempts, running ones may finish until the drain timeout."""
-        await self._registration.end()
+        """Drains: no new attempts, running ones may finish until the drain timeout; then their routers move them."""
+        self._leaves = True
         self._engine.drain()
-        await asyncio.to_thread(self._engine.wait_idle, self._config.drain_timeout_s)
+        self._links.tell_load()
+        await self._registration.end()
+        if not await asyncio.to_thread(self._engine.wait_idle, self._config.drain_timeout_s):
+            self._engine.move()
+            await asyncio.to_thread(self._engine.wait_idle, MOVE_S)
         await self._sender.close()
         await self._receiver.close()
         await self._server.stop(0.5)
@@ -359,5 +370,6 @@ class _Sink:
 
     def on_fatal(self, error: BaseException) -> None:
         log.critical("a step failed: the engine ends", exc_info=error)
+        time.sleep(LAST_WORDS_S)
         logging.shutdown()
         os._exit(1)

@@ -38,11 +38,13 @@ from cluster.registry import EncoderEntry, EngineEntry, PreprocessorEntry, Snaps
 from cluster.router.fleet import Fleet
 from cluster.router.leases import LeaseKeeper
 from cluster.router.output import OutputAssembler
+from cluster.router.retry_budget import RetryBudget
 from cluster.router.router import Router
 from cluster.router.sampling import SamplingDefaults, resolve_sampling
 from cluster.router.scores import TokenScorer
 from cluster.router.services import Services
-from cluster.router.stages import MissingPatches
+from cluster.router.stages import MissingPatches, Preprocessed
+from cluster.router.suspects import Suspects
 from ernie_serving.internal.v1 import engine_link_pb2_grpc
 
 CALL = GenerateCall(messages=(Message(role=MessageRole.USER, parts=(TextPart(text="hi"),)),), max_tokens=8)
@@ -204,7 +206,7 @@ class Stages:
     async def run(self, *args, **kwargs):  # type: ignore[no-untyped-def]
         return await (self._preprocess(*args) if len(args) == 1 else self._encode(*args, **kwargs))
 
-    async def _preprocess(self, request: PreprocessRequest) -> PreprocessReply:
+    async def _preprocess(self, request: PreprocessRequest) -> Preprocessed:
         await self.gate.wait()
         if self.error is not None:
             raise self.error
@@ -212,7 +214,7 @@ class Stages:
         if self.media:
             self.keeper.hold("pre:1", request.lease)
             self.leases.add(("pre:1", request.lease))
-        return PreprocessReply(
+        reply = PreprocessReply(
             prompt_ids=self.prompt_ids,
             media=self.media,
             starts_thinking=False,
@@ -220,6 +222,7 @@ class Stages:
             incarnation="p",
             busy_s=0.25,
         )
+        return Preprocessed(reply=reply, lease=request.lease)
 
     async def _encode(
         self, encoder: EncoderInfo, media: tuple[PromptMedia, ...], *, lease: str, patch_address: str, timeout_s: float
@@ -315,6 +318,8 @@ async def world(
         leases=keeper,
         preprocess=stages,  # type: ignore[arg-type]
         encode=stages,  # type: ignore[arg-type]
+        budget=RetryBudget(share=0.2, burst=64, clock=time.monotonic),
+        suspects=Suspects(),
         model_name="tiny",
         context_limit=lambda: fleet.context_limit(64),
         vocab_size=100,
