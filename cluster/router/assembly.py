@@ -53,9 +53,7 @@ class RouterParts:
         silence = {"lost_after_s": config.router.lost_after_s, "suspect_after_s": config.router.suspect_after_s}
         fleet = Fleet(call_planner(planner), incarnation, **silence)
         leases = LeaseKeeper(media, **silence)
-        budget = RetryBudget(
-            share=config.router.retry_share, burst=config.router.retry_burst, clock=time.monotonic
-        )
+        budget = RetryBudget(share=config.router.retry_share, burst=config.router.retry_burst, clock=time.monotonic)
         directory = Path(config.model)
         tokenizer = await asyncio.to_thread(TextTokenizer.from_dir, directory)
         text = ErnieConfig.from_dir(directory).text

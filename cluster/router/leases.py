@@ -71,7 +71,10 @@ class LeaseKeeper:
 
     async def wait_lost(self, address: str) -> None:
         """Returns when a place with leases has been silent for so long that it counts as lost."""
-        while (left := self._lost_after_s - self._silent_s(address)) > 0:
+        while True:
+            left = self._lost_after_s - self._silent_s(address)
+            if left <= 0:
+                return
             await asyncio.sleep(left)
 
     def _silent_s(self, address: str) -> float:

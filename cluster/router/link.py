@@ -1,7 +1,8 @@
 """The router's end of one engine's link: a bidi stream shared by all attempts this router has there.
 
-A link is *suspect* when nothing arrived for ``suspect_after_s``: it takes nothing new. It is *lost* when its stream breaks
-or after ``lost_after_s`` of silence: every attempt on it then gets one AttemptError. Attempts never share fate otherwise.
+A link is *suspect* when nothing arrived for ``suspect_after_s``: it takes nothing new. It is *lost* when its stream
+breaks or after ``lost_after_s`` of silence: every attempt on it then gets one AttemptError. Attempts never share fate
+otherwise.
 """
 
 from __future__ import annotations
@@ -135,10 +136,7 @@ class EngineLink:
     def takes_new(self) -> bool:
         """Usable, heard of just now, and the engine does not leave."""
         return (
-            self.load is not None
-            and self.usable
-            and not self.load.draining
-            and self.silent_s <= self._suspect_after_s
+            self.load is not None and self.usable and not self.load.draining and self.silent_s <= self._suspect_after_s
         )
 
     @property

@@ -118,7 +118,7 @@ class PromptKeeper:
         self._release(self._leases.embeddings)
 
     async def _make(self, choice: int) -> Prompt:
-        """A preprocessor or encoder that is lost is replaced by another one as often as it takes: the deadline ends it."""
+        """Another preprocessor or encoder does what a lost one did, as often as it takes: the deadline ends it."""
         done: Preprocessed | None = None
         while True:
             try:

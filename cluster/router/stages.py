@@ -52,8 +52,8 @@ class _Call:
 
 
 class PreprocessStage:
-    """Calls the preprocessor pool through its Serve handle: with a deadline, and with one hedge, which goes to whichever
-    replica Serve picks then.
+    """Calls the preprocessor pool through its Serve handle: with a deadline, and with one hedge, which goes to
+    whichever replica Serve picks then.
 
     Args:
         hedge_after_s: silence after which the same is asked once more, if the budget has a retry to spare.

@@ -1,8 +1,8 @@
 """Which choices may have killed an engine, and which engines try one of them now.
 
 Whatever an engine computed when it died is a suspect. An engine gets one suspect at a time, beside whatever else it
-does, until the suspect is past the token where the death fell; so the second death under a suspect is that one's, and it
-is refused. A router only knows its own choices: with several routers an engine could have a suspect of each, and an
+does, until the suspect is past the token where the death fell; so the second death under a suspect is that one's, and
+it is refused. A router only knows its own choices: with several routers an engine could have a suspect of each, and an
 innocent one could be refused with the guilty.
 """
 

@@ -8,9 +8,8 @@ import time
 from typing import Any
 
 import pytest
-import torch
 
-from actors.errors import AlreadyExists, InternalError, Unavailable
+from actors.errors import AlreadyExists, InternalError
 from actors.types import AttemptMode, EngineRequest, EngineRole, Message, MessageRole, SamplingParams, SequenceKey
 from actors.wire.audit import fetch_audit
 from cluster.generation import Finished, GenerateCall

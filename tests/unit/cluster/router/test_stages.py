@@ -128,9 +128,7 @@ async def test_a_hedge_takes_over_and_the_late_answer_is_released() -> None:
 async def test_the_first_answer_may_still_win_and_a_lost_one_does_not() -> None:
     slow, hedge = Preprocessor(), Preprocessor(ray.exceptions.ActorDiedError())
     slow.go.clear()
-    run = asyncio.create_task(
-        stage_of(Pool(slow, hedge), LeaseKeeper(Places()), hedge_after_s=0.01).run(request())
-    )
+    run = asyncio.create_task(stage_of(Pool(slow, hedge), LeaseKeeper(Places()), hedge_after_s=0.01).run(request()))
     await hedge.called.wait()
     await asyncio.sleep(0.02)
     assert not run.done()

@@ -99,7 +99,7 @@ async def test_a_silent_engine_gets_nothing_new_and_is_lost_at_last(monkeypatch:
         await eventually(lambda: [view.info for view in w.fleet.engines()] == [spare.info])
         assert spare.submits.empty()
         late = w.ask(replace(CALL, request_id="late"))
-        engine, late_key, _ = await taker(spare)
+        _, late_key, _ = await taker(spare)
         spare.say(late_key, 0, 1, finish=FinishReason.LENGTH)
         assert text_of(await late) == "b"
         _, again, known = await taker(spare)

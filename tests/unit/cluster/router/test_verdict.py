@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from actors.errors import DeadlineExceeded, InternalError, InvalidRequest, MediaChanged, Overloaded, ServingError, Unavailable
+from actors.errors import (
+    DeadlineExceeded,
+    InternalError,
+    InvalidRequest,
+    MediaChanged,
+    Overloaded,
+    ServingError,
+    Unavailable,
+)
 from cluster.router.retry_budget import FLOOR_PER_S, RetryBudget
 from cluster.router.verdict import Verdict, judge
 
