@@ -147,6 +147,11 @@ class ChoiceRun:
         return got > 1 or (got == 1 and self._transferred)
 
     @property
+    def route(self) -> Route | None:
+        """Of its last attempt."""
+        return self._route
+
+    @property
     def _token_count(self) -> int:
         return len(self._state.request.prompt_ids) + len(self.output.token_ids)
 

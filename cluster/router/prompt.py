@@ -75,6 +75,16 @@ class PromptKeeper:
         assert self._prompt is not None
         return self._prompt
 
+    @property
+    def patch_address(self) -> str | None:
+        """Of the preprocessor that keeps patches for the request now."""
+        return next((address for address, _ in self._leases.patches), None)
+
+    @property
+    def embedding_address(self) -> str | None:
+        """Of the encoder that keeps or makes embeddings for the request now."""
+        return next((address for address, _ in self._leases.embeddings), None)
+
     async def make(self) -> Prompt:
         """Preprocesses and encodes, for all choices.
 

@@ -23,7 +23,7 @@ from actors.types import Message, PreprocessRequest, ThinkingMode
 from cluster.generation import Event, Finished, GenerateCall, ModelCard, Tool
 from cluster.policy import pick_encoder, pick_route
 from cluster.registry import LoadingEntry
-from cluster.router.request import RequestRun
+from cluster.router.request import RequestRun, Whereabouts
 from cluster.router.services import Services
 from cluster.tools import template_form
 
@@ -66,6 +66,10 @@ class Router:
     @property
     def active_count(self) -> int:
         return len(self._active)
+
+    def whereabouts(self) -> list[Whereabouts]:
+        """Of every request that runs, the oldest first."""
+        return [run.whereabouts() for run in self._active.values()]
 
     async def generate(self, call: GenerateCall) -> AsyncIterator[Event]:
         """See ``GenerationService``; closing the iterator cancels the request everywhere."""
