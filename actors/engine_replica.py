@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -60,6 +61,10 @@ log = logging.getLogger(__name__)
 
 StartGroup = Callable[[EngineReplicaConfig, EngineRole, str], EngineGroup]
 """Starts the further ranks of an engine whose leader, this process, listens on the given address. Blocks."""
+MOVE_S = 2.0
+"""For attempts that move to let go of their blocks, transfers included."""
+LAST_WORDS_S = 0.05
+"""For what was told before a step failed to reach the routers: it names what the step computed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,6 +102,7 @@ class EngineReplica:
         role: EngineRole = await planner.assign_role.remote(self._incarnation, config.pool)
         self._progress = (0, 0)
         host = host or node_address()
+        self._leaves = False
 
         async def say_loading() -> None:
             ranks = (self._progress, *(() if self._group is None else self._group.loading))
@@ -221,7 +227,7 @@ class EngineReplica:
         self._puller.resupply(key, media)
 
     def load(self) -> LoadReport:
-        return self._engine.load()
+        return replace(self._engine.load(), draining=self._leaves)
 
     # What the engine tells, on the event loop.
 
@@ -323,10 +329,14 @@ class EngineReplica:
         self._registration.check()
 
     async def close(self) -> None:
-        """Drains: no new attempts, running ones may finish until the drain timeout."""
-        await self._registration.end()
+        """Drains: no new attempts, running ones may finish until the drain timeout; then their routers move them."""
+        self._leaves = True
         self._engine.drain()
-        await asyncio.to_thread(self._engine.wait_idle, self._config.drain_timeout_s)
+        self._links.tell_load()
+        await self._registration.end()
+        if not await asyncio.to_thread(self._engine.wait_idle, self._config.drain_timeout_s):
+            self._engine.move()
+            await asyncio.to_thread(self._engine.wait_idle, MOVE_S)
         await self._sender.close()
         await self._receiver.close()
         await self._server.stop(0.5)
@@ -382,5 +392,6 @@ class _Sink:
 
     def on_fatal(self, error: BaseException) -> None:
         log.critical("a step failed: the engine ends", exc_info=error)
+        time.sleep(LAST_WORDS_S)
         logging.shutdown()
         os._exit(1)

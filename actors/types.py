@@ -417,6 +417,8 @@ class LoadReport:
     """Of these, found in the prefix cache."""
     preemptions: int = 0
     """Sequences that lost their blocks to another since start."""
+    draining: bool = False
+    """It leaves: what it has may finish, nothing new is taken."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -65,6 +65,14 @@ class RouterPool(Pool):
     replicas: Count = 1
     max_active: Count = 1024
     num_cpus: Amount = 0.5
+    suspect_after_s: Seconds = 1.0
+    """A part that is silent for so long gets nothing new."""
+    lost_after_s: Seconds = 3.0
+    """After so long its requests go on elsewhere."""
+    retry_share: Annotated[float, Field(ge=0, le=1)] = 0.2
+    """Work done again because a part was lost, as a share of the requests admitted; more of it waits."""
+    retry_burst: Count = 256
+    """Of it, saved up at most."""
 
     @field_validator("replicas")
     @classmethod
@@ -72,6 +80,12 @@ class RouterPool(Pool):
         if replicas != 1:
             raise ValueError("more than one router is not built yet")
         return replicas
+
+    @model_validator(mode="after")
+    def _suspicion_comes_first(self) -> Self:
+        if self.suspect_after_s > self.lost_after_s:
+            raise ValueError(f"suspect_after_s {self.suspect_after_s:g} is over lost_after_s {self.lost_after_s:g}")
+        return self
 
 
 class PreprocessorPool(Pool):
@@ -85,6 +99,10 @@ class PreprocessorPool(Pool):
     """Requests accepted at once, waiting ones included."""
     patch_bytes: Count = 2 << 30
     """Patches kept for pulling; what does not fit waits before it is decoded."""
+    hedge_after_s: Seconds = 2.0
+    """A request that is not answered by then is sent to another preprocessor as well."""
+    timeout_s: Seconds = 60.0
+    """After so long without an answer a request is sent again."""
     limits: ProcessingLimits = ProcessingLimits()
     """What one request may carry, ``allowed_media_domains`` among it."""
 

@@ -120,6 +120,11 @@ class Engine:
         with self._wake:
             self._accepting = False
 
+    def move(self) -> None:
+        """Ends every attempt with reason MOVED: its owner goes on elsewhere. Chunks handed out still need
+        ``transferred``."""
+        self._send(lambda _: self._end_each(Unavailable("the engine leaves", reason="MOVED")))
+
     def wait_idle(self, timeout_s: float | None = None) -> bool:
         """Waits until no attempt is here. False if the time ran out, or the engine stopped with some left."""
         with self._wake:
@@ -328,14 +333,17 @@ class Engine:
         for command in commands:
             command(now)
         self._tell()
-        for key in list(self._scheduler.roster.by_key):
-            self._scheduler.end(key, error)
+        self._end_each(error)
         self._tell()
         self._reservations.refuse_all(error.reason, error.message)
         plan = self._scheduler.plan(now)
         if plan is not None:
             self._runner.run(plan)
         self._close()
+
+    def _end_each(self, error: ServingError) -> None:
+        for key in list(self._scheduler.roster.by_key):
+            self._scheduler.end(key, error)
 
     def _close(self) -> None:
         """The thread's last act: nobody may wait for it any more."""

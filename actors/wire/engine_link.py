@@ -135,6 +135,15 @@ class EngineLinkServicer(engine_link_pb2_grpc.EngineLinkServiceServicer):
             need = engine_link_pb2.MediaNeed(key=convert.key_to_proto(key), embedding_keys=embedding_keys)
             session.outbox.put_nowait(engine_link_pb2.LinkResponse(media_need=need))
 
+    def tell_load(self) -> None:
+        """Tells every router at once what the next heartbeat would."""
+        for session in self._open:
+            session.outbox.put_nowait(engine_link_pb2.LinkResponse(load=self._load()))
+
+    def _load(self) -> engine_link_pb2.Load:
+        info = self._info()
+        return convert.load_to_proto(self._host.load(), info.role, info.epoch)
+
     async def Link(  # type: ignore[override]  # noqa: N802
         self, request_iterator: object, context: Context
     ) -> None:
@@ -211,9 +220,7 @@ class EngineLinkServicer(engine_link_pb2_grpc.EngineLinkServiceServicer):
 
     async def _beat(self, session: _Session) -> None:
         while time.monotonic() - session.heard_at < ROUTER_SILENT_S:
-            info = self._info()
-            load = convert.load_to_proto(self._host.load(), info.role, info.epoch)
-            session.outbox.put_nowait(engine_link_pb2.LinkResponse(load=load))
+            session.outbox.put_nowait(engine_link_pb2.LinkResponse(load=self._load()))
             await asyncio.sleep(LOAD_S)
         log.warning("router %s was silent for %.0f s: ending its attempts", session.router, ROUTER_SILENT_S)
 

@@ -130,7 +130,7 @@ def test_groups_that_share_experts_prefill_and_decode_what_one_rank_computes() -
     with contextlib.ExitStack() as stack:
         sides = []
         for role in (EngineRole.PREFILL, EngineRole.DECODE):
-            group = EngineGroup(2, HOST, child_ranks(config, role), config=PATIENT)
+            group = EngineGroup([HOST] * 2, child_ranks(config, role), config=PATIENT)
             stack.callback(group.close)
             rank, runner = group.load(config, role)
             assert (rank.runner.model.vision_bank is not None) == role.prefills
