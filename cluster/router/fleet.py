@@ -83,9 +83,9 @@ class Fleet:
         suspect may still finish what it has but gets nothing new."""
         ready = self._ready()
         return [
-            EngineView(info=link.info, load=link.load, cached_blocks=link.cached_blocks)
+            EngineView(info=link.info, load=load, cached_blocks=link.cached_blocks)
             for incarnation, link in self._links.items()
-            if incarnation in ready and link.takes_new and link.load is not None
+            if incarnation in ready and link.takes_new and (load := link.claimed_load) is not None
         ]
 
     def context_limit(self, bound: int) -> int:
@@ -130,14 +130,15 @@ class Fleet:
 
     def _wake(self, link: EngineLink) -> None:
         """Wakes the first of those who wait, as far as the engine that just told its load has room for them."""
-        if link.load is None or not link.takes_new or link.info.incarnation not in self._ready():
+        load = link.claimed_load
+        if load is None or not link.takes_new or link.info.incarnation not in self._ready():
             return
         if (self._path_waiters or not self.had_path) and self._has_path():
             self.had_path = True
             self._path_came.set()
             self._path_came = asyncio.Event()
         waiting = [waiter for waiter in self._waiting if not waiter.future.done()]
-        view = EngineView(info=link.info, load=link.load)
+        view = EngineView(info=link.info, load=load)
         for waiter in waiting[: admissible(view, [waiter.token_count for waiter in waiting])]:
             waiter.future.set_result(None)
 

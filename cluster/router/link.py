@@ -12,7 +12,7 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import grpc
 import grpc.aio
@@ -99,6 +99,17 @@ class _Listener:
             self.computing = True
 
 
+@dataclass(frozen=True, slots=True)
+class _Claim:
+    """What a submitted attempt will take of an engine that does not count it yet."""
+
+    number: int
+    """Of the Submit, from 1."""
+    tokens: int
+    computes: bool
+    """The prompt is computed there; otherwise its KV arrives."""
+
+
 class EngineLink:
     """One connection to one incarnation of an engine. Lives on the router's event loop."""
 
@@ -124,6 +135,10 @@ class EngineLink:
         self._on_lost = on_lost
         self._outbox: asyncio.Queue[engine_link_pb2.LinkRequest] = asyncio.Queue()
         self._attempts: dict[SequenceKey, _Listener] = {}
+        self._claims: dict[SequenceKey, _Claim] = {}
+        self._submit_count = 0
+        self._counted = 0
+        """Submits the engine had taken when it told its load last."""
         self._heard_at = time.monotonic()
         self._task: asyncio.Task[None] | None = None
 
@@ -138,6 +153,24 @@ class EngineLink:
         return (
             self.load is not None and self.usable and not self.load.draining and self.silent_s <= self._suspect_after_s
         )
+
+    @property
+    def claimed_load(self) -> LoadReport | None:
+        """The load as it will be: with what this router submitted and the engine has not counted yet."""
+        if self.load is None or not self._claims:
+            return self.load
+        claims = self._claims.values()
+        blocks = sum(-(-claim.tokens // self.load.block_size) for claim in claims)
+        return replace(
+            self.load,
+            free_blocks=max(0, self.load.free_blocks - blocks),
+            queued_tokens=self.load.queued_tokens + sum(claim.tokens for claim in claims if claim.computes),
+        )
+
+    def _drop_claims(self, counted: int) -> None:
+        """An engine in a long step tells a load of before it: what it took since is in the one after, at the latest."""
+        self._claims = {key: claim for key, claim in self._claims.items() if claim.number > self._counted}
+        self._counted = counted
 
     @property
     def silent_s(self) -> float:
@@ -162,6 +195,9 @@ class EngineLink:
     ) -> None:
         """Starts an attempt; everything about it arrives in ``events`` until ``forget``."""
         self._attempts[key] = _Listener(events, mode)
+        self._submit_count += 1
+        tokens = len(request.prompt_ids) + len(request.output_ids)
+        self._claims[key] = _Claim(self._submit_count, tokens, computes=mode is not AttemptMode.DECODE)
         submit = engine_link_pb2.Submit(
             key=convert.key_to_proto(key),
             request=convert.request_to_proto(request),
@@ -181,6 +217,7 @@ class EngineLink:
 
     def forget(self, key: SequenceKey, *, cancel: bool) -> None:
         """Stops listening to an attempt and, unless it is over, ends it at the engine."""
+        self._claims.pop(key, None)
         if self._attempts.pop(key, None) is not None and cancel:
             self._outbox.put_nowait(
                 engine_link_pb2.LinkRequest(cancel=engine_link_pb2.Cancel(key=convert.key_to_proto(key)))
@@ -263,6 +300,7 @@ class EngineLink:
                     self._deliver(event.key, event)
             case "load":
                 self.load = convert.load_from_proto(response.load)
+                self._drop_claims(response.load.submit_count)
                 self._on_load(self)
             case "attempt_ended":
                 key = convert.key_from_proto(response.attempt_ended.key)

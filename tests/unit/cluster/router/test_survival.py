@@ -152,24 +152,18 @@ async def test_an_engine_that_leaves_gives_its_requests_away() -> None:
 
 async def test_suspects_are_tried_one_at_a_time_and_cleared() -> None:
     async with world(COLOCATED, COLOCATED, max_active=8) as w:
+        victim, spare = w.engines
+        fleet = w.router._services.fleet
+        spare.draining = True
+        spare.links.tell_load()
+        await eventually(lambda: len(fleet.engines()) == 1)
         tasks = [w.ask(replace(CALL, request_id=name)) for name in ("one", "two", "three")]
-        homes: dict[str, ScriptedEngine] = {}
-        keys: list[SequenceKey] = []
         for _ in tasks:
-            engine, key, _ = await taker(*w.engines)
-            engine.say(key, 0, 0)
-            homes[key.request_id] = engine
-            keys.append(key)
-        victim = homes[keys[0].request_id]
-        for key in keys:
-            if homes[key.request_id] is not victim:
-                homes[key.request_id].end(key, Unavailable("full", reason="NO_BLOCKS"))
-                moved, again, _ = await taker(victim)
-                moved.say(again, 1, 1)
-        await asyncio.sleep(0.05)
-        spare = other(w, victim)
-        while not spare.submits.empty():
-            spare.submits.get_nowait()
+            key, _, _ = await victim.taken()
+            victim.say(key, 0, 0, 1)
+        spare.draining = False
+        spare.links.tell_load()
+        await eventually(lambda: len(fleet.engines()) == 2)
         await victim.server.stop(None)
         for left in (2, 1, 0):
             key, request, _ = await spare.taken()
