@@ -101,6 +101,8 @@ class EngineReplicaConfig:
     """Embeddings held ahead of use."""
     drain_timeout_s: float = 30.0
     """Time running attempts have to finish when the replica stops."""
+    role_drain_s: float = 5.0
+    """Likewise when it changes its role."""
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:

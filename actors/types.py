@@ -490,6 +490,19 @@ class EngineInfo:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class RoleOrder:
+    """The planner's word that an engine is to take another role."""
+
+    term: int
+    """Of the planner. Engines heed no lower one than they know."""
+    epoch: int
+    """Of the engine when this was decided: in any other the order is void."""
+    role: EngineRole
+    substitutes: tuple[str, ...]
+    """Incarnations of engines that together do without it what is to be done: prefill and decode."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class EncoderInfo:
     """Identity of a vision encoder, for the registry."""
 

@@ -149,6 +149,7 @@ def engine_config(config: ClusterConfig, pool: EnginePool) -> EngineReplicaConfi
         experts=pool.experts,
         cuda_graphs=pool.cuda_graphs,
         drain_timeout_s=config.drain_timeout_s,
+        role_drain_s=config.role_drain_s,
     )
 
 

@@ -141,6 +141,21 @@ class Roles(Section):
         return self.prefill + self.decode + self.colocated
 
 
+class RoleMoves(Section):
+    """When engines of a pool change between prefilling and decoding by themselves."""
+
+    queued_tokens: Count = 16384
+    """Prompt tokens in the queue of a prefill engine, on average, that are too many."""
+    kv_use: Annotated[float, Field(gt=0, le=1)] = 0.8
+    """Share of KV blocks in use on decode engines, on average, that is too much."""
+    idle: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    """Of these bounds, what the other kind of engines may have for one of them to be spared."""
+    hold_s: Amount = 5.0
+    """For how long it must be so."""
+    cooldown_s: Amount = 30.0
+    """From one change to the next."""
+
+
 class EnginePool(Pool):
     """Language-model engines of one shape. One Serve replica is one expert-parallel group."""
 
@@ -150,6 +165,8 @@ class EnginePool(Pool):
     """Ranks of an engine. Each is a process, holds its share of the experts and claims CPUs and GPUs as below."""
     placement: Placement = "pack"
     """How the ranks of one engine lie on nodes: on few, on one, on many, or each on its own."""
+    move_roles: RoleMoves | None = None
+    """Set (``{}`` for the defaults), engines change their roles as the load asks.; else only ``ernie role`` does."""
     rebalance_steps: Annotated[int, Field(ge=0)] = 1000
     """Steps after which busy experts may change ranks; 0 leaves them where they are."""
     num_cpus: Amount = 1.0
@@ -202,6 +219,13 @@ class EnginePool(Pool):
         return {role: count for role, count in counts.items() if count}
 
 
+class Admin(Section):
+    """Who may change a running cluster over HTTP (``POST /admin/role``)."""
+
+    token: Annotated[str, Field(min_length=16)] | None = None
+    """Sent as ``Authorization: Bearer``. Unset, whoever reaches the HTTP port may: for loopback only."""
+
+
 class ClusterConfig(Section):
     """Everything. ``model`` is a built-in model's name, or a checkpoint directory at the same path on every node."""
 
@@ -225,7 +249,11 @@ class ClusterConfig(Section):
     """Deadline of a request that names none."""
     drain_timeout_s: Seconds = 30.0
     """Time running requests have to finish when the cluster stops."""
+    role_drain_s: Seconds = 5.0
+    """Time what runs on an engine has to finish there when it changes its role; the rest goes on elsewhere."""
 
+    admin: Admin | None = None
+    """Unset, the cluster is not changed over HTTP. ``ernie serve`` sets it while it listens on loopback."""
     host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
     http_port: Port = 8000
     grpc_port: Port = 9000

@@ -5,15 +5,19 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from ray import serve
 
+from actors.errors import Unavailable
+from actors.types import EngineRole
+from cluster.admin_api import set_role
 from cluster.config import ClusterConfig
 from cluster.grpc_service import InferenceServicer
 from cluster.http_api import build_api
 from cluster.router.assembly import RouterParts
 from cluster.router.router import Router
+from cluster.serve_errors import own_error
 from cluster.status import cluster_status
 
 
@@ -29,6 +33,8 @@ class Ingress(InferenceServicer):
     ) -> None:
         self._parts = await RouterParts.start(config, planner, preprocessor)
         self._model = config.model_name
+        self._admin = config.admin
+        self._planner = planner
         self.router = self._parts.router
 
     def __serve_build_asgi_app__(self) -> FastAPI:
@@ -38,7 +44,11 @@ class Ingress(InferenceServicer):
             asked = {name: request.query_params.get(name) == "true" for name in ("audit", "requests")}
             return JSONResponse(await self.status(**asked))
 
+        async def role(request: Request) -> Response:
+            return await set_role(self._admin, self._order_role, request)
+
         app.add_route("/status", status, methods=["GET"])
+        app.add_route("/admin/role", role, methods=["POST"])
         return app
 
     async def status(self, *, audit: bool = False, requests: bool = False) -> dict[str, Any]:
@@ -58,6 +68,13 @@ class Ingress(InferenceServicer):
                 name: {"held": dict(found.held), "problem": found.problem} for name, found in audits.items()
             }
         return status
+
+    async def _order_role(self, engine: str, role: EngineRole) -> str:
+        try:
+            ordered: str = await self._planner.order_role.remote(engine, role)
+        except Exception as error:
+            raise own_error(error) or Unavailable("the planner does not answer", reason="NO_PLANNER") from None
+        return ordered
 
     async def drain(self, timeout_s: float) -> int:
         """Refuses new requests and waits for running ones; returns how many were still running at the end."""

@@ -57,6 +57,7 @@ class InProcessCluster:
         self.engines: list[EngineReplica] = []
         self.encoders: list[VisionEncoder] = []
         self.preprocessors: list[Preprocessor] = []
+        self.planner: Planner
         self.pool: Handle
         """Of the preprocessors."""
         self.parts: RouterParts
@@ -153,7 +154,7 @@ async def in_process_cluster(
         planner = Planner.__new__(Planner)
         await planner.__init__(config, term=1)  # type: ignore[func-returns-value,misc]
         stack.callback(planner._expiry.cancel)
-        handle = Handle(planner)
+        cluster.planner, handle = planner, Handle(planner)
         for _ in range(preprocessors):
             part = await _made(Preprocessor, PreprocessorConfig(model_dir=str(model_dir)), None, HOST)
             cluster.preprocessors.append(part)

@@ -165,7 +165,7 @@ class Fleet:
             known = self._links.get(incarnation)
             if known is None:
                 self._connect(info)
-            elif known.info != info:
+            elif info.epoch >= known.info.epoch:
                 known.info = info
         for incarnation in self._links.keys() - ready.keys():
             link = self._links[incarnation]

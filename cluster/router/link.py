@@ -300,6 +300,9 @@ class EngineLink:
                     self._deliver(event.key, event)
             case "load":
                 self.load = convert.load_from_proto(response.load)
+                if response.load.epoch > self.info.epoch:  # It is heard here before the planner tells.
+                    role = convert.ROLE_OF[response.load.role]
+                    self.info = replace(self.info, role=role, epoch=response.load.epoch)
                 self._drop_claims(response.load.submit_count)
                 self._on_load(self)
             case "attempt_ended":
