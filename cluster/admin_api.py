@@ -34,7 +34,7 @@ async def set_role(admin: Admin | None, order_role: OrderRole, request: Request)
         return _refusal(error)
     given = request.headers.get("authorization", "")
     if admin.token is not None and not hmac.compare_digest(given.encode(), f"Bearer {admin.token}".encode()):
-        body = error_object("authorization: this needs the admin token", "authentication_error", None, "ADMIN_TOKEN")
+        body = error_object("authorization: this needs the admin token", "authentication_error", None, "admin_token")
         return JSONResponse(body, status_code=401, headers={"www-authenticate": "Bearer"})
     try:
         asked = await _read(request)
