@@ -21,7 +21,7 @@ from actors.errors import (
 )
 from actors.types import Message, PreprocessRequest, ThinkingMode
 from cluster.generation import Event, Finished, GenerateCall, ModelCard, Tool
-from cluster.policy import pick_encoder, pick_route
+from cluster.policy import pick_encoder
 from cluster.registry import LoadingEntry
 from cluster.router.request import RequestRun, Whereabouts
 from cluster.router.services import Services
@@ -180,7 +180,7 @@ class Router:
     async def not_ready(self) -> str | None:
         if self._draining:
             return "draining"
-        if pick_route(self._services.fleet.engines(), 1) is None:
+        if not self._services.fleet.has_path:
             return "no prefill and decode path" + "".join(map(_progress, self._services.fleet.snapshot.loading))
         if not self._services.fleet.snapshot.preprocessors:
             return "no preprocessor"
