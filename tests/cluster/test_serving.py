@@ -6,7 +6,6 @@ import asyncio
 import base64
 import os
 import signal
-import time
 from collections.abc import AsyncIterator
 from typing import Any
 

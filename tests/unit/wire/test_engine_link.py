@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -284,6 +285,20 @@ async def test_a_silent_engine_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
         event = await pair.event()
         assert isinstance(event, AttemptError) and "silent" in event.error.message
         await silent.close()
+
+
+async def test_a_router_that_stood_still_itself_hears_the_engine_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("actors.wire.engine_link.LOAD_S", 0.05)
+    async with engine() as pair:
+        link = pair.connect(pair.info, lost_after_s=0.6)
+        pair.loaded.clear()
+        pair.lost.clear()
+        link.start()
+        await asyncio.wait_for(pair.loaded.wait(), 5)
+        time.sleep(0.9)  # noqa: ASYNC251
+        await asyncio.sleep(0.2)
+        assert link.usable and not pair.lost.is_set()
+        await link.close()
 
 
 async def test_a_second_submit_of_a_running_attempt_is_refused_and_the_first_goes_on() -> None:

@@ -66,6 +66,26 @@ async def test_a_reply_through_prefill_and_decode() -> None:
         assert prefill.cancels.empty() and decode.cancels.empty()
 
 
+async def test_it_tells_where_every_request_is() -> None:
+    async with world(EngineRole.PREFILL, EngineRole.DECODE) as w:
+        prefill, decode = w.engines
+        w.stages.media = (IMAGE,)
+        w.stages.gate.clear()
+        task = w.ask(replace(CALL, request_id="mine"))
+        await eventually(lambda: w.router.active_count == 1)
+        await asyncio.sleep(0)
+        (where,) = w.router.whereabouts()
+        assert (where.alias, where.stage, where.prefill) == ("mine", Stage.PREPROCESS, None)
+        w.stages.gate.set()
+        key, *_ = await prefill.taken()
+        (where,) = w.router.whereabouts()
+        assert (where.request_id, where.stage, where.encoder) == (key.request_id, Stage.QUEUED, "enc:1")
+        assert (where.prefill, where.decode) == (prefill.info.address, decode.info.address)
+        prefill.say(key, 0, 0, finish=FinishReason.LENGTH)
+        await task
+        assert w.router.whereabouts() == []
+
+
 async def test_a_stop_string_ends_the_reply_and_the_attempt() -> None:
     async with world(EngineRole.COLOCATED) as w:
         (engine,) = w.engines
