@@ -297,6 +297,22 @@ async def test_tokens_are_counted_without_keeping_anything() -> None:
         assert await w.router.count_tokens(None, CALL.messages, CALL.thinking) == (3, 0)
 
 
+async def test_preprocessors_and_encoders_that_are_lost_are_asked_elsewhere() -> None:
+    """What preprocessing gave is kept while encoders are lost; only losses draw on the retry budget."""
+    async with world(EngineRole.COLOCATED) as w:
+        w.stages.media, w.stages.losses, w.stages.encoder_losses, w.stages.misses = (IMAGE,), 2, 2, 1
+        budget = w.router._services.budget
+        budget._clock = lambda since=budget._since: since  # type: ignore[misc]
+        task = w.ask()
+        key, *_ = await w.engines[0].taken()
+        w.engines[0].say(key, 0, END, finish=FinishReason.STOP)
+        await task
+        assert (w.stages.preprocessed, w.stages.encoded) == (2, 4)
+        assert budget.saved == 64 - 4
+        w.stages.losses = 3
+        assert await w.router.count_tokens(None, CALL.messages, CALL.thinking) == (3, 1)
+
+
 async def test_counting_has_a_deadline_too() -> None:
     async with world(EngineRole.COLOCATED, default_timeout_s=0.05) as w:
         w.stages.gate.clear()
