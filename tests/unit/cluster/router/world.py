@@ -246,7 +246,7 @@ class Stages:
             self.losses -= 1
             raise StageLost("a preprocessor")
         self.preprocessed += 1
-        if self.media:
+        if self.media and request.keep_patches:
             self.keeper.hold("pre:1", request.lease)
             self.leases.add(("pre:1", request.lease))
         reply = PreprocessReply(
