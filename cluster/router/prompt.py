@@ -104,12 +104,8 @@ class PromptKeeper:
         """
         self.need(choice)
         async with self._making:
-            before = self.prompt
-            if before.spans is known:
-                again = await self._make(choice)
-                if (again.reply.prompt_ids, again.reply.media) != (before.reply.prompt_ids, before.reply.media):
-                    raise MediaChanged("media changed while the request was running")
-                self._prompt = again
+            if self.prompt.spans is known:
+                self._prompt = await self._make(choice)
         return self.prompt.spans
 
     def need(self, choice: int) -> None:
@@ -134,6 +130,7 @@ class PromptKeeper:
             try:
                 if done is None:
                     done = await self._preprocess(choice)
+                    self._check_same(done.reply)
                 return Prompt(reply=done.reply, spans=await self._encode(done, choice))
             except MissingPatches:
                 log.warning("request %s: patches were gone before they were encoded", self._request_id)
@@ -145,6 +142,14 @@ class PromptKeeper:
                 delay_s = self._services.budget.spend() if verdict is Verdict.LOST else RECHECK_S
                 log.warning("request %s: %s: again in %.1f s", self._request_id, error.message, delay_s)
                 await asyncio.sleep(delay_s)
+
+    def _check_same(self, again: PreprocessReply) -> None:
+        """Raises MediaChanged for another prompt than the one engines know."""
+        if self._prompt is None:
+            return
+        before = self._prompt.reply
+        if (again.prompt_ids, again.media) != (before.prompt_ids, before.media):
+            raise MediaChanged("media changed while the request was running")
 
     async def _preprocess(self, choice: int) -> Preprocessed:
         self._progress.enter(choice, Stage.PREPROCESS)

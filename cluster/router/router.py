@@ -19,12 +19,13 @@ from actors.errors import (
     ServingError,
     Unavailable,
 )
-from actors.types import Message, PreprocessRequest, ThinkingMode
+from actors.types import Message, PreprocessReply, PreprocessRequest, ThinkingMode
 from cluster.generation import Event, Finished, GenerateCall, ModelCard, Tool
-from cluster.policy import pick_encoder, pick_route
+from cluster.policy import pick_encoder
 from cluster.registry import LoadingEntry
 from cluster.router.request import RequestRun, Whereabouts
 from cluster.router.services import Services
+from cluster.router.stages import StageLost
 from cluster.tools import template_form
 
 log = logging.getLogger(__name__)
@@ -162,10 +163,18 @@ class Router:
         )
         try:
             async with asyncio.timeout(self._default_timeout_s):
-                reply = (await self._services.preprocess.run(request)).reply
+                reply = await self._preprocess(request)
         except TimeoutError:
             raise DeadlineExceeded(f"counting took longer than {self._default_timeout_s:g} s") from None
         return len(reply.prompt_ids), sum(item.grid.tokens for item in reply.media)
+
+    async def _preprocess(self, request: PreprocessRequest) -> PreprocessReply:
+        """By another preprocessor when one is lost, as often as it takes."""
+        while True:
+            try:
+                return (await self._services.preprocess.run(request)).reply
+            except StageLost:
+                await asyncio.sleep(self._services.budget.spend())
 
     def models(self) -> tuple[ModelCard, ...]:
         return (
@@ -180,7 +189,7 @@ class Router:
     async def not_ready(self) -> str | None:
         if self._draining:
             return "draining"
-        if pick_route(self._services.fleet.engines(), 1) is None:
+        if not self._services.fleet.has_path:
             return "no prefill and decode path" + "".join(map(_progress, self._services.fleet.snapshot.loading))
         if not self._services.fleet.snapshot.preprocessors:
             return "no preprocessor"

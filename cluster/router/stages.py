@@ -28,7 +28,7 @@ class StageLost(Unavailable):
     default_reason = "STAGE_LOST"
 
     def __init__(self, what: str) -> None:
-        super().__init__(f"{what} was lost; send the request again", retry_after_s=1.0)
+        super().__init__(f"{what} was lost", retry_after_s=1.0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -32,6 +32,7 @@ def made(**values: Any) -> ClusterConfig:
         ({"model": "m", "max_model_len": 1}, "f: max_model_len: Input should be greater"),
         ({"model": "m", "default_timeout_s": float("inf")}, "f: default_timeout_s: Input should be a finite number"),
         ({"model": "m", "router": {"num_cpus": float("inf")}}, "f: router.num_cpus: Input should be a finite number"),
+        ({"model": "m", "router": {"suspect_after_s": 4}}, "f: router: suspect_after_s 4 is over lost_after_s 3"),
         (
             {"model": "m", "engines": [COLOCATED | {"kv_cache_gib": float("inf")}]},
             "f: engines.0.kv_cache_gib: Input should be a finite number",

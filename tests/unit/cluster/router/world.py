@@ -44,7 +44,7 @@ from cluster.router.router import Router
 from cluster.router.sampling import SamplingDefaults, resolve_sampling
 from cluster.router.scores import TokenScorer
 from cluster.router.services import Services
-from cluster.router.stages import MissingPatches, Preprocessed
+from cluster.router.stages import MissingPatches, Preprocessed, StageLost
 from cluster.router.suspects import Suspects
 from ernie_serving.internal.v1 import engine_link_pb2, engine_link_pb2_grpc
 
@@ -224,9 +224,12 @@ class Stages:
         self.media: tuple[PromptMedia, ...] = ()
         self.prompt_ids: tuple[int, ...] = (5, 6, 7)
         self.error: Exception | None = None
+        self.losses = 0
+        """Preprocessors that are lost before one answers."""
         self.gate = asyncio.Event()
         self.gate.set()
         self.misses = 0
+        self.encoder_losses = 0
         self.preprocessed = 0
         self.encoded = 0
         self.leases: set[tuple[str, str]] = set()
@@ -239,8 +242,11 @@ class Stages:
         await self.gate.wait()
         if self.error is not None:
             raise self.error
+        if self.losses:
+            self.losses -= 1
+            raise StageLost("a preprocessor")
         self.preprocessed += 1
-        if self.media:
+        if self.media and request.keep_patches:
             self.keeper.hold("pre:1", request.lease)
             self.leases.add(("pre:1", request.lease))
         reply = PreprocessReply(
@@ -262,6 +268,9 @@ class Stages:
         if self.misses:
             self.misses -= 1
             raise MissingPatches
+        if self.encoder_losses:
+            self.encoder_losses -= 1
+            raise StageLost("a vision encoder")
         return tuple(
             MediaSpan(
                 kind=item.kind,
