@@ -14,7 +14,8 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from actors.processing.config import ProcessingLimits
-from actors.types import EngineRole
+from actors.processing.parser_names import ReasoningParserName, ToolCallParserName
+from actors.types import EngineRole, MediaOptions
 
 Compat = Literal["original", "transformers"]
 DType = Literal["auto", "bfloat16", "float32", "float64"]
@@ -105,6 +106,8 @@ class PreprocessorPool(Pool):
     """After so long without an answer a request is sent again."""
     limits: ProcessingLimits = ProcessingLimits()
     """What one request may carry, ``allowed_media_domains`` among it."""
+    media: MediaOptions = MediaOptions()
+    """How pictures and videos are prepared where requests do not say; what is unset is the checkpoint's."""
 
 
 class VisionEncoderPool(Pool):
@@ -226,6 +229,22 @@ class Admin(Section):
     """Sent as ``Authorization: Bearer``. Unset, whoever reaches the HTTP port may: for loopback only."""
 
 
+class PoolDefaults(Section):
+    """What holds for engine pools that do not say otherwise themselves."""
+
+    max_num_seqs: Count | None = None
+    max_batched_tokens: Count | None = None
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] | None = None
+
+    def over(self, pool: EnginePool) -> EnginePool:
+        """The pool with what it left out. Raises ValueError for what does not go together."""
+        given = self.model_dump(exclude_none=True) | pool.model_dump(exclude_unset=True)
+        try:
+            return EnginePool.model_validate(given)
+        except ValidationError as error:
+            raise ValueError(f"pool {pool.name}: {error_lines(error)[0]}") from None
+
+
 class ClusterConfig(Section):
     """Everything. ``model`` is a built-in model's name, or a checkpoint directory at the same path on every node."""
 
@@ -238,12 +257,17 @@ class ClusterConfig(Section):
     """Whose routing and position rules to follow where they differ."""
     max_model_len: Annotated[int, Field(ge=2)] | None = None
     """Longest prompt and reply together. The checkpoint's own when unset."""
+    reasoning_parser: ReasoningParserName | None = None
+    """What reads thinking out of replies. All names stand for one parser, which goes by the prompt."""
+    tool_call_parser: ToolCallParserName = "ernie45"
+    """What reads calls out of replies: anywhere in an answer, or (``ernie-45-vl-thinking``) only before its text."""
 
     router: RouterPool = RouterPool()
     preprocessor: PreprocessorPool = PreprocessorPool()
     vision_encoder: VisionEncoderPool = VisionEncoderPool()
     engines: tuple[EnginePool, ...] | None = None
     """Unset: chosen from the GPUs there are (``resolve``)."""
+    pool_defaults: PoolDefaults = PoolDefaults()
 
     default_timeout_s: Seconds = 600.0
     """Deadline of a request that names none."""
@@ -281,6 +305,12 @@ class ClusterConfig(Section):
     def _ports_differ(self) -> Self:
         if self.http_port == self.grpc_port:
             raise ValueError(f"http_port and grpc_port are both {self.http_port}")
+        return self
+
+    @model_validator(mode="after")
+    def _defaults_fit(self) -> Self:
+        for pool in self.engines or _default_engines(0):
+            self.pool_defaults.over(pool)
         return self
 
     @property
@@ -356,7 +386,7 @@ def resolve(config: ClusterConfig, *, gpus: int) -> ClusterConfig:
             "served_model_name": config.model_name,
             "dtype": _settled_dtype(config.dtype, gpus),
             "vision_encoder": config.vision_encoder.model_copy(update={"num_gpus": encoder_gpus}),
-            "engines": tuple(_settled_pool(pool, gpus) for pool in engines),
+            "engines": tuple(_settled_pool(config.pool_defaults.over(pool), gpus) for pool in engines),
         }
     )
 

@@ -20,7 +20,7 @@ from grpc_health.v1 import health_pb2  # type: ignore[import-untyped]
 from actors.errors import InternalError, InvalidRequest, NotFound, ServingError
 from cluster.event_reader import EventReader
 from cluster.generation import Event, Finished, GenerationService, Started
-from cluster.grpc_request import generate_call, messages, thinking_mode, tools
+from cluster.grpc_request import generate_call, media_options, messages, thinking_mode, tools
 from cluster.grpc_response import STATUS_CODE, model, status, stream_response, whole_response
 from cluster.request_checks import COMPLETION_PREFIX
 from ernie_serving.v1 import inference_pb2
@@ -113,6 +113,7 @@ class InferenceServicer:
                 messages(request.messages),
                 thinking_mode(request.thinking_mode),
                 tools(request.tools),
+                media_options(request.media_options),
             )
             return inference_pb2.CountTokensResponse(token_count=tokens, media_token_count=media)
 

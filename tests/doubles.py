@@ -13,7 +13,7 @@ import grpc
 from grpc_health.v1 import health_pb2_grpc  # type: ignore[import-untyped]
 
 from actors.errors import NotFound
-from actors.types import FinishReason, Message, Stage, ThinkingMode, Timings
+from actors.types import FinishReason, MediaOptions, Message, Stage, ThinkingMode, Timings
 from cluster.generation import (
     ChoiceFinished,
     Delta,
@@ -37,7 +37,13 @@ class Pause:
 
 
 USAGE = Usage(
-    prompt_tokens=12, media_tokens=6, cached_tokens=4, output_tokens=5, reasoning_tokens=2, time_to_first_token_s=0.25
+    prompt_tokens=12,
+    media_tokens=6,
+    cached_tokens=4,
+    output_tokens=5,
+    reasoning_tokens=2,
+    time_to_first_token_s=0.25,
+    video_tokens=2,
 )
 TIMINGS = Timings(
     exposed={Stage.QUEUED: 0.001, Stage.PREFILL: 0.2, Stage.DECODE: 1.5},
@@ -125,6 +131,7 @@ class ScriptedService:
         messages: tuple[Message, ...],
         thinking: ThinkingMode,
         tools: tuple[Tool, ...] = (),
+        media_options: MediaOptions | None = None,
     ) -> tuple[int, int]:
         self.counted.append((model, messages, thinking, tools))
         return 12, 6

@@ -14,6 +14,7 @@ import grpc.aio
 
 from actors.ernie.config import ErnieConfig
 from actors.processing.detokenize import IncrementalDetokenizer
+from actors.processing.parser_names import calls_lead
 from actors.processing.parsers import ReasoningParser, StopStrings
 from actors.processing.tokenizer import TextTokenizer
 from actors.processing.tool_calls import ToolCallParser
@@ -76,7 +77,7 @@ class RouterParts:
             context_limit=context_limit,
             vocab_size=text.vocab_size,
             resolve_sampling=partial(_resolve, SamplingDefaults.from_dir(directory), context_limit, tokenizer),
-            make_output=partial(_output, tokenizer, score),
+            make_output=partial(_output, tokenizer, score, calls_lead(config.tool_call_parser)),
             score=score,
             clock=time.monotonic,
             wall_clock=time.time,
@@ -136,14 +137,20 @@ def _resolve(
     )
 
 
-def _output(tokenizer: TextTokenizer, score: TokenScorer, call: GenerateCall, starts_thinking: bool) -> OutputAssembler:
-    """Stop strings end answers; a structured answer, forced calls among them, is whole only if nothing cuts it."""
+def _output(
+    tokenizer: TextTokenizer, score: TokenScorer, leading_calls: bool, call: GenerateCall, starts_thinking: bool
+) -> OutputAssembler:
+    """Stop strings end answers; a structured answer, forced calls among them, is whole only if nothing cuts it. Calls
+    come before any text of it, or there are none: what looks like a call inside is part of it.
+    """
     structured = call.structure is not None or call.forces_call
     return OutputAssembler(
         IncrementalDetokenizer(tokenizer),
         ReasoningParser(starts_thinking, structured=structured),
         StopStrings(() if structured else call.stop),
-        tools=ToolCallParser(_new_call_id, most=None if call.parallel_tool_calls else 1)
+        tools=ToolCallParser(
+            _new_call_id, most=None if call.parallel_tool_calls else 1, leading=structured or leading_calls
+        )
         if call.offered_tools
         else None,
         stop_token_ids=call.stop_token_ids,

@@ -7,7 +7,7 @@ import logging
 from dataclasses import dataclass, field
 
 from actors.errors import MediaChanged, Unavailable
-from actors.types import EncoderInfo, MediaSpan, PreprocessReply, PreprocessRequest, Stage
+from actors.types import EncoderInfo, MediaKind, MediaSpan, PreprocessReply, PreprocessRequest, Stage
 from cluster.generation import GenerateCall
 from cluster.policy import pick_encoder
 from cluster.router.services import Services
@@ -32,6 +32,10 @@ class Prompt:
     @property
     def media_tokens(self) -> int:
         return sum(item.grid.tokens for item in self.reply.media)
+
+    @property
+    def video_tokens(self) -> int:
+        return sum(item.grid.tokens for item in self.reply.media if item.kind is MediaKind.VIDEO)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -160,6 +164,7 @@ class PromptKeeper:
                 thinking=self._call.thinking,
                 tools=tuple(map(template_form, self._call.offered_tools)),
                 max_prompt_tokens=self._services.context_limit() - 1,
+                media_options=self._call.media_options,
             )
         )
         self._leases.patches.add((done.reply.media_address, done.lease))

@@ -19,7 +19,7 @@ from actors.errors import (
     ServingError,
     Unavailable,
 )
-from actors.types import Message, PreprocessReply, PreprocessRequest, ThinkingMode
+from actors.types import MediaOptions, Message, PreprocessReply, PreprocessRequest, ThinkingMode
 from cluster.generation import Event, Finished, GenerateCall, ModelCard, Tool
 from cluster.policy import pick_encoder
 from cluster.registry import LoadingEntry
@@ -145,6 +145,7 @@ class Router:
         messages: tuple[Message, ...],
         thinking: ThinkingMode,
         tools: tuple[Tool, ...] = (),
+        media_options: MediaOptions | None = None,
     ) -> tuple[int, int]:
         """Returns (all tokens, media tokens) of a prompt, without keeping anything.
 
@@ -160,6 +161,7 @@ class Router:
             tools=tuple(map(template_form, tools)),
             max_prompt_tokens=self._services.context_limit() - 1,
             keep_patches=False,
+            media_options=media_options or MediaOptions(),
         )
         try:
             async with asyncio.timeout(self._default_timeout_s):
