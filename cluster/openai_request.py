@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BeforeValidator, Discriminator, FiniteFloat, Tag, ValidationError
 from pydantic_core import ErrorDetails
@@ -28,6 +28,8 @@ from cluster.generation import GenerateCall
 from cluster.openai_structure import ResponseFormat, SchemaText, Strict, StructuredOutputs, find_structure
 from cluster.openai_tools import ToolBody, ToolChoiceBody, to_tool_choice, to_tools
 from cluster.request_checks import check_call, check_messages, check_pixels, media_from_uri, not_supported
+
+Body = TypeVar("Body", bound=Strict)
 
 SPELLING = {"timeout_s": "timeout", "thinking": "enable_thinking", "bad_words_ids": "bad_words"}
 """Names of later stages whose OpenAI names differ in every request; ``spelling`` adds what depends on the request."""
@@ -195,8 +197,13 @@ class ChatRequest(Strict):
 
 def parse_chat_request(body: bytes) -> ChatRequest:
     """Checks the types of a body. Raises InvalidRequest naming the first wrong field."""
+    return parse_body(ChatRequest, body)
+
+
+def parse_body(kind: type[Body], body: bytes) -> Body:
+    """The same for a body of any kind."""
     try:
-        return ChatRequest.model_validate_json(body)
+        return kind.model_validate_json(body)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     raise _refusal(first)

@@ -65,6 +65,7 @@ class RouterParts:
             model_name=config.model_name,
             context_limit=context_limit,
             vocab_size=text.vocab_size,
+            vocabulary=tokenizer,
             resolve_sampling=partial(_resolve, SamplingDefaults.from_dir(directory), context_limit, tokenizer),
             make_output=partial(_output, tokenizer, score),
             score=score,
@@ -127,11 +128,13 @@ def _resolve(
 
 
 def _output(tokenizer: TextTokenizer, score: TokenScorer, call: GenerateCall, starts_thinking: bool) -> OutputAssembler:
-    """Stop strings end answers; a structured answer, forced calls among them, is whole only if nothing cuts it."""
+    """Stop strings end answers; a structured answer, forced calls among them, is whole only if nothing cuts it. What
+    follows a raw prompt stays as the model writes it.
+    """
     structured = call.structure is not None or call.forces_call
     return OutputAssembler(
         IncrementalDetokenizer(tokenizer),
-        ReasoningParser(starts_thinking, structured=structured),
+        ReasoningParser(starts_thinking, structured=structured or call.prompt is not None),
         StopStrings(() if structured else call.stop),
         tools=ToolCallParser(_new_call_id, most=None if call.parallel_tool_calls else 1)
         if call.offered_tools

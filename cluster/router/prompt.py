@@ -40,6 +40,22 @@ class _Leases:
     count: int = 0
 
 
+def preprocess_request(
+    call: GenerateCall, *, lease: str, context_limit: int, keep_patches: bool = True
+) -> PreprocessRequest:
+    """All of a call that shapes its prompt."""
+    return PreprocessRequest(
+        lease=lease,
+        messages=call.messages,
+        prompt=call.prompt,
+        add_special_tokens=call.add_special_tokens,
+        thinking=call.thinking,
+        tools=tuple(map(template_form, call.offered_tools)),
+        max_prompt_tokens=context_limit - 1,
+        keep_patches=keep_patches,
+    )
+
+
 class PromptKeeper:
     """Makes the prompt, makes its media again when they were lost, and gives every lease back.
 
@@ -129,13 +145,7 @@ class PromptKeeper:
         self._progress.enter(choice, Stage.PREPROCESS)
         lease = self._new_lease()
         reply = await self._services.preprocess.run(
-            PreprocessRequest(
-                lease=lease,
-                messages=self._call.messages,
-                thinking=self._call.thinking,
-                tools=tuple(map(template_form, self._call.offered_tools)),
-                max_prompt_tokens=self._services.context_limit() - 1,
-            )
+            preprocess_request(self._call, lease=lease, context_limit=self._services.context_limit())
         )
         self._leases.patches.add((reply.media_address, lease))
         self._timeline.add_busy(Stage.PREPROCESS, reply.busy_s)
