@@ -5,6 +5,7 @@ Handlers take the service and the request, so that any FastAPI or Starlette appl
 
 from __future__ import annotations
 
+import importlib.metadata
 from collections.abc import Awaitable, Callable
 
 from fastapi import FastAPI, Request, Response
@@ -15,8 +16,11 @@ from actors.errors import NotFound
 from cluster.generation import GenerationService
 from cluster.http_exchange import answer_exchange, guarded, trace_id
 from cluster.openai_chat import ChatExchange
-from cluster.openai_request import parse_chat_request
+from cluster.openai_completions import CompletionRequest
+from cluster.openai_completions_response import CompletionExchange
+from cluster.openai_request import parse_body, parse_chat_request
 from cluster.openai_response import error_object, model_body
+from cluster.tokenize_api import detokenize, tokenize
 
 Handler = Callable[[GenerationService, Request], Awaitable[Response]]
 
@@ -24,6 +28,11 @@ Handler = Callable[[GenerationService, Request], Awaitable[Response]]
 async def chat_completions(service: GenerationService, request: Request) -> Response:
     """POST /v1/chat/completions."""
     return await answer_exchange(service, request, lambda body: ChatExchange(parse_chat_request(body)))
+
+
+async def completions(service: GenerationService, request: Request) -> Response:
+    """POST /v1/completions."""
+    return await answer_exchange(service, request, lambda body: CompletionExchange(parse_body(CompletionRequest, body)))
 
 
 async def list_models(service: GenerationService, request: Request) -> Response:
@@ -65,6 +74,11 @@ async def ready(service: GenerationService, request: Request) -> Response:
     return await guarded(answer(), trace_id(request))
 
 
+async def version(service: GenerationService, request: Request) -> Response:
+    """GET /version."""
+    return JSONResponse({"version": importlib.metadata.version("ernie-serving")})
+
+
 def build_api(get_service: Callable[[], GenerationService]) -> FastAPI:
     """An application with every route. ``get_service`` is called once per request."""
     app = FastAPI(title="ernie-serving", docs_url=None, redoc_url=None, openapi_url=None)
@@ -76,10 +90,14 @@ def build_api(get_service: Callable[[], GenerationService]) -> FastAPI:
         app.add_route(path, endpoint, methods=[method])
 
     route("POST", "/v1/chat/completions", chat_completions)
+    route("POST", "/v1/completions", completions)
+    route("POST", "/tokenize", tokenize)
+    route("POST", "/detokenize", detokenize)
     route("GET", "/v1/models", list_models)
     route("GET", "/v1/models/{model_id:path}", get_model)
     route("GET", "/health", health)
     route("GET", "/ready", ready)
+    route("GET", "/version", version)
     install_error_handlers(app)
     return app
 

@@ -7,7 +7,7 @@ Anything else in a body is refused by name rather than ignored.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BeforeValidator, Discriminator, FiniteFloat, Tag, ValidationError
@@ -104,7 +104,8 @@ def _listed_content(value: Any) -> Any:
     return [{"type": "text", "text": value}] if isinstance(value, str) else value
 
 
-def _listed(value: Any) -> Any:
+def listed(value: Any) -> Any:
+    """Makes a list of one string."""
     return [value] if isinstance(value, str) else value
 
 
@@ -129,7 +130,9 @@ class MessageBody(Strict):
     """
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Annotated[list[PartBody], BeforeValidator(_listed_content)] | None = None
+    content: (
+        Annotated[list[PartBody], BeforeValidator(_listed_content, json_schema_input_type=str | list[PartBody])] | None
+    ) = None
     name: str | None = None
     reasoning: str | None = None
     reasoning_content: str | None = None
@@ -168,7 +171,7 @@ class ChatRequest(Strict):
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
     reasoning_max_tokens: int | None = None
-    stop: Annotated[list[str], BeforeValidator(_listed)] | None = None
+    stop: Annotated[list[str], BeforeValidator(listed, json_schema_input_type=str | list[str])] | None = None
     stop_token_ids: list[int] | None = None
     ignore_eos: bool | None = None
     logprobs: bool | None = None
@@ -253,7 +256,7 @@ def to_call(chat: ChatRequest) -> GenerateCall:
     _, structure = find_structure(chat)
     tools = to_tools(chat.tools)
     call = GenerateCall(
-        messages=tuple(_message(message, f"messages[{index}]") for index, message in enumerate(chat.messages)),
+        messages=to_messages(chat.messages),
         model=chat.model,
         temperature=chat.temperature,
         top_p=chat.top_p,
@@ -262,7 +265,7 @@ def to_call(chat: ChatRequest) -> GenerateCall:
         repetition_penalty=chat.repetition_penalty,
         presence_penalty=chat.presence_penalty or 0.0,
         frequency_penalty=chat.frequency_penalty or 0.0,
-        logit_bias=_logit_bias(chat.logit_bias or {}),
+        logit_bias=logit_biases(chat.logit_bias or {}),
         allowed_token_ids=None if chat.allowed_token_ids is None else tuple(chat.allowed_token_ids),
         bad_words=tuple(chat.bad_words or ()),
         seed=chat.seed,
@@ -279,14 +282,13 @@ def to_call(chat: ChatRequest) -> GenerateCall:
         tools=tools,
         tool_choice=to_tool_choice(chat.tool_choice, tools),
         parallel_tool_calls=chat.parallel_tool_calls is not False,
-        thinking=_thinking(chat.enable_thinking),
+        thinking=thinking_mode(chat.enable_thinking),
         priority=chat.priority or 0,
         cache_salt=chat.cache_salt,
         timeout_s=chat.timeout,
         return_token_ids=bool(chat.return_token_ids),
         return_timings=bool(chat.return_timings),
     )
-    check_messages(call.messages, "content")
     check_call(call, spelling(chat))
     return call
 
@@ -310,7 +312,7 @@ def _logprobs(chat: ChatRequest) -> int | None:
     return None
 
 
-def _logit_bias(biases: Mapping[str, float]) -> tuple[tuple[int, float], ...]:
+def logit_biases(biases: Mapping[str, float]) -> tuple[tuple[int, float], ...]:
     """Token ids are keys of a JSON object, so they come as text."""
     for key in biases:
         if _TOKEN_ID.fullmatch(key) is None:
@@ -318,7 +320,8 @@ def _logit_bias(biases: Mapping[str, float]) -> tuple[tuple[int, float], ...]:
     return tuple(sorted((int(key), bias) for key, bias in biases.items()))
 
 
-def _thinking(enabled: bool | None) -> ThinkingMode:
+def thinking_mode(enabled: bool | None) -> ThinkingMode:
+    """``enable_thinking``: nothing leaves it to the template."""
     if enabled is None:
         return ThinkingMode.AUTO
     return ThinkingMode.ON if enabled else ThinkingMode.OFF
@@ -331,6 +334,13 @@ _ROLES: Mapping[str, MessageRole] = {
     "assistant": MessageRole.ASSISTANT,
     "tool": MessageRole.TOOL,
 }
+
+
+def to_messages(bodies: Sequence[MessageBody]) -> tuple[Message, ...]:
+    """Raises InvalidRequest naming the first wrong field."""
+    messages = tuple(_message(body, f"messages[{index}]") for index, body in enumerate(bodies))
+    check_messages(messages, "content")
+    return messages
 
 
 def _message(body: MessageBody, field: str) -> Message:

@@ -23,7 +23,7 @@ def _written(value: Any) -> Any:
     return json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else value
 
 
-SchemaText = Annotated[str, BeforeValidator(_written)]
+SchemaText = Annotated[str, BeforeValidator(_written, json_schema_input_type=str | dict[str, Any])]
 """A JSON schema, given as an object or as JSON text."""
 
 

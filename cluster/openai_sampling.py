@@ -1,0 +1,64 @@
+"""What every generation request over HTTP may say of how tokens are drawn and how the request is served."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, FiniteFloat
+
+from cluster.openai_request import listed, logit_biases
+from cluster.openai_structure import Strict
+
+
+class SamplingBody(Strict):
+    """Fields of ``GenerateCall`` under OpenAI's names, then vLLM's. ``user`` changes nothing."""
+
+    model: str | None = None
+    stream: bool | None = None
+    user: str | None = None
+    temperature: FiniteFloat | None = None
+    top_p: FiniteFloat | None = None
+    top_k: int | None = None
+    min_p: FiniteFloat | None = None
+    repetition_penalty: FiniteFloat | None = None
+    presence_penalty: FiniteFloat | None = None
+    frequency_penalty: FiniteFloat | None = None
+    logit_bias: dict[str, FiniteFloat] | None = None
+    allowed_token_ids: list[int] | None = None
+    bad_words: list[str] | None = None
+    seed: int | None = None
+    min_tokens: int | None = None
+    stop: Annotated[list[str], BeforeValidator(listed, json_schema_input_type=str | list[str])] | None = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool | None = None
+    priority: int | None = None
+    cache_salt: str | None = None
+    timeout: FiniteFloat | None = None
+    return_timings: bool | None = None
+
+
+def sampling_fields(body: SamplingBody) -> Mapping[str, Any]:
+    """The same as fields of ``GenerateCall``."""
+    return {
+        "model": body.model,
+        "temperature": body.temperature,
+        "top_p": body.top_p,
+        "top_k": 0 if body.top_k == -1 else body.top_k,
+        "min_p": body.min_p,
+        "repetition_penalty": body.repetition_penalty,
+        "presence_penalty": body.presence_penalty or 0.0,
+        "frequency_penalty": body.frequency_penalty or 0.0,
+        "logit_bias": logit_biases(body.logit_bias or {}),
+        "allowed_token_ids": None if body.allowed_token_ids is None else tuple(body.allowed_token_ids),
+        "bad_words": tuple(body.bad_words or ()),
+        "seed": body.seed,
+        "min_tokens": body.min_tokens or 0,
+        "stop": tuple(body.stop or ()),
+        "stop_token_ids": tuple(body.stop_token_ids or ()),
+        "ignore_eos": bool(body.ignore_eos),
+        "priority": body.priority or 0,
+        "cache_salt": body.cache_salt,
+        "timeout_s": body.timeout,
+        "return_timings": bool(body.return_timings),
+    }
