@@ -20,6 +20,8 @@ from cluster.openai_completions import CompletionRequest
 from cluster.openai_completions_response import CompletionExchange
 from cluster.openai_request import parse_body, parse_chat_request
 from cluster.openai_response import error_object, model_body
+from cluster.openai_responses import ResponsesExchange
+from cluster.openai_responses_request import ResponsesRequest
 from cluster.tokenize_api import detokenize, tokenize
 
 Handler = Callable[[GenerationService, Request], Awaitable[Response]]
@@ -33,6 +35,11 @@ async def chat_completions(service: GenerationService, request: Request) -> Resp
 async def completions(service: GenerationService, request: Request) -> Response:
     """POST /v1/completions."""
     return await answer_exchange(service, request, lambda body: CompletionExchange(parse_body(CompletionRequest, body)))
+
+
+async def responses(service: GenerationService, request: Request) -> Response:
+    """POST /v1/responses."""
+    return await answer_exchange(service, request, lambda body: ResponsesExchange(parse_body(ResponsesRequest, body)))
 
 
 async def list_models(service: GenerationService, request: Request) -> Response:
@@ -91,6 +98,7 @@ def build_api(get_service: Callable[[], GenerationService]) -> FastAPI:
 
     route("POST", "/v1/chat/completions", chat_completions)
     route("POST", "/v1/completions", completions)
+    route("POST", "/v1/responses", responses)
     route("POST", "/tokenize", tokenize)
     route("POST", "/detokenize", detokenize)
     route("GET", "/v1/models", list_models)
