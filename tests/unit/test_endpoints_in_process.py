@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, Literal
 
 import grpc.aio
 import httpx
 import openai
+import pydantic
 import pytest
 
 from actors.types import EngineRole
@@ -17,6 +19,7 @@ from tests.doubles import grpc_serving
 from tests.in_process import InProcessCluster, in_process_cluster
 from tests.tiny_model import tiny_checkpoint
 from tests.unit.cluster.test_http_api import serving
+from tests.unit.test_structured_in_process import closers
 
 ASK: list[Any] = [{"role": "user", "content": "Who is this?"}]
 GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 6}
@@ -122,3 +125,47 @@ async def test_what_is_wrong_with_a_prompt_is_named() -> None:
                 assert reply.status_code == 400, reply.text
                 error = reply.json()["error"]
                 assert error["param"] == field and field in error["message"], error
+
+
+class Pick(pydantic.BaseModel):
+    a: Literal[1, 2]
+
+
+async def test_responses_through_openais_client() -> None:
+    schema = {"type": "object", "properties": {"b": {"enum": [1]}}, "required": ["b"], "additionalProperties": False}
+    tool: Any = {"type": "function", "name": "f", "parameters": schema, "strict": True}
+    closing = {"logit_bias": {str(token): bias for token, bias in closers()}, "seed": 3}
+    async with faces() as on:
+        model = on.cluster.parts.router.models()[0].name
+        asked: dict[str, Any] = {"model": model, "input": "Who is this?", "temperature": 0, "max_output_tokens": 6}
+        chat = await on.post("/v1/chat/completions", messages=ASK, **GREEDY)
+        whole = await on.sdk.responses.create(**asked)
+        events = [event async for event in await on.sdk.responses.create(**asked, stream=True)]
+        assert whole.output_text == chat["choices"][0]["message"]["content"] and whole.status == "incomplete"
+        text = "".join(event.delta for event in events if event.type == "response.output_text.delta")
+        assert text == whole.output_text and events[-1].type == "response.incomplete"
+        assert whole.usage is not None and whole.usage.input_tokens == chat["usage"]["prompt_tokens"]
+
+        asked |= {"max_output_tokens": 120, "temperature": 1, "extra_body": closing, "reasoning": {"effort": "none"}}
+        parsed = await on.sdk.responses.parse(**asked, text_format=Pick)
+        assert parsed.output_parsed is not None and parsed.status == "completed"
+
+        asked |= {"tools": [tool], "tool_choice": "required", "parallel_tool_calls": False}
+        async with on.sdk.responses.stream(**asked) as stream:
+            called = await stream.get_final_response()
+        (call,) = called.output
+        assert call.type == "function_call" and json.loads(call.arguments) == {"b": 1} and call.name == "f"
+        history: list[Any] = [{"role": "user", "content": "Who is this?"}, *called.output]
+        history.append({"type": "function_call_output", "call_id": call.call_id, "output": "nobody"})
+        again = await on.sdk.responses.create(model=model, input=history, tools=[tool], max_output_tokens=3)
+        assert again.usage is not None and again.usage.output_tokens == 3
+
+        history[-1]["call_id"] = "call_unknown"
+        with pytest.raises(openai.BadRequestError) as caught:
+            await on.sdk.responses.create(model=model, input=history, tools=[tool])
+        assert caught.value.param == "input[2].call_id"
+
+        thinking: dict[str, Any] = {"model": model, "input": "Who?", "reasoning": {"effort": "high"}}
+        thought = await on.sdk.responses.create(**thinking, max_output_tokens=3)
+        assert [item.type for item in thought.output] == ["reasoning"]
+        assert thought.usage is not None and thought.usage.output_tokens_details.reasoning_tokens == 3
