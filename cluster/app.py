@@ -111,6 +111,7 @@ def preprocessor_config(config: ClusterConfig) -> PreprocessorConfig:
         model_dir=config.model,
         workers=pool.concurrency,
         patch_bytes=pool.patch_bytes,
+        media=pool.media,
     )
 
 

@@ -14,7 +14,8 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from actors.processing.config import ProcessingLimits
-from actors.types import EngineRole
+from actors.processing.parser_names import ReasoningParserName, ToolCallParserName
+from actors.types import EngineRole, MediaOptions
 
 Compat = Literal["original", "transformers"]
 DType = Literal["auto", "bfloat16", "float32", "float64"]
@@ -79,6 +80,8 @@ class PreprocessorPool(Section):
     """Patches kept for pulling; what does not fit waits before it is decoded."""
     limits: ProcessingLimits = ProcessingLimits()
     """What one request may carry, ``allowed_media_domains`` among it."""
+    media: MediaOptions = MediaOptions()
+    """How pictures and videos are prepared where requests do not say; what is unset is the checkpoint's."""
 
 
 class VisionEncoderPool(Section):
@@ -190,6 +193,10 @@ class ClusterConfig(Section):
     """Whose routing and position rules to follow where they differ."""
     max_model_len: Annotated[int, Field(ge=2)] | None = None
     """Longest prompt and reply together. The checkpoint's own when unset."""
+    reasoning_parser: ReasoningParserName | None = None
+    """What reads thinking out of replies. All names stand for one parser, which goes by the prompt."""
+    tool_call_parser: ToolCallParserName = "ernie45"
+    """What reads calls out of replies: anywhere in an answer, or (``ernie-45-vl-thinking``) only before its text."""
 
     router: RouterPool = RouterPool()
     preprocessor: PreprocessorPool = PreprocessorPool()

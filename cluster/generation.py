@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import enum
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from actors.types import FinishReason, Message, Structure, ThinkingMode, Timings, ToolCallDelta
+from actors.types import FinishReason, MediaOptions, Message, Structure, ThinkingMode, Timings, ToolCallDelta
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,6 +86,8 @@ class GenerateCall:
     cache_salt: str | None = None
     """Prefixes are shared only among requests of the same salt."""
     thinking: ThinkingMode = ThinkingMode.AUTO
+    media_options: MediaOptions = field(default_factory=MediaOptions)
+    """Of pictures and videos whose parts do not say."""
     timeout_s: float | None = None
     return_token_ids: bool = False
     return_timings: bool = False
@@ -110,6 +112,12 @@ class Usage:
     output_tokens: int
     reasoning_tokens: int
     time_to_first_token_s: float | None
+    video_tokens: int = 0
+    """Of the media tokens; the others are of pictures."""
+
+    @property
+    def image_tokens(self) -> int:
+        return self.media_tokens - self.video_tokens
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -141,8 +141,9 @@ def _check(body: CompletionRequest, prompts: int) -> None:
         raise _wrong("min_tokens", "must not be above max_tokens, which is 0")
     if body.scores_prompt and body.prompt_logprobs is not None:
         raise _wrong("prompt_logprobs", "does not go together with echo and logprobs, which tell the same")
-    if body.return_timings and prompts > 1:
-        raise _wrong("return_timings", f"needs a single prompt, not {prompts}")
+    for name in ("request_id", "return_timings"):
+        if getattr(body, name) and prompts > 1:
+            raise _wrong(name, f"needs a single prompt, not {prompts}")
 
 
 def completion_spelling(body: CompletionRequest) -> Mapping[str, str]:

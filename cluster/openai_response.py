@@ -95,12 +95,17 @@ def _cut(text: str) -> str:
 
 
 def usage_body(usage: Usage) -> dict[str, Any]:
-    """Token accounting. ``media_tokens`` is ours."""
+    """Token accounting. Image and video tokens have FastDeploy's names; ``media_tokens``, their sum, is ours."""
     return {
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.output_tokens,
         "total_tokens": usage.prompt_tokens + usage.output_tokens,
-        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens, "media_tokens": usage.media_tokens},
+        "prompt_tokens_details": {
+            "cached_tokens": usage.cached_tokens,
+            "image_tokens": usage.image_tokens,
+            "video_tokens": usage.video_tokens,
+            "media_tokens": usage.media_tokens,
+        },
         "completion_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
     }
 

@@ -40,7 +40,7 @@ class InputText(Strict):
 class InputImage(Strict):
     type: Literal["input_image"]
     image_url: str
-    detail: Literal["auto", "high", "original"] | None = None
+    detail: Literal["auto", "low", "high", "original"] | None = None
     file_id: None = None
 
 
@@ -265,7 +265,8 @@ def _part(part: PartItem, path: str, role: MessageRole) -> ContentPart:
     if isinstance(part, OutputText) and role is not MessageRole.ASSISTANT:
         raise _wrong(path, "is output_text, which belongs to messages of role assistant")
     if isinstance(part, InputImage):
-        return ImagePart(source=media_from_uri(part.image_url, f"{path}.image_url"))
+        source = media_from_uri(part.image_url, f"{path}.image_url")
+        return ImagePart(source=source, low_detail=part.detail == "low")
     return TextPart(text=part.text)
 
 

@@ -1,9 +1,9 @@
 """OpenAI Responses requests: what a body may hold, and its translation into a ``GenerateCall``.
 
 The API keeps nothing: a conversation is sent whole each time. ``reasoning.effort`` only says whether the model thinks:
-``none`` and ``minimal`` switch thinking off, any other effort switches it on, and without one the model's template
-decides. Sampling fields OpenAI does not have follow vLLM. What would need a store or OpenAI's own tools is refused by
-name; ``user``, ``safety_identifier``, ``prompt_cache_key``, ``service_tier`` and ``include`` change nothing.
+``none`` switches thinking off, any other effort switches it on, and without one the model's template decides. Sampling
+fields OpenAI does not have follow vLLM. What would need a store or OpenAI's own tools is refused by name; ``user``,
+``safety_identifier``, ``prompt_cache_key``, ``service_tier`` and ``include`` change nothing.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from pydantic import Discriminator, Field, Tag, WithJsonSchema
 from actors.errors import InvalidRequest
 from actors.types import Structure, StructureKind, ThinkingMode
 from cluster.generation import GenerateCall, Tool, ToolChoice, ToolMode
+from cluster.openai_media import ProcessorKwargs, to_media_options
 from cluster.openai_request import SPELLING, client_field
 from cluster.openai_responses_items import Conversation, Item
 from cluster.openai_sampling import SamplingBody, sampling_fields
 from cluster.openai_structure import SchemaText, Strict
+from cluster.openai_thinking import (
+    MAX_METADATA_KEY_LENGTH,
+    MAX_METADATA_PAIRS,
+    MAX_METADATA_VALUE_LENGTH,
+)
 from cluster.request_checks import check_call
 from cluster.tools import check_tool_choice, check_tools
-
-MAX_METADATA = 16
-MAX_METADATA_KEY = 64
-MAX_METADATA_VALUE = 512
-
-_THINKS_NOT = ("none", "minimal")
 
 NAMES = {
     **SPELLING,
@@ -138,8 +138,7 @@ class ResponsesRequest(SamplingBody):
     background: Literal[False] | None = None
     truncation: Literal["disabled"] | None = None
     service_tier: Literal["auto", "default"] | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
+    mm_processor_kwargs: ProcessorKwargs | None = None
     previous_response_id: None = None
     conversation: None = None
     prompt: None = None
@@ -155,6 +154,7 @@ class ResponsesCall:
         _check_metadata(body.metadata or {})
         self._conversation = Conversation.read(body.instructions, body.input)
         tools = _tools(body.tools or ())
+        media_options, self._media_names = to_media_options(body.mm_processor_kwargs)
         self.call = GenerateCall(
             **sampling_fields(body),
             messages=tuple(self._conversation.messages),
@@ -165,6 +165,7 @@ class ResponsesCall:
             tool_choice=_tool_choice(body.tool_choice, tools),
             parallel_tool_calls=body.parallel_tool_calls is not False,
             thinking=_thinking(body.reasoning),
+            media_options=media_options,
         )
         check_call(self.call, NAMES)
 
@@ -172,22 +173,25 @@ class ResponsesCall:
         """A field as a later stage names it, as the client wrote it."""
         if path.startswith("messages"):
             return self._conversation.client_field(path)
-        return client_field(path, NAMES)
+        return client_field(path, NAMES | self._media_names)
 
 
 def _check_metadata(metadata: Mapping[str, str]) -> None:
-    if len(metadata) > MAX_METADATA:
-        raise _wrong("metadata", f"has {len(metadata)} entries, the limit is {MAX_METADATA}")
+    if len(metadata) > MAX_METADATA_PAIRS:
+        raise _wrong("metadata", f"has {len(metadata)} entries, the limit is {MAX_METADATA_PAIRS}")
     for key, value in metadata.items():
-        if len(key) > MAX_METADATA_KEY or len(value) > MAX_METADATA_VALUE:
-            rule = f"must have keys of at most {MAX_METADATA_KEY} and values of at most {MAX_METADATA_VALUE} characters"
+        if len(key) > MAX_METADATA_KEY_LENGTH or len(value) > MAX_METADATA_VALUE_LENGTH:
+            rule = (
+                f"must have keys of at most {MAX_METADATA_KEY_LENGTH} characters "
+                f"and values of at most {MAX_METADATA_VALUE_LENGTH}"
+            )
             raise _wrong("metadata", rule)
 
 
 def _thinking(reasoning: Reasoning | None) -> ThinkingMode:
     if reasoning is None or reasoning.effort is None:
         return ThinkingMode.AUTO
-    return ThinkingMode.OFF if reasoning.effort in _THINKS_NOT else ThinkingMode.ON
+    return ThinkingMode.OFF if reasoning.effort == "none" else ThinkingMode.ON
 
 
 def _structure(format_: TextFormat | None) -> Structure | None:

@@ -12,11 +12,16 @@ from cluster.openai_structure import Strict
 
 
 class SamplingBody(Strict):
-    """Fields of ``GenerateCall`` under OpenAI's names, then vLLM's. ``user`` changes nothing."""
+    """Fields of ``GenerateCall`` under OpenAI's names, then vLLM's. ``user``, ``safety_identifier`` and
+    ``prompt_cache_key`` change nothing.
+    """
 
     model: str | None = None
     stream: bool | None = None
     user: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    request_id: str | None = None
     temperature: FiniteFloat | None = None
     top_p: FiniteFloat | None = None
     top_k: int | None = None
@@ -42,6 +47,7 @@ def sampling_fields(body: SamplingBody) -> Mapping[str, Any]:
     """The same as fields of ``GenerateCall``."""
     return {
         "model": body.model,
+        "request_id": body.request_id,
         "temperature": body.temperature,
         "top_p": body.top_p,
         "top_k": 0 if body.top_k == -1 else body.top_k,

@@ -8,7 +8,7 @@ placeholder per token. Prompts that continue the final message or lack the assis
 from __future__ import annotations
 
 import asyncio
-from typing import Literal
+from typing import Any, Literal
 
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse
@@ -16,12 +16,24 @@ from fastapi.responses import JSONResponse
 from actors.errors import InvalidRequest, NotFound
 from cluster.generation import GenerateCall, GenerationService, Vocabulary
 from cluster.http_exchange import guarded, read_body, trace_id
-from cluster.openai_request import SPELLING, MessageBody, parse_body, thinking_mode, to_messages
+from cluster.openai_media import ProcessorKwargs, to_media_options
+from cluster.openai_messages import MessageBody, to_messages
+from cluster.openai_request import SPELLING, parse_body
 from cluster.openai_structure import Strict
+from cluster.openai_thinking import ChatTemplateKwargs, Effort, find_thinking
 from cluster.openai_tools import ToolBody, to_tools
 from cluster.request_checks import MAX_INT32, check_call
 
 MAX_DETOKENIZED = 2**20
+
+_OF_CONVERSATIONS = (
+    "tools",
+    "enable_thinking",
+    "chat_template_kwargs",
+    "metadata",
+    "reasoning_effort",
+    "mm_processor_kwargs",
+)
 
 
 class TokenizeRequest(Strict):
@@ -33,6 +45,10 @@ class TokenizeRequest(Strict):
     messages: list[MessageBody] | None = None
     tools: list[ToolBody] | None = None
     enable_thinking: bool | None = None
+    chat_template_kwargs: ChatTemplateKwargs | None = None
+    metadata: dict[str, Any] | None = None
+    reasoning_effort: Effort | None = None
+    mm_processor_kwargs: ProcessorKwargs | None = None
     add_generation_prompt: Literal[True] | None = None
     continue_final_message: Literal[False] | None = None
     return_token_strs: bool | None = None
@@ -80,9 +96,9 @@ def _call(body: TokenizeRequest) -> GenerateCall:
     if (body.prompt is None) == (body.messages is None):
         raise _wrong("prompt", "or messages must be given, and not both")
     if body.messages is None:
-        if body.tools is not None or body.enable_thinking is not None:
-            name = "tools" if body.tools is not None else "enable_thinking"
-            raise _wrong(name, "does not go together with prompt, which is used as it stands")
+        for name in _OF_CONVERSATIONS:
+            if getattr(body, name) is not None:
+                raise _wrong(name, "does not go together with prompt, which is used as it stands")
         return GenerateCall(
             model=body.model, prompt=body.prompt, add_special_tokens=body.add_special_tokens is not False
         )
@@ -92,7 +108,8 @@ def _call(body: TokenizeRequest) -> GenerateCall:
         model=body.model,
         messages=to_messages(body.messages),
         tools=to_tools(body.tools),
-        thinking=thinking_mode(body.enable_thinking),
+        thinking=find_thinking(body)[1],
+        media_options=to_media_options(body.mm_processor_kwargs)[0],
     )
 
 

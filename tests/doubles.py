@@ -38,7 +38,13 @@ class Pause:
 
 
 USAGE = Usage(
-    prompt_tokens=12, media_tokens=6, cached_tokens=4, output_tokens=5, reasoning_tokens=2, time_to_first_token_s=0.25
+    prompt_tokens=12,
+    media_tokens=6,
+    cached_tokens=4,
+    output_tokens=5,
+    reasoning_tokens=2,
+    time_to_first_token_s=0.25,
+    video_tokens=2,
 )
 TIMINGS = Timings(
     exposed={Stage.QUEUED: 0.001, Stage.PREFILL: 0.2, Stage.DECODE: 1.5},

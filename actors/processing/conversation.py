@@ -146,6 +146,9 @@ def _check_order(messages: Sequence[Message]) -> None:
         leading = False
         if message.role is MessageRole.TOOL:
             if not message.tool_call_id:
+                # Which call it answers is plain where there is one.
+                if len(calls) == 1:
+                    continue
                 raise InvalidRequest("a tool message needs tool_call_id", field=f"messages[{i}].tool_call_id")
             if message.tool_call_id not in calls:
                 raise InvalidRequest(

@@ -14,6 +14,7 @@ import grpc.aio
 
 from actors.ernie.config import ErnieConfig
 from actors.processing.detokenize import IncrementalDetokenizer
+from actors.processing.parser_names import calls_lead
 from actors.processing.parsers import ReasoningParser, StopStrings
 from actors.processing.tokenizer import TextTokenizer
 from actors.processing.tool_calls import ToolCallParser
@@ -67,7 +68,7 @@ class RouterParts:
             vocab_size=text.vocab_size,
             vocabulary=tokenizer,
             resolve_sampling=partial(_resolve, SamplingDefaults.from_dir(directory), context_limit, tokenizer),
-            make_output=partial(_output, tokenizer, score),
+            make_output=partial(_output, tokenizer, score, calls_lead(config.tool_call_parser)),
             score=score,
             clock=time.monotonic,
             wall_clock=time.time,
@@ -127,16 +128,21 @@ def _resolve(
     )
 
 
-def _output(tokenizer: TextTokenizer, score: TokenScorer, call: GenerateCall, starts_thinking: bool) -> OutputAssembler:
-    """Stop strings end answers; a structured answer, forced calls among them, is whole only if nothing cuts it. What
-    follows a raw prompt stays as the model writes it.
+def _output(
+    tokenizer: TextTokenizer, score: TokenScorer, leading_calls: bool, call: GenerateCall, starts_thinking: bool
+) -> OutputAssembler:
+    """Stop strings end answers; a structured answer, forced calls among them, is whole only if nothing cuts it. Calls
+    come before any text of it, or there are none: what looks like a call inside is part of it. What follows a raw
+    prompt stays as the model writes it.
     """
     structured = call.structure is not None or call.forces_call
     return OutputAssembler(
         IncrementalDetokenizer(tokenizer),
         ReasoningParser(starts_thinking, structured=structured or call.prompt is not None),
         StopStrings(() if structured else call.stop),
-        tools=ToolCallParser(_new_call_id, most=None if call.parallel_tool_calls else 1)
+        tools=ToolCallParser(
+            _new_call_id, most=None if call.parallel_tool_calls else 1, leading=structured or leading_calls
+        )
         if call.offered_tools
         else None,
         stop_token_ids=call.stop_token_ids,

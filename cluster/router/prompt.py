@@ -7,7 +7,7 @@ import logging
 from dataclasses import dataclass, field
 
 from actors.errors import MediaChanged, Unavailable
-from actors.types import MediaSpan, PreprocessReply, PreprocessRequest, Stage
+from actors.types import MediaKind, MediaSpan, PreprocessReply, PreprocessRequest, Stage
 from cluster.generation import GenerateCall
 from cluster.policy import pick_encoder
 from cluster.router.services import Services
@@ -32,6 +32,10 @@ class Prompt:
     def media_tokens(self) -> int:
         return sum(item.grid.tokens for item in self.reply.media)
 
+    @property
+    def video_tokens(self) -> int:
+        return sum(item.grid.tokens for item in self.reply.media if item.kind is MediaKind.VIDEO)
+
 
 @dataclass(kw_only=True, slots=True)
 class _Leases:
@@ -53,6 +57,7 @@ def preprocess_request(
         tools=tuple(map(template_form, call.offered_tools)),
         max_prompt_tokens=context_limit - 1,
         keep_patches=keep_patches,
+        media_options=call.media_options,
     )
 
 

@@ -160,6 +160,7 @@ class RequestRun:
         usage = Usage(
             prompt_tokens=prompt_tokens,
             media_tokens=prompt.media_tokens,
+            video_tokens=prompt.video_tokens,
             cached_tokens=min(self._state.cached_tokens or 0, prompt_tokens),
             output_tokens=sum(len(output.token_ids) for output in outputs),
             reasoning_tokens=sum(output.reasoning_tokens for output in outputs),

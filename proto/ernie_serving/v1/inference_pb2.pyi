@@ -204,6 +204,7 @@ class GenerateRequest(_message.Message):
     PROMPT_TEXT_FIELD_NUMBER: _builtins.int
     PROMPT_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     ADD_SPECIAL_TOKENS_FIELD_NUMBER: _builtins.int
+    MEDIA_OPTIONS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Name of the model. May be empty when one model is served."""
     thinking_mode: Global___ThinkingMode.ValueType
@@ -240,7 +241,7 @@ class GenerateRequest(_message.Message):
 
     @_builtins.property
     def tools(self) -> _containers.RepeatedCompositeFieldContainer[_content_pb2.Tool]:
-        """Functions the model may call, at most 128. Not together with structured_output, unless tool_choice is NONE."""
+        """Functions the model may call, at most 128."""
 
     @_builtins.property
     def sampling_params(self) -> Global___SamplingParams:
@@ -252,7 +253,10 @@ class GenerateRequest(_message.Message):
 
     @_builtins.property
     def structured_output(self) -> Global___StructuredOutput:
-        """What the answer must match. It begins after any thinking, and stop sequences do not cut it."""
+        """What the answer must match. It begins after any thinking, and stop sequences do not cut it. Where the model may call
+        tools as it sees fit, only a JSON schema or object: the reply is then either calls, whose arguments match their
+        parameters, or such an answer.
+        """
 
     @_builtins.property
     def tool_choice(self) -> Global___ToolChoice:
@@ -261,6 +265,10 @@ class GenerateRequest(_message.Message):
     @_builtins.property
     def prompt_token_ids(self) -> Global___TokenIds:
         """Every id must be one of the model's, and none a media placeholder."""
+
+    @_builtins.property
+    def media_options(self) -> _content_pb2.MediaOptions:
+        """How images and videos are prepared where their parts do not say."""
 
     def __init__(
         self,
@@ -285,10 +293,11 @@ class GenerateRequest(_message.Message):
         prompt_text: _builtins.str = ...,
         prompt_token_ids: Global___TokenIds | None = ...,
         add_special_tokens: _builtins.bool | None = ...,
+        media_options: _content_pb2.MediaOptions | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens", "_parallel_tool_calls", b"_parallel_tool_calls", "_prompt_top_logprob_count", b"_prompt_top_logprob_count", "_top_logprob_count", b"_top_logprob_count", "add_special_tokens", b"add_special_tokens", "parallel_tool_calls", b"parallel_tool_calls", "prompt", b"prompt", "prompt_text", b"prompt_text", "prompt_token_ids", b"prompt_token_ids", "prompt_top_logprob_count", b"prompt_top_logprob_count", "sampling_params", b"sampling_params", "structured_output", b"structured_output", "timeout", b"timeout", "tool_choice", b"tool_choice", "top_logprob_count", b"top_logprob_count"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens", "_parallel_tool_calls", b"_parallel_tool_calls", "_prompt_top_logprob_count", b"_prompt_top_logprob_count", "_top_logprob_count", b"_top_logprob_count", "add_special_tokens", b"add_special_tokens", "media_options", b"media_options", "parallel_tool_calls", b"parallel_tool_calls", "prompt", b"prompt", "prompt_text", b"prompt_text", "prompt_token_ids", b"prompt_token_ids", "prompt_top_logprob_count", b"prompt_top_logprob_count", "sampling_params", b"sampling_params", "structured_output", b"structured_output", "timeout", b"timeout", "tool_choice", b"tool_choice", "top_logprob_count", b"top_logprob_count"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens", "_parallel_tool_calls", b"_parallel_tool_calls", "_prompt_top_logprob_count", b"_prompt_top_logprob_count", "_top_logprob_count", b"_top_logprob_count", "add_special_tokens", b"add_special_tokens", "cache_salt", b"cache_salt", "choice_count", b"choice_count", "messages", b"messages", "model", b"model", "parallel_tool_calls", b"parallel_tool_calls", "priority", b"priority", "prompt", b"prompt", "prompt_text", b"prompt_text", "prompt_token_ids", b"prompt_token_ids", "prompt_top_logprob_count", b"prompt_top_logprob_count", "request_id", b"request_id", "return_timings", b"return_timings", "return_token_ids", b"return_token_ids", "sampling_params", b"sampling_params", "structured_output", b"structured_output", "thinking_mode", b"thinking_mode", "timeout", b"timeout", "tool_choice", b"tool_choice", "tools", b"tools", "top_logprob_count", b"top_logprob_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens", "_parallel_tool_calls", b"_parallel_tool_calls", "_prompt_top_logprob_count", b"_prompt_top_logprob_count", "_top_logprob_count", b"_top_logprob_count", "add_special_tokens", b"add_special_tokens", "cache_salt", b"cache_salt", "choice_count", b"choice_count", "media_options", b"media_options", "messages", b"messages", "model", b"model", "parallel_tool_calls", b"parallel_tool_calls", "priority", b"priority", "prompt", b"prompt", "prompt_text", b"prompt_text", "prompt_token_ids", b"prompt_token_ids", "prompt_top_logprob_count", b"prompt_top_logprob_count", "request_id", b"request_id", "return_timings", b"return_timings", "return_token_ids", b"return_token_ids", "sampling_params", b"sampling_params", "structured_output", b"structured_output", "thinking_mode", b"thinking_mode", "timeout", b"timeout", "tool_choice", b"tool_choice", "tools", b"tools", "top_logprob_count", b"top_logprob_count"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__add_special_tokens: _TypeAlias = _typing.Literal["add_special_tokens"]  # noqa: Y015
     _WhichOneofArgType__add_special_tokens: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens"]  # noqa: Y015
@@ -821,6 +830,7 @@ class Usage(_message.Message):
     OUTPUT_TOKEN_COUNT_FIELD_NUMBER: _builtins.int
     REASONING_TOKEN_COUNT_FIELD_NUMBER: _builtins.int
     TIME_TO_FIRST_TOKEN_FIELD_NUMBER: _builtins.int
+    VIDEO_TOKEN_COUNT_FIELD_NUMBER: _builtins.int
     prompt_token_count: _builtins.int
     """Prompt tokens, media included."""
     media_token_count: _builtins.int
@@ -831,6 +841,8 @@ class Usage(_message.Message):
     """Generated tokens."""
     reasoning_token_count: _builtins.int
     """Of these, thinking."""
+    video_token_count: _builtins.int
+    """Of the media tokens, from video."""
     @_builtins.property
     def time_to_first_token(self) -> _duration_pb2.Duration:
         """From arrival to the first token."""
@@ -844,10 +856,11 @@ class Usage(_message.Message):
         output_token_count: _builtins.int = ...,
         reasoning_token_count: _builtins.int = ...,
         time_to_first_token: _duration_pb2.Duration | None = ...,
+        video_token_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["time_to_first_token", b"time_to_first_token"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_token_count", b"cached_token_count", "media_token_count", b"media_token_count", "output_token_count", b"output_token_count", "prompt_token_count", b"prompt_token_count", "reasoning_token_count", b"reasoning_token_count", "time_to_first_token", b"time_to_first_token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_token_count", b"cached_token_count", "media_token_count", b"media_token_count", "output_token_count", b"output_token_count", "prompt_token_count", b"prompt_token_count", "reasoning_token_count", b"reasoning_token_count", "time_to_first_token", b"time_to_first_token", "video_token_count", b"video_token_count"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1244,6 +1257,7 @@ class CountTokensRequest(_message.Message):
     PROMPT_TEXT_FIELD_NUMBER: _builtins.int
     PROMPT_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     ADD_SPECIAL_TOKENS_FIELD_NUMBER: _builtins.int
+    MEDIA_OPTIONS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Name of the model."""
     thinking_mode: Global___ThinkingMode.ValueType
@@ -1264,6 +1278,10 @@ class CountTokensRequest(_message.Message):
     def prompt_token_ids(self) -> Global___TokenIds:
         """Every id must be one of the model's, and none a media placeholder."""
 
+    @_builtins.property
+    def media_options(self) -> _content_pb2.MediaOptions:
+        """How images and videos would be prepared where their parts do not say."""
+
     def __init__(
         self,
         *,
@@ -1274,10 +1292,11 @@ class CountTokensRequest(_message.Message):
         prompt_text: _builtins.str = ...,
         prompt_token_ids: Global___TokenIds | None = ...,
         add_special_tokens: _builtins.bool | None = ...,
+        media_options: _content_pb2.MediaOptions | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens", "add_special_tokens", b"add_special_tokens", "prompt", b"prompt", "prompt_text", b"prompt_text", "prompt_token_ids", b"prompt_token_ids"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens", "add_special_tokens", b"add_special_tokens", "media_options", b"media_options", "prompt", b"prompt", "prompt_text", b"prompt_text", "prompt_token_ids", b"prompt_token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens", "add_special_tokens", b"add_special_tokens", "messages", b"messages", "model", b"model", "prompt", b"prompt", "prompt_text", b"prompt_text", "prompt_token_ids", b"prompt_token_ids", "thinking_mode", b"thinking_mode", "tools", b"tools"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens", "add_special_tokens", b"add_special_tokens", "media_options", b"media_options", "messages", b"messages", "model", b"model", "prompt", b"prompt", "prompt_text", b"prompt_text", "prompt_token_ids", b"prompt_token_ids", "thinking_mode", b"thinking_mode", "tools", b"tools"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__add_special_tokens: _TypeAlias = _typing.Literal["add_special_tokens"]  # noqa: Y015
     _WhichOneofArgType__add_special_tokens: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens"]  # noqa: Y015

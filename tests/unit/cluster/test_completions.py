@@ -179,6 +179,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"echo": True, "max_tokens": 0, "min_tokens": 1}, "min_tokens"),
     ({"echo": True, "logprobs": 1, "prompt_logprobs": 1}, "prompt_logprobs"),
     ({"prompt": ["a", "b"], "return_timings": True}, "return_timings"),
+    ({"prompt": ["a", "b"], "request_id": "mine"}, "request_id"),
+    ({"request_id": "cmpl-a"}, "request_id"),
     ({"stream_options": {}}, "stream_options"),
     ({"temperature": 3}, "temperature"),
     ({"guided_regex": "a", "guided_json": {}}, "guided_regex"),
@@ -203,7 +205,7 @@ def test_every_field_is_carried_over() -> None:
         b'"allowed_token_ids": [5], "bad_words": ["x"], "min_tokens": 1, "max_tokens": 4, "stop": "S",'
         b'"stop_token_ids": [7], "ignore_eos": true, "logprobs": 2, "prompt_logprobs": 1, "guided_regex": "a+",'
         b'"priority": 1, "cache_salt": "s", "timeout": 2, "return_token_ids": true, "return_timings": true,'
-        b'"add_special_tokens": false, "best_of": 1, "suffix": null, "user": "u"}'
+        b'"add_special_tokens": false, "best_of": 1, "suffix": null, "user": "u", "request_id": "mine"}'
     )
     (call,) = to_calls(parse_body(CompletionRequest, body))
     (bare,) = to_calls(parse_body(CompletionRequest, b'{"prompt": "b"}'))
@@ -211,7 +213,7 @@ def test_every_field_is_carried_over() -> None:
     # What a raw prompt has no use for, and what -1 and nothing both mean.
     assert same == {
         "messages",
-        "request_id",
+        "media_options",
         "tools",
         "tool_choice",
         "parallel_tool_calls",

@@ -10,6 +10,7 @@ from google.protobuf import json_format
 from actors.errors import InvalidRequest
 from actors.types import (
     ImagePart,
+    MediaOptions,
     MediaSource,
     Message,
     MessageRole,
@@ -118,6 +119,27 @@ def test_every_field_is_carried_over() -> None:
 IMAGE = {"source": {"content": "cG5n"}}
 
 
+def test_how_media_are_prepared() -> None:
+    options = {
+        "image_min_pixels": 1,
+        "image_max_pixels": 2,
+        "video_min_pixels": 3,
+        "video_max_pixels": 4,
+        "video_frames_per_second": 0.5,
+        "video_min_frame_count": 6,
+        "video_max_frame_count": 7,
+    }
+    assert grpc_request.generate_call(request(media_options=options)).media_options == MediaOptions(
+        image_min_pixels=1,
+        image_max_pixels=2,
+        video_min_pixels=3,
+        video_max_pixels=4,
+        video_fps=0.5,
+        video_min_frames=6,
+        video_max_frames=7,
+    )
+
+
 @pytest.mark.parametrize(
     ("fields", "field"),
     [
@@ -168,6 +190,11 @@ IMAGE = {"source": {"content": "cG5n"}}
         ({"request_id": "has space"}, "request_id"),
         ({"request_id": "x" * 129}, "request_id"),
         ({"request_id": "chatcmpl-1"}, "request_id"),
+        ({"media_options": {"image_max_pixels": 0}}, "media_options.image_max_pixels"),
+        ({"media_options": {"image_min_pixels": 2, "image_max_pixels": 1}}, "media_options.image_min_pixels"),
+        ({"media_options": {"video_frames_per_second": "NaN"}}, "media_options.video_frames_per_second"),
+        ({"media_options": {"video_max_frame_count": -1}}, "media_options.video_max_frame_count"),
+        ({"media_options": {"video_max_pixels": 2**31}}, "media_options.video_max_pixels"),
         ({"messages": []}, "messages"),
         ({"messages": [{"parts": [{"text": "a"}]}]}, "messages[0].role"),
         ({"messages": [HELLO, {"role": 9, "parts": [{"text": "a"}]}]}, "messages[1].role"),
@@ -202,6 +229,8 @@ def test_wrong_values_name_their_field(fields: dict[str, Any], field: str) -> No
         ({"video": IMAGE | {"frames_per_second": 0}}, ".video.frames_per_second"),
         ({"video": IMAGE | {"frames_per_second": "NaN"}}, ".video.frames_per_second"),
         ({"video": IMAGE | {"max_frame_count": 0}}, ".video.max_frame_count"),
+        ({"video": IMAGE | {"min_frame_count": 3, "max_frame_count": 2}}, ".video.min_frame_count"),
+        ({"video": IMAGE | {"min_pixels": 3, "max_pixels": 2}}, ".video.min_pixels"),
         ({"video": IMAGE | {"start_offset": "-1s"}}, ".video.start_offset"),
         ({"video": IMAGE | {"end_offset": "0s"}}, ".video.end_offset"),
         ({"video": IMAGE | {"start_offset": "2s", "end_offset": "1s"}}, ".video.end_offset"),
@@ -341,6 +370,8 @@ def test_every_thinking_mode_has_a_translation() -> None:
         ("messages[0].parts[1].image", "messages[0].parts[1].image"),
         ("messages[0].content[1].image_url", "messages[0].parts[1].image"),
         ("messages[0].content[1].video_url.max_frames", "messages[0].parts[1].video.max_frame_count"),
+        ("media_options.video_fps", "media_options.video_frames_per_second"),
+        ("media_options.image_max_pixels", "media_options.image_max_pixels"),
         ("messages[0].content[1].video_url.start_s", "messages[0].parts[1].video.start_offset"),
         ("messages[10].reasoning", "messages[10].reasoning_text"),
         ("messages", "messages"),

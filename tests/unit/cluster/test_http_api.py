@@ -378,7 +378,7 @@ async def test_unknown_fields_are_named() -> None:
                 {"stream_options": {"continuous_usage_stats": True}, "stream": True},
             ),
             ("functions", {"functions": [{"name": "f", "parameters": {}}]}),
-            ("user", {"user": "u"}),
+            ("chat_template_kwargs.options", {"extra_body": {"chat_template_kwargs": {"options": {}}}}),
         ):
             with pytest.raises(openai.BadRequestError) as caught:
                 await client.chat.completions.create(model="m", messages=ASK, **extra)

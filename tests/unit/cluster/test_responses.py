@@ -341,7 +341,9 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"reasoning": {"summary": "detailed"}}, "reasoning.summary"),
     ({"text": {"verbosity": "low"}}, "text.verbosity"),
     ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "text.format.schema"),
-    ({"text": {"format": {"type": "json_object"}}, "tools": [{"type": "function", "name": "f"}]}, "text.format"),
+    ({"text": {"format": {"type": "json_schema", "schema": {}}}, "temperature": 9}, "temperature"),
+    ({"mm_processor_kwargs": {"image_max_pixels": 0}}, "mm_processor_kwargs.image_max_pixels"),
+    ({"request_id": "resp_a"}, "request_id"),
     ({"max_output_tokens": 0}, "max_output_tokens"),
     ({"max_tokens": 5}, "max_tokens"),
     ({"metadata": {str(i): "" for i in range(17)}}, "metadata"),
@@ -367,7 +369,6 @@ async def test_what_is_refused_is_named(fields: dict[str, Any], field: str) -> N
     [
         (None, ThinkingMode.AUTO),
         ("none", ThinkingMode.OFF),
-        ("minimal", ThinkingMode.OFF),
         ("low", ThinkingMode.ON),
         ("max", ThinkingMode.ON),
     ],
@@ -412,13 +413,14 @@ def test_every_field_is_carried_over() -> None:
         safety_identifier="i",
         prompt_cache_key="k",
         user="u",
+        request_id="mine",
+        mm_processor_kwargs={"image_max_pixels": 100_000},
     ).call
     bare = asked(input="other").call
     same = {name for name in call.__dataclass_fields__ if getattr(call, name) == getattr(bare, name)}
     assert same == {
         "prompt",
         "add_special_tokens",
-        "request_id",
         "n",
         "logprobs",
         "prompt_logprobs",
