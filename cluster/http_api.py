@@ -6,25 +6,26 @@ Handlers take the service and the request, so that any FastAPI or Starlette appl
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Sequence
+from functools import cache
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from actors.errors import NotFound
+from cluster import openapi_replies as replies
 from cluster.generation import GenerationService
 from cluster.http_exchange import answer_exchange, guarded, trace_id
 from cluster.openai_chat import ChatExchange
 from cluster.openai_completions import CompletionRequest
 from cluster.openai_completions_response import CompletionExchange
-from cluster.openai_request import parse_body, parse_chat_request
+from cluster.openai_request import ChatRequest, parse_body, parse_chat_request
 from cluster.openai_response import error_object, model_body
 from cluster.openai_responses import ResponsesExchange
 from cluster.openai_responses_request import ResponsesRequest
-from cluster.tokenize_api import detokenize, tokenize
-
-Handler = Callable[[GenerationService, Request], Awaitable[Response]]
+from cluster.openapi import DISTRIBUTION, Handler, Route, openapi_document
+from cluster.tokenize_api import DetokenizeRequest, TokenizeRequest, detokenize, tokenize
 
 
 async def chat_completions(service: GenerationService, request: Request) -> Response:
@@ -83,12 +84,106 @@ async def ready(service: GenerationService, request: Request) -> Response:
 
 async def version(service: GenerationService, request: Request) -> Response:
     """GET /version."""
-    return JSONResponse({"version": importlib.metadata.version("ernie-serving")})
+    return JSONResponse({"version": importlib.metadata.version(DISTRIBUTION)})
 
 
-def build_api(get_service: Callable[[], GenerationService]) -> FastAPI:
-    """An application with every route. ``get_service`` is called once per request."""
-    app = FastAPI(title="ernie-serving", docs_url=None, redoc_url=None, openapi_url=None)
+_GENERATION_ERRORS = (400, 404, 409, 429, 499, 500, 503, 504)
+_TOKEN_ERRORS = (400, 404, 500, 503, 504)
+
+ROUTES = (
+    Route(
+        method="POST",
+        path="/v1/chat/completions",
+        handler=chat_completions,
+        summary="Generates a reply to a conversation.",
+        body=ChatRequest,
+        reply=replies.ChatReply,
+        streams="`chat.completion.chunk` objects, then `[DONE]`; an error is an `{error}` object and the last event.",
+        errors=_GENERATION_ERRORS,
+    ),
+    Route(
+        method="POST",
+        path="/v1/completions",
+        handler=completions,
+        summary="Continues raw prompts.",
+        body=CompletionRequest,
+        reply=replies.CompletionReply,
+        streams="`text_completion` objects, then `[DONE]`; an error is an `{error}` object and the last event.",
+        errors=_GENERATION_ERRORS,
+    ),
+    Route(
+        method="POST",
+        path="/v1/responses",
+        handler=responses,
+        summary="Generates a response to a conversation that is sent whole.",
+        body=ResponsesRequest,
+        reply=replies.ResponsesReply,
+        streams="OpenAI's events, `response.created` to `response.completed`, `response.incomplete` or "
+        "`response.failed`; `error` where nothing was created.",
+        errors=_GENERATION_ERRORS,
+    ),
+    Route(
+        method="POST",
+        path="/tokenize",
+        handler=tokenize,
+        summary="Token ids of a prompt or a conversation.",
+        body=TokenizeRequest,
+        reply=replies.TokenizeReply,
+        errors=_TOKEN_ERRORS,
+    ),
+    Route(
+        method="POST",
+        path="/detokenize",
+        handler=detokenize,
+        summary="Text of token ids.",
+        body=DetokenizeRequest,
+        reply=replies.DetokenizeReply,
+        errors=(400, 404, 499, 500),
+    ),
+    Route(
+        method="GET",
+        path="/v1/models",
+        handler=list_models,
+        summary="The models that are served.",
+        reply=replies.ModelsReply,
+    ),
+    Route(
+        method="GET",
+        path="/v1/models/{model_id:path}",
+        handler=get_model,
+        summary="One model that is served.",
+        reply=replies.ModelReply,
+        errors=(404, 500),
+        parameters=({"name": "model_id", "in": "path", "required": True, "schema": {"type": "string"}},),
+    ),
+    Route(
+        method="GET",
+        path="/health",
+        handler=health,
+        summary="Answers while this process lives.",
+        reply=replies.HealthReply,
+    ),
+    Route(
+        method="GET",
+        path="/ready",
+        handler=ready,
+        summary="Whether a request could be served now.",
+        reply=replies.ReadyReply,
+        replies={503: replies.ReadyReply},
+    ),
+    Route(
+        method="GET",
+        path="/version",
+        handler=version,
+        summary="The version of the server.",
+        reply=replies.VersionReply,
+    ),
+)
+
+
+def build_api(get_service: Callable[[], GenerationService], more: Sequence[Route] = ()) -> FastAPI:
+    """An application with every route, and ``more`` of them. ``get_service`` is called once per request."""
+    app = FastAPI(title=DISTRIBUTION, docs_url=None, redoc_url=None, openapi_url=None)
 
     def route(method: str, path: str, handler: Handler) -> None:
         async def endpoint(request: Request) -> Response:
@@ -96,16 +191,20 @@ def build_api(get_service: Callable[[], GenerationService]) -> FastAPI:
 
         app.add_route(path, endpoint, methods=[method])
 
-    route("POST", "/v1/chat/completions", chat_completions)
-    route("POST", "/v1/completions", completions)
-    route("POST", "/v1/responses", responses)
-    route("POST", "/tokenize", tokenize)
-    route("POST", "/detokenize", detokenize)
-    route("GET", "/v1/models", list_models)
-    route("GET", "/v1/models/{model_id:path}", get_model)
-    route("GET", "/health", health)
-    route("GET", "/ready", ready)
-    route("GET", "/version", version)
+    async def document(service: GenerationService, request: Request) -> Response:
+        return JSONResponse(described())
+
+    described_route = Route(
+        method="GET",
+        path="/openapi.json",
+        handler=document,
+        summary="This document.",
+        reply=dict[str, object],
+    )
+    routes = (*ROUTES, *more, described_route)
+    described = cache(lambda: openapi_document(routes))
+    for entry in routes:
+        route(entry.method, entry.path, entry.handler)
     install_error_handlers(app)
     return app
 

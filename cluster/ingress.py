@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from ray import serve
 
 from cluster.config import ClusterConfig
+from cluster.generation import GenerationService
 from cluster.grpc_service import InferenceServicer
 from cluster.http_api import build_api
+from cluster.openapi import Route
 from cluster.router.assembly import RouterParts
 from cluster.router.router import Router
 from cluster.status import cluster_status
@@ -31,14 +33,20 @@ class Ingress(InferenceServicer):
         self.router = self._parts.router
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        app = build_api(lambda: self.router)
-
-        async def status(request: Request) -> JSONResponse:
+        async def status(_: GenerationService, request: Request) -> Response:
             audit = request.query_params.get("audit") == "true"
             return JSONResponse(await self.status(audit=audit))
 
-        app.add_route("/status", status, methods=["GET"])
-        return app
+        audit = {"name": "audit", "in": "query", "schema": {"type": "boolean"}}
+        route = Route(
+            method="GET",
+            path="/status",
+            handler=status,
+            summary="What `ernie status` shows; with `audit` also what every part holds for requests.",
+            reply=dict[str, object],
+            parameters=(audit,),
+        )
+        return build_api(lambda: self.router, (route,))
 
     async def status(self, *, audit: bool = False) -> dict[str, Any]:
         """What ``ernie status`` shows; with ``audit`` also what every part holds for requests."""

@@ -21,7 +21,7 @@ from typing import Any
 from actors.errors import InternalError, ServingError, Status
 from actors.types import FinishReason, ToolCallDelta
 from cluster.generation import ChoiceFinished, Delta, Event, Finished, GenerationService, Started, Usage, is_last
-from cluster.openai_response import error_body, timings_body
+from cluster.openai_response import error_body, timings_body, usage_body
 from cluster.openai_responses_request import ResponsesCall, ResponsesRequest
 from cluster.request_checks import RESPONSE_PREFIX
 
@@ -259,12 +259,13 @@ class ResponsesExchange:
 
 
 def _usage(usage: Usage) -> Told:
-    """Token accounting. ``media_tokens`` is ours."""
+    """Token accounting; of the input, images and video as chat tells them."""
+    told = usage_body(usage)
     return {
         "input_tokens": usage.prompt_tokens,
-        "input_tokens_details": {"cached_tokens": usage.cached_tokens, "media_tokens": usage.media_tokens},
+        "input_tokens_details": told["prompt_tokens_details"],
         "output_tokens": usage.output_tokens,
-        "output_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
+        "output_tokens_details": told["completion_tokens_details"],
         "total_tokens": usage.prompt_tokens + usage.output_tokens,
     }
 

@@ -75,6 +75,7 @@ def _together(finished: Sequence[Finished]) -> Finished:
     total = Usage(
         prompt_tokens=sum(usage.prompt_tokens for usage in usages),
         media_tokens=sum(usage.media_tokens for usage in usages),
+        video_tokens=sum(usage.video_tokens for usage in usages),
         cached_tokens=sum(usage.cached_tokens for usage in usages),
         output_tokens=sum(usage.output_tokens for usage in usages),
         reasoning_tokens=sum(usage.reasoning_tokens for usage in usages),
