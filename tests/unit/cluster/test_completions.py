@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
 from typing import Any
 
@@ -145,6 +146,16 @@ async def test_one_prompt_that_fails_ends_all() -> None:
         response = await client.post(COMPLETIONS, json={"prompt": ["good", "bad"]})
     assert (response.status_code, response.json()["error"]["param"]) == (400, "prompt[1]")
     assert await service.ended.get() == "closed"
+
+
+async def test_leaving_cancels_every_prompt() -> None:
+    service = ScriptedService(script=(*SCRIPT[:2], Pause()))
+    async with plain(service) as client:
+        asked = {"prompt": ["a", "b", "c"], "stream": True, "echo": True}
+        async with client.stream("POST", COMPLETIONS, json=asked) as response:
+            await anext(response.aiter_text())
+        ended = [await asyncio.wait_for(service.ended.get(), 10) for _ in range(3)]
+    assert ended == ["closed"] * 3
 
 
 async def test_errors_after_the_stream_began_are_raised_by_openais_client() -> None:
