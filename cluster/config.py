@@ -181,6 +181,22 @@ class EnginePool(Section):
         return {role: count for role, count in counts.items() if count}
 
 
+class PoolDefaults(Section):
+    """What holds for engine pools that do not say otherwise themselves."""
+
+    max_num_seqs: Count | None = None
+    max_batched_tokens: Count | None = None
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] | None = None
+
+    def over(self, pool: EnginePool) -> EnginePool:
+        """The pool with what it left out. Raises ValueError for what does not go together."""
+        given = self.model_dump(exclude_none=True) | pool.model_dump(exclude_unset=True)
+        try:
+            return EnginePool.model_validate(given)
+        except ValidationError as error:
+            raise ValueError(f"pool {pool.name}: {error_lines(error)[0]}") from None
+
+
 class ClusterConfig(Section):
     """Everything. ``model`` is a built-in model's name, or a checkpoint directory at the same path on every node."""
 
@@ -203,6 +219,7 @@ class ClusterConfig(Section):
     vision_encoder: VisionEncoderPool = VisionEncoderPool()
     engines: tuple[EnginePool, ...] | None = None
     """Unset: chosen from the GPUs there are (``resolve``)."""
+    pool_defaults: PoolDefaults = PoolDefaults()
 
     default_timeout_s: Seconds = 600.0
     """Deadline of a request that names none."""
@@ -236,6 +253,12 @@ class ClusterConfig(Section):
     def _ports_differ(self) -> Self:
         if self.http_port == self.grpc_port:
             raise ValueError(f"http_port and grpc_port are both {self.http_port}")
+        return self
+
+    @model_validator(mode="after")
+    def _defaults_fit(self) -> Self:
+        for pool in self.engines or _default_engines(0):
+            self.pool_defaults.over(pool)
         return self
 
     @property
@@ -311,7 +334,7 @@ def resolve(config: ClusterConfig, *, gpus: int) -> ClusterConfig:
             "served_model_name": config.model_name,
             "dtype": _settled_dtype(config.dtype, gpus),
             "vision_encoder": config.vision_encoder.model_copy(update={"num_gpus": encoder_gpus}),
-            "engines": tuple(_settled_pool(pool, gpus) for pool in engines),
+            "engines": tuple(_settled_pool(config.pool_defaults.over(pool), gpus) for pool in engines),
         }
     )
 

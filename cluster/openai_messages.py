@@ -216,6 +216,18 @@ def to_message(body: MessageBody, field: str) -> Message:
     )
 
 
+def part_names(messages: Sequence[MessageBody]) -> dict[str, str]:
+    """Where pictures and videos of ``image`` and ``video`` parts stand. Later stages know all as ``image_url`` and
+    ``video_url``, by which the names go."""
+    names: dict[str, str] = {}
+    for i, message in enumerate(messages):
+        for j, part in enumerate(message.content or ()):
+            if isinstance(part, ImageBody | VideoBody):
+                given = next(name for name in ("url", part.type, "base64") if getattr(part, name) is not None)
+                names[f"messages[{i}].content[{j}].{part.type}_url"] = f"messages[{i}].content[{j}].{given}"
+    return names
+
+
 def _misplaced(field: str, role: str) -> InvalidRequest:
     return InvalidRequest(f"{field} belongs to messages of role {role}", field=field)
 

@@ -16,7 +16,7 @@ from pydantic_core import ErrorDetails
 from actors.errors import InvalidRequest
 from cluster.generation import GenerateCall
 from cluster.openai_media import ProcessorKwargs, to_media_options
-from cluster.openai_messages import MessageBody, to_messages
+from cluster.openai_messages import MessageBody, part_names, to_messages
 from cluster.openai_neutral import NeutralFields
 from cluster.openai_structure import ResponseFormat, SchemaText, Strict, StructuredOutputs, find_structure
 from cluster.openai_thinking import ChatTemplateKwargs, Effort, find_thinking
@@ -207,6 +207,7 @@ def spelling(chat: ChatRequest) -> Mapping[str, str]:
     if chat.top_logprobs is not None:
         names["logprobs"] = "top_logprobs"
     names["structure"] = find_structure(chat)[0] or "response_format"
+    names |= part_names(chat.messages)
     names["enable_thinking"] = find_thinking(chat)[0] or "enable_thinking"
     return names | to_media_options(chat.mm_processor_kwargs)[1]
 
@@ -229,10 +230,15 @@ def logit_biases(biases: Mapping[str, float]) -> tuple[tuple[int, float], ...]:
 
 _PART = re.compile(r"^(messages\[\d+\])\.parts\b")
 _HEAD = re.compile(r"^\w+")
+_MEDIUM = re.compile(r"^(messages\[\d+\]\.content\[\d+\])\.(?:image|video)_url(?:\.(\w+))?$")
+_OPTIONS = {"frames_per_second": "fps", "start_s": "video_start", "end_s": "video_end"}
 _TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,9}")
 
 
 def client_field(field: str, names: Mapping[str, str] = SPELLING) -> str:
     """Turns a field as a later stage names it, which may be in the terms of ``GenerateCall``, into OpenAI's terms."""
     field = names.get(field) or _HEAD.sub(lambda head: names.get(head[0], head[0]), field)
+    if (medium := _MEDIUM.match(field)) and (option := medium[2]) not in (None, "url"):
+        # Options stand beside the medium.
+        return f"{medium[1]}.{_OPTIONS.get(option, option)}"
     return _PART.sub(r"\1.content", field)
