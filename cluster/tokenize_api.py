@@ -8,17 +8,18 @@ placeholder per token. Prompts that continue the final message or lack the assis
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse
 
-from actors.errors import InvalidRequest, NotFound
+from actors.errors import InvalidRequest, NotFound, ServingError
 from cluster.generation import GenerateCall, GenerationService, Vocabulary
 from cluster.http_exchange import guarded, read_body, trace_id
 from cluster.openai_media import ProcessorKwargs, to_media_options
-from cluster.openai_messages import MessageBody, to_messages
-from cluster.openai_request import SPELLING, parse_body
+from cluster.openai_messages import MessageBody, part_names, to_messages
+from cluster.openai_request import SPELLING, client_field, parse_body
 from cluster.openai_structure import Strict
 from cluster.openai_thinking import ChatTemplateKwargs, Effort, find_thinking
 from cluster.openai_tools import ToolBody, to_tools
@@ -66,9 +67,14 @@ async def tokenize(service: GenerationService, request: Request) -> Response:
 
     async def answer() -> Response:
         body = parse_body(TokenizeRequest, await read_body(request))
-        call = _call(body)
-        check_call(call, SPELLING)
-        ids = (await service.tokenize(call)).ids
+        call, names = _call(body), _names(body)
+        check_call(call, names)
+        try:
+            ids = (await service.tokenize(call)).ids
+        except ServingError as error:
+            if error.field is not None:
+                error.field = client_field(error.field, names)
+            raise
         limit = max(card.max_model_len for card in service.models())
         reply = {"count": len(ids), "max_model_len": limit, "tokens": list(ids), "token_strs": None}
         if body.return_token_strs:
@@ -111,6 +117,12 @@ def _call(body: TokenizeRequest) -> GenerateCall:
         thinking=find_thinking(body)[1],
         media_options=to_media_options(body.mm_processor_kwargs)[0],
     )
+
+
+def _names(body: TokenizeRequest) -> Mapping[str, str]:
+    """The names this client used, as of a chat request."""
+    names = SPELLING | part_names(body.messages or ()) | to_media_options(body.mm_processor_kwargs)[1]
+    return names | {"enable_thinking": find_thinking(body)[0] or "enable_thinking"}
 
 
 def _spell(vocabulary: Vocabulary, ids: list[int]) -> str:
