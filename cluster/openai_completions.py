@@ -16,7 +16,7 @@ from actors.errors import InvalidRequest
 from cluster.generation import GenerateCall
 from cluster.openai_request import SPELLING, StreamOptions
 from cluster.openai_sampling import SamplingBody, sampling_fields
-from cluster.openai_structure import ResponseFormat, SchemaText, StructuredOutputs, find_structure
+from cluster.openai_structure import StructureFields, find_structure
 from cluster.request_checks import MAX_CHOICES, MAX_LOGPROBS, check_call
 
 DEFAULT_MAX_TOKENS = 16
@@ -54,7 +54,7 @@ Prompt = Annotated[
 ]
 
 
-class CompletionRequest(SamplingBody):
+class CompletionRequest(SamplingBody, StructureFields):
     """Body of ``POST /v1/completions``. ``suffix`` must be null and ``best_of`` 1 where they are given."""
 
     prompt: Prompt
@@ -66,12 +66,6 @@ class CompletionRequest(SamplingBody):
     echo: bool | None = None
     logprobs: int | None = None
     prompt_logprobs: int | None = None
-    response_format: ResponseFormat | None = None
-    structured_outputs: StructuredOutputs | None = None
-    guided_json: SchemaText | None = None
-    guided_regex: str | None = None
-    guided_choice: list[str] | None = None
-    guided_grammar: str | None = None
     add_special_tokens: bool | None = None
     return_token_ids: bool | None = None
 

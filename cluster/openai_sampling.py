@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, FiniteFloat
 
-from cluster.openai_request import listed, logit_biases
-from cluster.openai_structure import Strict
+from actors.errors import InvalidRequest
+from cluster.openai_neutral import NamingFields
+
+_TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,9}")
 
 
-class SamplingBody(Strict):
-    """Fields of ``GenerateCall`` under OpenAI's names, then vLLM's. ``user``, ``safety_identifier`` and
-    ``prompt_cache_key`` change nothing.
-    """
+def _listed(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+class SamplingBody(NamingFields):
+    """Fields of ``GenerateCall`` under OpenAI's names, then vLLM's."""
 
     model: str | None = None
     stream: bool | None = None
-    user: str | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
     request_id: str | None = None
     temperature: FiniteFloat | None = None
     top_p: FiniteFloat | None = None
@@ -34,7 +36,7 @@ class SamplingBody(Strict):
     bad_words: list[str] | None = None
     seed: int | None = None
     min_tokens: int | None = None
-    stop: Annotated[list[str], BeforeValidator(listed, json_schema_input_type=str | list[str])] | None = None
+    stop: Annotated[list[str], BeforeValidator(_listed, json_schema_input_type=str | list[str])] | None = None
     stop_token_ids: list[int] | None = None
     ignore_eos: bool | None = None
     priority: int | None = None
@@ -55,7 +57,7 @@ def sampling_fields(body: SamplingBody) -> Mapping[str, Any]:
         "repetition_penalty": body.repetition_penalty,
         "presence_penalty": body.presence_penalty or 0.0,
         "frequency_penalty": body.frequency_penalty or 0.0,
-        "logit_bias": logit_biases(body.logit_bias or {}),
+        "logit_bias": _logit_bias(body.logit_bias or {}),
         "allowed_token_ids": None if body.allowed_token_ids is None else tuple(body.allowed_token_ids),
         "bad_words": tuple(body.bad_words or ()),
         "seed": body.seed,
@@ -68,3 +70,11 @@ def sampling_fields(body: SamplingBody) -> Mapping[str, Any]:
         "timeout_s": body.timeout,
         "return_timings": bool(body.return_timings),
     }
+
+
+def _logit_bias(biases: Mapping[str, float]) -> tuple[tuple[int, float], ...]:
+    """Token ids are keys of a JSON object, so they come as text."""
+    for key in biases:
+        if _TOKEN_ID.fullmatch(key) is None:
+            raise InvalidRequest(f"logit_bias has the key {key!r}, which is no token id", field="logit_bias")
+    return tuple(sorted((int(key), bias) for key, bias in biases.items()))
