@@ -217,7 +217,11 @@ class PreprocessRequest:
     """What the router asks of a preprocessor. ``lease`` owns the patches it keeps."""
 
     lease: str
-    messages: tuple[Message, ...]
+    messages: tuple[Message, ...] = ()
+    prompt: str | tuple[int, ...] | None = None
+    """In place of messages: text or token ids that no chat template touches."""
+    add_special_tokens: bool = True
+    """Adds what the tokenizer's own post-processor puts around a text. Only for a ``prompt`` that is text."""
     thinking: ThinkingMode = ThinkingMode.AUTO
     tools: tuple[dict[str, Any], ...] = ()
     max_prompt_tokens: int

@@ -12,7 +12,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from actors.errors import InvalidRequest, NotFound, ServingError
 from actors.types import EngineRole
 from cluster.config import Admin, error_lines
+from cluster.generation import GenerationService
 from cluster.openai_response import HTTP_STATUS, error_body, error_headers, error_object
+from cluster.openapi import Route
 
 MAX_BODY_BYTES = 4096
 
@@ -20,15 +22,32 @@ OrderRole = Callable[[str, EngineRole], Awaitable[str]]
 
 
 class RoleRequest(BaseModel):
-    """Body of POST /admin/role."""
+    """Which engine, by its id or a part of it, and which role. In a reply the id is whole."""
 
     model_config = ConfigDict(extra="forbid")
     engine: str
     role: EngineRole
 
 
+def role_route(admin: Admin | None, order_role: OrderRole) -> Route:
+    """POST /admin/role."""
+
+    async def handler(_: GenerationService, request: Request) -> Response:
+        return await set_role(admin, order_role, request)
+
+    return Route(
+        method="POST",
+        path="/admin/role",
+        handler=handler,
+        summary="An engine is to take another role; `/status` tells when it has.",
+        body=RoleRequest,
+        reply=RoleRequest,
+        errors=(400, 401, 404, 503),
+    )
+
+
 async def set_role(admin: Admin | None, order_role: OrderRole, request: Request) -> Response:
-    """POST /admin/role: an engine is to take another role. The answer comes before it has."""
+    """An engine is to take another role. The answer comes before it has."""
     if admin is None:
         error = NotFound("admin: this cluster is not changed over HTTP; see the field admin", reason="ADMIN_OFF")
         return _refusal(error)
@@ -41,7 +60,7 @@ async def set_role(admin: Admin | None, order_role: OrderRole, request: Request)
         engine = await order_role(asked.engine, asked.role)
     except ServingError as error:
         return _refusal(error)
-    return JSONResponse({"engine": engine, "role": str(asked.role)}, status_code=202)
+    return JSONResponse({"engine": engine, "role": str(asked.role)})
 
 
 async def _read(request: Request) -> RoleRequest:

@@ -11,10 +11,12 @@ from ray import serve
 
 from actors.errors import Unavailable
 from actors.types import EngineRole
-from cluster.admin_api import set_role
+from cluster.admin_api import role_route
 from cluster.config import ClusterConfig
+from cluster.generation import GenerationService
 from cluster.grpc_service import InferenceServicer
 from cluster.http_api import build_api
+from cluster.openapi import Route
 from cluster.router.assembly import RouterParts
 from cluster.router.router import Router
 from cluster.serve_errors import own_error
@@ -38,18 +40,22 @@ class Ingress(InferenceServicer):
         self.router = self._parts.router
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        app = build_api(lambda: self.router)
+        options = ("audit", "requests")
 
-        async def status(request: Request) -> JSONResponse:
-            asked = {name: request.query_params.get(name) == "true" for name in ("audit", "requests")}
+        async def status(_: GenerationService, request: Request) -> Response:
+            asked = {name: request.query_params.get(name) == "true" for name in options}
             return JSONResponse(await self.status(**asked))
 
-        async def role(request: Request) -> Response:
-            return await set_role(self._admin, self._order_role, request)
-
-        app.add_route("/status", status, methods=["GET"])
-        app.add_route("/admin/role", role, methods=["POST"])
-        return app
+        route = Route(
+            method="GET",
+            path="/status",
+            handler=status,
+            summary="What `ernie status` shows; with `audit` also what every part holds for requests, with `requests` "
+            "where each of them is.",
+            reply=dict[str, object],
+            parameters=tuple({"name": name, "in": "query", "schema": {"type": "boolean"}} for name in options),
+        )
+        return build_api(lambda: self.router, (route, role_route(self._admin, self._order_role)))
 
     async def status(self, *, audit: bool = False, requests: bool = False) -> dict[str, Any]:
         """What ``ernie status`` shows; with ``audit`` also what every part holds for requests, with ``requests`` where

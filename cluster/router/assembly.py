@@ -76,6 +76,7 @@ class RouterParts:
             model_name=config.model_name,
             context_limit=context_limit,
             vocab_size=text.vocab_size,
+            vocabulary=tokenizer,
             resolve_sampling=partial(_resolve, SamplingDefaults.from_dir(directory), context_limit, tokenizer),
             make_output=partial(_output, tokenizer, score, calls_lead(config.tool_call_parser)),
             score=score,
@@ -141,12 +142,13 @@ def _output(
     tokenizer: TextTokenizer, score: TokenScorer, leading_calls: bool, call: GenerateCall, starts_thinking: bool
 ) -> OutputAssembler:
     """Stop strings end answers; a structured answer, forced calls among them, is whole only if nothing cuts it. Calls
-    come before any text of it, or there are none: what looks like a call inside is part of it.
+    come before any text of it, or there are none: what looks like a call inside is part of it. What follows a raw
+    prompt stays as the model writes it.
     """
     structured = call.structure is not None or call.forces_call
     return OutputAssembler(
         IncrementalDetokenizer(tokenizer),
-        ReasoningParser(starts_thinking, structured=structured),
+        ReasoningParser(starts_thinking, structured=structured or call.prompt is not None),
         StopStrings(() if structured else call.stop),
         tools=ToolCallParser(
             _new_call_id, most=None if call.parallel_tool_calls else 1, leading=structured or leading_calls

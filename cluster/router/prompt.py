@@ -45,6 +45,23 @@ class _Leases:
     count: int = 0
 
 
+def preprocess_request(
+    call: GenerateCall, *, lease: str, context_limit: int, keep_patches: bool = True
+) -> PreprocessRequest:
+    """All of a call that shapes its prompt."""
+    return PreprocessRequest(
+        lease=lease,
+        messages=call.messages,
+        prompt=call.prompt,
+        add_special_tokens=call.add_special_tokens,
+        thinking=call.thinking,
+        tools=tuple(map(template_form, call.offered_tools)),
+        max_prompt_tokens=context_limit - 1,
+        keep_patches=keep_patches,
+        media_options=call.media_options,
+    )
+
+
 class PromptKeeper:
     """Makes the prompt, makes its media again when they were lost, and gives every lease back.
 
@@ -158,14 +175,7 @@ class PromptKeeper:
     async def _preprocess(self, choice: int) -> Preprocessed:
         self._progress.enter(choice, Stage.PREPROCESS)
         done = await self._services.preprocess.run(
-            PreprocessRequest(
-                lease=self._new_lease(),
-                messages=self._call.messages,
-                thinking=self._call.thinking,
-                tools=tuple(map(template_form, self._call.offered_tools)),
-                max_prompt_tokens=self._services.context_limit() - 1,
-                media_options=self._call.media_options,
-            )
+            preprocess_request(self._call, lease=self._new_lease(), context_limit=self._services.context_limit())
         )
         self._leases.patches.add((done.reply.media_address, done.lease))
         self._timeline.add_busy(Stage.PREPROCESS, done.reply.busy_s)

@@ -107,6 +107,26 @@ async def test_http_and_grpc_give_the_tokens_of_one_process(cluster: LaunchedClu
     assert list(sampled.choices[0].token_ids) == await expected_ids(24, **drawn) != ids
 
 
+def test_the_other_endpoints_answer_through_the_proxy(cluster: LaunchedCluster, http: httpx.Client) -> None:
+    client = openai.OpenAI(base_url=f"{cluster.http_url}/v1", api_key="none", max_retries=0)
+    asked: dict[str, Any] = {"temperature": 0, "extra_body": {"ignore_eos": True}}
+    response = client.responses.create(model="tiny", input=QUESTION, max_output_tokens=8, **asked)
+    reply = http.post("/tokenize", json={"messages": [{"role": "user", "content": QUESTION}]})
+    ids = reply.raise_for_status().json()["tokens"]
+    stream = client.completions.create(model="tiny", prompt=ids, max_tokens=8, stream=True, **asked)
+    text = "".join(choice.text for chunk in stream for choice in chunk.choices)
+    assert text == response.output_text != "" and response.usage is not None
+    assert response.usage.input_tokens == len(ids) and response.usage.output_tokens == 8
+    document = http.get("/openapi.json").raise_for_status().json()
+    assert {"/status", "/v1/responses", "/detokenize"} <= document["paths"].keys()
+    assert http.get("/version").raise_for_status().json()["version"] == document["info"]["version"]
+    assert http.get("/status", params={"audit": "false"}).raise_for_status().json()["model"] == "tiny"
+    for given in ("mine-7", None):
+        named = http.get("/health", headers={} if given is None else {"x-request-id": given})
+        (told,) = named.headers.get_list("x-request-id")
+        assert told and given in (None, told)
+
+
 async def test_the_openai_sdk_streams_and_raises(cluster: LaunchedCluster) -> None:
     client = openai.AsyncOpenAI(base_url=f"{cluster.http_url}/v1", api_key="none", max_retries=0)
     body = chat(tokens=16)

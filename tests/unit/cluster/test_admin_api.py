@@ -57,7 +57,7 @@ async def post(admin: Admin | None, body: Any, planner: Planner | None = None, *
 async def test_an_order_is_passed_on() -> None:
     planner = Planner()
     answer = await post(Admin(), ASKED, planner)
-    assert (answer.status_code, answer.json()) == (202, {"engine": "engine-1", "role": "decode"})
+    assert (answer.status_code, answer.json()) == (200, {"engine": "engine-1", "role": "decode"})
     assert planner.orders == [("1", EngineRole.DECODE)]
 
 
@@ -89,7 +89,7 @@ async def test_only_with_the_token_where_there_is_one_and_not_at_all_where_it_is
     assert [answer.status_code for answer in refused] == [401] * 3
     assert (await post(None, ASKED, planner)).json()["error"]["code"] == "admin_off"
     assert not planner.orders
-    assert (await post(Admin(token=TOKEN), ASKED, planner, authorization=f"Bearer {TOKEN}")).status_code == 202
+    assert (await post(Admin(token=TOKEN), ASKED, planner, authorization=f"Bearer {TOKEN}")).status_code == 200
 
 
 def command(planner: Planner, monkeypatch: pytest.MonkeyPatch, *, becomes: str) -> None:
@@ -101,7 +101,7 @@ def command(planner: Planner, monkeypatch: pytest.MonkeyPatch, *, becomes: str) 
             assert request.headers["authorization"] == f"Bearer {TOKEN}"
             if b"colocated" in request.content:
                 return httpx.Response(503, json={"error": {"message": "engine engine-1 is needed as prefill"}})
-            return httpx.Response(202, json={"engine": "engine-1"})
+            return httpx.Response(200, json={"engine": "engine-1"})
         return httpx.Response(200, json={"engines": [{"id": "engine-1", "role": next(looks)}]})
 
     monkeypatch.setattr(cli_role, "POLL_S", 0.0)

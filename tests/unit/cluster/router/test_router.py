@@ -294,7 +294,7 @@ async def test_a_defect_of_ours_shows_no_details(monkeypatch: pytest.MonkeyPatch
 
 async def test_tokens_are_counted_without_keeping_anything() -> None:
     async with world(EngineRole.COLOCATED) as w:
-        assert await w.router.count_tokens(None, CALL.messages, CALL.thinking) == (3, 0)
+        assert len((await w.router.tokenize(CALL)).ids) == 3
 
 
 async def test_preprocessors_and_encoders_that_are_lost_are_asked_elsewhere() -> None:
@@ -317,7 +317,7 @@ async def test_counting_has_a_deadline_too() -> None:
     async with world(EngineRole.COLOCATED, default_timeout_s=0.05) as w:
         w.stages.gate.clear()
         with pytest.raises(DeadlineExceeded, match=r"0\.05 s"):
-            await asyncio.wait_for(w.router.count_tokens(None, CALL.messages, CALL.thinking), 5)
+            await asyncio.wait_for(w.router.tokenize(CALL), 5)
 
 
 async def test_token_ids_are_told_only_on_request() -> None:

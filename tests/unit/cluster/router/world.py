@@ -47,6 +47,7 @@ from cluster.router.services import Services
 from cluster.router.stages import MissingPatches, Preprocessed, StageLost
 from cluster.router.suspects import Suspects
 from ernie_serving.internal.v1 import engine_link_pb2, engine_link_pb2_grpc
+from tests.doubles import ByteVocabulary
 
 CALL = GenerateCall(messages=(Message(role=MessageRole.USER, parts=(TextPart(text="hi"),)),), max_tokens=8)
 IMAGE = PromptMedia(kind=MediaKind.IMAGE, offset=1, grid=Grid(1, 2, 2), content_keys=(b"c" * 32,))
@@ -375,6 +376,7 @@ async def world(
         model_name="tiny",
         context_limit=lambda: fleet.context_limit(64),
         vocab_size=100,
+        vocabulary=ByteVocabulary(),
         resolve_sampling=lambda call, reply: resolve_sampling(
             call,
             SamplingDefaults(),
