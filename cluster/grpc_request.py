@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from google.protobuf import duration_pb2
 
@@ -89,7 +90,7 @@ def generate_call(request: inference_pb2.GenerateRequest) -> GenerateCall:
     params = request.sampling_params
     offered = tools(request.tools)
     call = GenerateCall(
-        messages=messages(request.messages),
+        **_prompt(request),
         model=request.model or None,
         request_id=request.request_id or None,
         temperature=params.temperature if params.HasField("temperature") else None,
@@ -128,6 +129,34 @@ def generate_call(request: inference_pb2.GenerateRequest) -> GenerateCall:
     )
     check_call(call, SPELLING)
     return call
+
+
+def count_call(request: inference_pb2.CountTokensRequest) -> GenerateCall:
+    """The same for a prompt that is only counted."""
+    call = GenerateCall(
+        **_prompt(request),
+        model=request.model or None,
+        thinking=thinking_mode(request.thinking_mode),
+        tools=tools(request.tools),
+        media_options=media_options(request.media_options),
+    )
+    check_call(call, SPELLING)
+    return call
+
+
+def _prompt(request: inference_pb2.GenerateRequest | inference_pb2.CountTokensRequest) -> dict[str, Any]:
+    """The fields of ``GenerateCall`` that are one of a conversation and a raw prompt."""
+    match request.WhichOneof("prompt"):
+        case None:
+            return {"messages": messages(request.messages)}
+        case "prompt_text":
+            prompt: str | tuple[int, ...] = request.prompt_text
+        case _:
+            prompt = tuple(request.prompt_token_ids.ids)
+    if request.messages:
+        raise _wrong("prompt", "does not go together with messages: give one")
+    added = request.add_special_tokens if request.HasField("add_special_tokens") else True
+    return {"prompt": prompt, "add_special_tokens": added}
 
 
 def _structure(proto: inference_pb2.StructuredOutput) -> Structure:
@@ -325,6 +354,8 @@ def client_field(field: str) -> str:
     """Turns a field as a later stage names it, in the terms of ``GenerateCall`` or OpenAI's, into the protos' terms."""
     if field.startswith("messages"):
         return _NAME.sub(lambda name: _INNER_SPELLING.get(name[0], name[0]), field)
+    if field.startswith("prompt["):
+        return "prompt_token_ids.ids" + field.removeprefix("prompt")
     if field.startswith("media_options."):
         return _NAME.sub(lambda name: _MEDIA_OPTIONS.get(name[0], name[0]), field)
     return _NAME.sub(lambda name: SPELLING.get(name[0], name[0]) if name.start() == 0 else name[0], field)

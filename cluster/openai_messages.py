@@ -16,7 +16,14 @@ from actors.errors import InvalidRequest
 from actors.types import ContentPart, ImagePart, MediaSource, Message, MessageRole, TextPart, ToolCall, VideoPart
 from cluster.openai_media import one_target
 from cluster.openai_structure import Strict
-from cluster.request_checks import check_pixels, check_sampling, check_span, media_from_base64, media_from_uri
+from cluster.request_checks import (
+    check_messages,
+    check_pixels,
+    check_sampling,
+    check_span,
+    media_from_base64,
+    media_from_uri,
+)
 
 Detail = Literal["auto", "low", "high"]
 
@@ -130,7 +137,7 @@ class FunctionBody(Strict):
     """``arguments`` may also be an object, as in FastDeploy's examples."""
 
     name: str
-    arguments: Annotated[str, BeforeValidator(_written)]
+    arguments: Annotated[str, BeforeValidator(_written, json_schema_input_type=str | dict[str, Any])]
 
 
 class ToolCallBody(Strict):
@@ -149,7 +156,9 @@ class MessageBody(Strict):
     """
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Annotated[list[PartBody], BeforeValidator(_listed_content)] | None = None
+    content: (
+        Annotated[list[PartBody], BeforeValidator(_listed_content, json_schema_input_type=str | list[PartBody])] | None
+    ) = None
     name: str | None = None
     reasoning: str | None = None
     reasoning_content: str | None = None
@@ -169,6 +178,13 @@ _ROLES: Mapping[str, MessageRole] = {
     "assistant": MessageRole.ASSISTANT,
     "tool": MessageRole.TOOL,
 }
+
+
+def to_messages(bodies: Sequence[MessageBody]) -> tuple[Message, ...]:
+    """Translates a conversation. Raises InvalidRequest naming the first wrong field."""
+    messages = tuple(to_message(body, f"messages[{index}]") for index, body in enumerate(bodies))
+    check_messages(messages, "content")
+    return messages
 
 
 def to_message(body: MessageBody, field: str) -> Message:

@@ -11,12 +11,16 @@ from typing import Literal
 from cluster.openai_structure import Strict
 
 
-class NeutralFields(Strict):
-    """Base of requests that take them."""
+class NamingFields(Strict):
+    """Those that name the caller or the purpose: every request takes them."""
 
     user: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
+
+
+class NeutralFields(NamingFields):
+    """Base of requests that take them all."""
 
     store: Literal[False] | None = None
     service_tier: Literal["auto", "default"] | None = None

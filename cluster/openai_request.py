@@ -8,20 +8,23 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Any, Literal, TypeVar
 
-from pydantic import BeforeValidator, FiniteFloat, ValidationError
+from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from actors.errors import InvalidRequest
 from cluster.generation import GenerateCall
 from cluster.openai_media import ProcessorKwargs, to_media_options
-from cluster.openai_messages import MessageBody, part_names, to_message
+from cluster.openai_messages import MessageBody, part_names, to_messages
 from cluster.openai_neutral import NeutralFields
-from cluster.openai_structure import ResponseFormat, SchemaText, Strict, StructuredOutputs, find_structure
+from cluster.openai_sampling import SamplingBody, sampling_fields
+from cluster.openai_structure import Strict, StructureFields, find_structure
 from cluster.openai_thinking import ChatTemplateKwargs, Effort, find_thinking
 from cluster.openai_tools import ToolBody, ToolChoiceBody, to_tool_choice, to_tools
-from cluster.request_checks import check_call, check_messages, not_supported
+from cluster.request_checks import check_call, not_supported
+
+Body = TypeVar("Body", bound=Strict)
 
 SPELLING = {
     "timeout_s": "timeout",
@@ -32,51 +35,24 @@ SPELLING = {
 """Names of later stages whose OpenAI names differ in every request; ``spelling`` adds what depends on the request."""
 
 
-def _listed(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
-
-
 class StreamOptions(Strict):
     include_usage: bool | None = None
     include_obfuscation: Literal[False] | None = None
     continuous_usage_stats: Literal[False] | None = None
 
 
-class ChatRequest(NeutralFields):
+class ChatRequest(NeutralFields, SamplingBody, StructureFields):
     """Body of ``POST /v1/chat/completions``. Of ``metadata`` only FastDeploy's ``enable_thinking`` is read."""
 
-    model: str | None = None
     messages: list[MessageBody]
-    stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: int | None = None
-    temperature: FiniteFloat | None = None
-    top_p: FiniteFloat | None = None
-    top_k: int | None = None
-    min_p: FiniteFloat | None = None
-    repetition_penalty: FiniteFloat | None = None
-    presence_penalty: FiniteFloat | None = None
-    frequency_penalty: FiniteFloat | None = None
-    logit_bias: dict[str, FiniteFloat] | None = None
-    allowed_token_ids: list[int] | None = None
-    bad_words: list[str] | None = None
-    seed: int | None = None
-    min_tokens: int | None = None
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
     reasoning_max_tokens: int | None = None
-    stop: Annotated[list[str], BeforeValidator(_listed)] | None = None
-    stop_token_ids: list[int] | None = None
-    ignore_eos: bool | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
     prompt_logprobs: int | None = None
-    response_format: ResponseFormat | None = None
-    structured_outputs: StructuredOutputs | None = None
-    guided_json: SchemaText | None = None
-    guided_regex: str | None = None
-    guided_choice: list[str] | None = None
-    guided_grammar: str | None = None
     tools: list[ToolBody] | None = None
     tool_choice: ToolChoiceBody | None = None
     parallel_tool_calls: bool | None = None
@@ -85,12 +61,7 @@ class ChatRequest(NeutralFields):
     metadata: dict[str, Any] | None = None
     reasoning_effort: Effort | None = None
     mm_processor_kwargs: ProcessorKwargs | None = None
-    request_id: str | None = None
-    priority: int | None = None
-    cache_salt: str | None = None
-    timeout: FiniteFloat | None = None
     return_token_ids: bool | None = None
-    return_timings: bool | None = None
 
     @property
     def wants_stream_usage(self) -> bool:
@@ -99,8 +70,13 @@ class ChatRequest(NeutralFields):
 
 def parse_chat_request(body: bytes) -> ChatRequest:
     """Checks the types of a body. Raises InvalidRequest naming the first wrong field."""
+    return parse_body(ChatRequest, body)
+
+
+def parse_body(kind: type[Body], body: bytes) -> Body:
+    """The same for a body of any kind."""
     try:
-        return ChatRequest.model_validate_json(body)
+        return kind.model_validate_json(body)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     raise _refusal(first)
@@ -152,27 +128,11 @@ def to_call(chat: ChatRequest) -> GenerateCall:
     _, structure = find_structure(chat)
     tools = to_tools(chat.tools)
     call = GenerateCall(
-        messages=tuple(to_message(message, f"messages[{index}]") for index, message in enumerate(chat.messages)),
-        model=chat.model,
-        request_id=chat.request_id,
-        temperature=chat.temperature,
-        top_p=chat.top_p,
-        top_k=0 if chat.top_k == -1 else chat.top_k,
-        min_p=chat.min_p,
-        repetition_penalty=chat.repetition_penalty,
-        presence_penalty=chat.presence_penalty or 0.0,
-        frequency_penalty=chat.frequency_penalty or 0.0,
-        logit_bias=_logit_bias(chat.logit_bias or {}),
-        allowed_token_ids=None if chat.allowed_token_ids is None else tuple(chat.allowed_token_ids),
-        bad_words=tuple(chat.bad_words or ()),
-        seed=chat.seed,
+        **sampling_fields(chat),
+        messages=to_messages(chat.messages),
         n=1 if chat.n is None else chat.n,
-        min_tokens=chat.min_tokens or 0,
         max_tokens=limits.pop() if limits else None,
         reasoning_max_tokens=chat.reasoning_max_tokens,
-        stop=tuple(chat.stop or ()),
-        stop_token_ids=tuple(chat.stop_token_ids or ()),
-        ignore_eos=bool(chat.ignore_eos),
         logprobs=_logprobs(chat),
         prompt_logprobs=chat.prompt_logprobs,
         structure=structure,
@@ -181,13 +141,8 @@ def to_call(chat: ChatRequest) -> GenerateCall:
         parallel_tool_calls=chat.parallel_tool_calls is not False,
         thinking=find_thinking(chat)[1],
         media_options=to_media_options(chat.mm_processor_kwargs)[0],
-        priority=chat.priority or 0,
-        cache_salt=chat.cache_salt,
-        timeout_s=chat.timeout,
         return_token_ids=bool(chat.return_token_ids),
-        return_timings=bool(chat.return_timings),
     )
-    check_messages(call.messages, "content")
     check_call(call, spelling(chat))
     return call
 
@@ -213,19 +168,10 @@ def _logprobs(chat: ChatRequest) -> int | None:
     return None
 
 
-def _logit_bias(biases: Mapping[str, float]) -> tuple[tuple[int, float], ...]:
-    """Token ids are keys of a JSON object, so they come as text."""
-    for key in biases:
-        if _TOKEN_ID.fullmatch(key) is None:
-            raise InvalidRequest(f"logit_bias has the key {key!r}, which is no token id", field="logit_bias")
-    return tuple(sorted((int(key), bias) for key, bias in biases.items()))
-
-
 _PART = re.compile(r"^(messages\[\d+\])\.parts\b")
 _HEAD = re.compile(r"^\w+")
 _MEDIUM = re.compile(r"^(messages\[\d+\]\.content\[\d+\])\.(?:image|video)_url(?:\.(\w+))?$")
 _OPTIONS = {"frames_per_second": "fps", "start_s": "video_start", "end_s": "video_end"}
-_TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,9}")
 
 
 def client_field(field: str, names: Mapping[str, str] = SPELLING) -> str:

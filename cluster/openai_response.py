@@ -191,7 +191,7 @@ class Completion:
         if calls:
             message["tool_calls"] = [_call(call) for call in calls]
         scores = None if self._call.logprobs is None else logprobs_body(choice.scores)
-        body: dict[str, Any] = {"index": index, "message": message, "logprobs": scores, **_ending(choice.finished)}
+        body: dict[str, Any] = {"index": index, "message": message, "logprobs": scores, **ending(choice.finished)}
         if self._call.return_token_ids:
             body["token_ids"] = choice.token_ids
         return body
@@ -229,7 +229,7 @@ class Chunks:
                 bodies.append(self._choice_chunk(event.choice, delta, event.token_ids, event.logprobs))
             case ChoiceFinished():
                 chunk = self._choice_chunk(event.choice, {})
-                chunk["choices"][0] |= _ending(event)
+                chunk["choices"][0] |= ending(event)
                 bodies.append(chunk)
             case Finished() if self._usage or event.timings is not None:
                 chunk = self._chunk([])
@@ -287,7 +287,8 @@ def _call(call: ToolCallDelta) -> dict[str, Any]:
     return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
 
 
-def _ending(event: ChoiceFinished) -> dict[str, Any]:
+def ending(event: ChoiceFinished) -> dict[str, Any]:
+    """How a choice ended; a stop string or stop token of the client's is named."""
     return {"finish_reason": _FINISH[event.reason], "stop_reason": event.stop_reason}
 
 

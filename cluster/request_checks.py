@@ -7,11 +7,20 @@ import binascii
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
 from actors.errors import InvalidRequest
-from actors.types import MediaOptions, MediaSource, Message, MessageRole, Structure, StructureKind, TextPart
+from actors.types import (
+    MediaOptions,
+    MediaSource,
+    Message,
+    MessageRole,
+    Structure,
+    StructureKind,
+    TextPart,
+    ThinkingMode,
+)
 from cluster.generation import GenerateCall
 from cluster.tools import answer_structure
 
@@ -37,7 +46,10 @@ MAX_STRUCTURE_CHOICES = 1024
 MAX_MESSAGES = 10_000
 
 COMPLETION_PREFIX = "chatcmpl-"
-"""What the HTTP facade puts before a request's name; every place that takes a name also takes it with the prefix."""
+TEXT_COMPLETION_PREFIX = "cmpl-"
+RESPONSE_PREFIX = "resp_"
+NAME_PREFIXES = (COMPLETION_PREFIX, TEXT_COMPLETION_PREFIX, RESPONSE_PREFIX)
+"""What the HTTP facade puts before a request's name; every place that takes a name also takes it with a prefix."""
 
 _BESIDE_CALLS = (StructureKind.JSON_SCHEMA, StructureKind.JSON_OBJECT)
 _ALIAS = re.compile(r"[A-Za-z0-9._:-]{1,128}")
@@ -61,6 +73,7 @@ def check_call(call: GenerateCall, spelling: Mapping[str, str]) -> None:
             wanted = f"between {low} and {high}"
         raise _wrong(spelt(attribute), f"must be {wanted}, not {value}")
 
+    _check_prompt(call, spelt)
     if call.request_id is not None:
         _check_alias(call.request_id, spelt("request_id"))
     bounded("temperature", call.temperature, 0, MAX_TEMPERATURE)
@@ -107,8 +120,33 @@ def check_call(call: GenerateCall, spelling: Mapping[str, str]) -> None:
 def _check_alias(alias: str, field: str) -> None:
     if _ALIAS.fullmatch(alias) is None:
         raise _wrong(field, 'must be 1 to 128 letters, digits or "._:-"')
-    if alias.startswith(COMPLETION_PREFIX):
-        raise _wrong(field, f'must not begin with "{COMPLETION_PREFIX}"')
+    for prefix in NAME_PREFIXES:
+        if alias.startswith(prefix):
+            raise _wrong(field, f'must not begin with "{prefix}"')
+
+
+def bare_name(name: str) -> str:
+    """A request's name without the prefix HTTP clients see before it."""
+    for prefix in NAME_PREFIXES:
+        if name.startswith(prefix):
+            return name.removeprefix(prefix)
+    return name
+
+
+def _check_prompt(call: GenerateCall, spelt: Callable[[str], str]) -> None:
+    """A raw prompt stands alone: what shapes a conversation's prompt, or is read out of its reply, means nothing."""
+    if call.prompt is None:
+        return
+    if not call.prompt:
+        raise _wrong(spelt("prompt"), "must not be empty")
+    for attribute, given in (
+        ("messages", bool(call.messages)),
+        ("tools", bool(call.tools)),
+        ("thinking", call.thinking is not ThinkingMode.AUTO),
+        ("reasoning_max_tokens", call.reasoning_max_tokens is not None),
+    ):
+        if given:
+            raise _wrong(spelt(attribute), f"does not go together with {spelt('prompt')}, which is used as it stands")
 
 
 def _check_texts(texts: tuple[str, ...], field: str, limit: int, length_limit: int) -> None:

@@ -239,6 +239,11 @@ def _check_text(text: str, field: str, forbidden: Sequence[str]) -> None:
     for string in forbidden:
         if string in spelled:
             raise InvalidRequest(f"text must not contain the media token {string}", field=field)
+    check_unicode(text, field)
+
+
+def check_unicode(text: str, field: str) -> None:
+    """Raises InvalidRequest for what is no Unicode text."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:

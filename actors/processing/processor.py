@@ -1,4 +1,4 @@
-"""A conversation to token ids and media units: the whole work of a preprocessor on one request."""
+"""A conversation, or a raw prompt, to token ids and media units: the whole work of a preprocessor on one request."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from actors.processing.config import (
 )
 from actors.processing.conversation import (
     check_conversation,
+    check_unicode,
     media_parts,
     part_kind,
     protect_json,
@@ -119,6 +120,8 @@ class Processor:
         ``check`` is called between steps of long work (fetched chunks, decoded frames) and may raise to stop it.
         Raises InvalidRequest and its kinds, naming the field; ContextExceeded over ``max_prompt_tokens``.
         """
+        if request.prompt is not None:
+            return self._raw(request.prompt, request)
         support = self.template.support
         check_conversation(
             request.messages, request.tools, support=support, limits=self.limits, forbidden=self._forbidden
@@ -151,6 +154,20 @@ class Processor:
             items.append((grid, tuple(unit.key for unit in units)))
         prompt_ids, media = self._expand(ids, [part_kind(part) for _, part in parts], items)
         return Processed(prompt_ids=prompt_ids, media=media, units=kept, starts_thinking=opens_thinking(prompt))
+
+    def _raw(self, prompt: str | tuple[int, ...], request: PreprocessRequest) -> Processed:
+        """A prompt as it stands. It has no media, so no token of it may stand for some."""
+        if isinstance(prompt, str):
+            check_unicode(prompt, "prompt")
+            prompt = tuple(self.tokenizer.encode_raw(prompt, add_special_tokens=request.add_special_tokens))
+        if not prompt:
+            raise InvalidRequest("the prompt gives no tokens", field="prompt")
+        for index, token_id in enumerate(prompt):
+            if token_id in self.tokens.placeholders:
+                message = f"token {index} of the prompt is a media placeholder: pictures and videos come in messages"
+                raise InvalidRequest(message, field="prompt")
+        _check_length(len(prompt), request.max_prompt_tokens, "prompt")
+        return Processed(prompt_ids=prompt, media=(), units={}, starts_thinking=False)
 
     def _units(
         self,
@@ -207,8 +224,6 @@ class Processor:
         return text
 
 
-def _check_length(length: int, limit: int) -> None:
+def _check_length(length: int, limit: int, field: str = "messages") -> None:
     if length > limit:
-        raise ContextExceeded(
-            f"prompt of {length} tokens or more is over the limit of {limit} tokens", field="messages"
-        )
+        raise ContextExceeded(f"prompt of {length} tokens or more is over the limit of {limit} tokens", field=field)

@@ -312,12 +312,48 @@ def test_structures(proto: dict[str, Any], expected: Structure) -> None:
 
 
 def test_every_attribute_has_a_field() -> None:
-    """What SPELLING does not rename must be a field of the request."""
-    fields = {field.name for field in GenerateRequest.DESCRIPTOR.fields}
+    """What SPELLING does not rename must be a field or a oneof of the request."""
+    fields = {field.name for field in (*GenerateRequest.DESCRIPTOR.fields, *GenerateRequest.DESCRIPTOR.oneofs)}
     params = {f"sampling_params.{field.name}" for field in inference_pb2.SamplingParams.DESCRIPTOR.fields}
     for attribute in GenerateCall.__dataclass_fields__:
         assert grpc_request.SPELLING.get(attribute, attribute) in fields | params
     assert set(grpc_request.SPELLING.values()) <= fields | params
+
+
+@pytest.mark.parametrize(
+    ("fields", "prompt", "added"),
+    [
+        ({"prompt_text": "<s>a"}, "<s>a", True),
+        ({"prompt_text": "a", "add_special_tokens": False}, "a", False),
+        ({"prompt_token_ids": {"ids": [3, 1]}}, (3, 1), True),
+    ],
+)
+def test_raw_prompts(fields: dict[str, Any], prompt: str | tuple[int, ...], added: bool) -> None:
+    for call in (
+        grpc_request.generate_call(GenerateRequest(**fields)),
+        grpc_request.count_call(inference_pb2.CountTokensRequest(**fields)),
+    ):
+        assert (call.messages, call.prompt, call.add_special_tokens) == ((), prompt, added)
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"prompt_text": ""}, "prompt"),
+        ({"prompt_token_ids": {}}, "prompt"),
+        ({"prompt_text": "a", "messages": [ChatMessage(role=ROLE_USER)]}, "prompt"),
+        ({"prompt_text": "a", "tools": [{"name": "f"}]}, "tools"),
+        ({"prompt_text": "a", "thinking_mode": inference_pb2.THINKING_MODE_ENABLED}, "thinking_mode"),
+        (
+            {"prompt_text": "a", "sampling_params": {"max_reasoning_token_count": 3}},
+            "sampling_params.max_reasoning_token_count",
+        ),
+    ],
+)
+def test_a_raw_prompt_stands_alone(fields: dict[str, Any], field: str) -> None:
+    with pytest.raises(InvalidRequest, match=field) as caught:
+        grpc_request.generate_call(GenerateRequest(**fields))
+    assert caught.value.field == field
 
 
 def test_every_thinking_mode_has_a_translation() -> None:
@@ -348,6 +384,8 @@ def test_every_thinking_mode_has_a_translation() -> None:
         ("reasoning_max_tokens", "sampling_params.max_reasoning_token_count"),
         ("prompt_logprobs", "prompt_top_logprob_count"),
         ("n", "choice_count"),
+        ("prompt", "prompt"),
+        ("prompt[3]", "prompt_token_ids.ids[3]"),
     ],
 )
 def test_fields_named_by_later_stages(ours: str, theirs: str) -> None:
