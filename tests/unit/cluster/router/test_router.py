@@ -310,7 +310,8 @@ async def test_preprocessors_and_encoders_that_are_lost_are_asked_elsewhere() ->
         assert (w.stages.preprocessed, w.stages.encoded) == (2, 4)
         assert budget.saved == 64 - 4
         w.stages.losses = 3
-        assert await w.router.count_tokens(None, CALL.messages, CALL.thinking) == (3, 1)
+        counted = await w.router.tokenize(CALL)
+        assert (len(counted.ids), counted.media_tokens) == (3, 1)
 
 
 async def test_counting_has_a_deadline_too() -> None:
