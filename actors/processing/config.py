@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from actors.model_files import media_token_ids, processor_section, read_json
+from actors.tokenization.files import spelled_media_tokens
 
 PATCH_SIZE = 14
 MERGE_SIZE = 2
@@ -89,8 +90,9 @@ class ModelTokens:
         """Raises ValueError naming the file and the key."""
         path = model_dir / "config.json"
         config = read_json(path)
+        spelled = spelled_media_tokens(model_dir, config)
         try:
-            ids = media_token_ids(config)
+            ids = media_token_ids(config, spelled)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
         return cls(**{key.removesuffix("_token_id"): value for key, value in ids.items()})

@@ -169,7 +169,7 @@ class Processor:
     def _single_token(self, token_id: int, key: str) -> str:
         text = self.tokenizer.token_text(token_id)
         if text is None or self.tokenizer.encode(text) != [token_id]:
-            raise ValueError(f"config.json: {key} {token_id} is not a token of its own in tokenizer.json")
+            raise ValueError(f"config.json: {key} {token_id} is not a token of its own in the tokenizer")
         return text
 
 
