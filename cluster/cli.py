@@ -46,6 +46,9 @@ def serve(
     allowed_media_domains: Annotated[
         list[str] | None, typer.Option(help="Host media may be fetched from; repeat for more.")
     ] = None,
+    allowed_media_networks: Annotated[
+        list[str] | None, typer.Option(help="Private network that allowed hosts may lie in; repeat for more.")
+    ] = None,
     max_model_len: Annotated[int | None, typer.Option(help="Longest prompt and reply together.")] = None,
     served_model_name: Annotated[str | None, typer.Option(help="Name clients ask for.")] = None,
     log_dir: Annotated[Path | None, typer.Option(help="Keep the logs of the session here.")] = None,
@@ -64,7 +67,7 @@ def serve(
         "max_model_len": max_model_len,
         "served_model_name": served_model_name,
     }
-    settings = _config(config, options, allowed_media_domains)
+    settings = _config(config, options, allowed_media_domains, allowed_media_networks)
     try:
         with running_cluster(settings, typer.echo, log_dir=log_dir) as signals:
             url = http_url(settings)
@@ -222,7 +225,9 @@ def checkpoint_random(
         typer.echo(f"{summary.directory}: {size}")
 
 
-def _config(file: Path | None, options: dict[str, Any], domains: list[str] | None) -> ClusterConfig:
+def _config(
+    file: Path | None, options: dict[str, Any], domains: list[str] | None, networks: list[str] | None = None
+) -> ClusterConfig:
     from cluster.builtin import locate
     from cluster.config import parse, read_file
     from cluster.model_check import check_model
@@ -230,8 +235,7 @@ def _config(file: Path | None, options: dict[str, Any], domains: list[str] | Non
     try:
         values = read_file(file) if file is not None else {}
         values |= {name: value for name, value in options.items() if value is not None}
-        if domains is not None:
-            _set_domains(values, domains)
+        _set_media_limits(values, {"allowed_media_domains": domains, "allowed_media_networks": networks})
         settings = parse(values, str(file or "options"))
         if settings.model in ABOUT:
             typer.secho(ABOUT[settings.model], fg=typer.colors.YELLOW)
@@ -245,12 +249,15 @@ def _config(file: Path | None, options: dict[str, Any], domains: list[str] | Non
         _fail(str(error))
 
 
-def _set_domains(values: dict[str, Any], domains: list[str]) -> None:
+def _set_media_limits(values: dict[str, Any], lists: dict[str, list[str] | None]) -> None:
+    given = {key: [name for item in items for name in item.split(",") if name] for key, items in lists.items() if items}
+    if not given:
+        return
     preprocessor = values.setdefault("preprocessor", {})
     limits = preprocessor.setdefault("limits", {}) if isinstance(preprocessor, dict) else None
     if not isinstance(limits, dict):
         raise ValueError("preprocessor.limits: must be a mapping")
-    limits["allowed_media_domains"] = [name for item in domains for name in item.split(",") if name]
+    limits |= given
 
 
 def _command() -> str:

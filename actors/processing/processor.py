@@ -86,7 +86,9 @@ class Processor:
         )
         self._forbidden = media_strings(self.tokenizer, self.tokens)
         self._videos = VideoDecoder(model_dir, self.video_config, self.limits)
-        self._fetcher = fetcher or MediaFetcher(self.limits.allowed_media_domains, self.limits.media_timeout_s)
+        self._fetcher = fetcher or MediaFetcher(
+            self.limits.allowed_media_domains, self.limits.media_timeout_s, self.limits.allowed_media_networks
+        )
 
     def close(self) -> None:
         """Closes connections to media hosts."""
