@@ -42,6 +42,8 @@ _OPEN_OPTIONS = {
     "protocol_whitelist": "none",
 }
 
+FONT = Path(__file__).parent / "assets" / "Roboto-Regular.ttf"
+
 Check = Callable[[], None]
 """Called between steps of long work; raises to stop it."""
 
@@ -75,12 +77,15 @@ class VideoDecoder:
         self._config = config
         self._limits = limits
         self._font = model_dir / config.font
+        if config.font == FONT.name and not self._font.is_file():
+            self._font = FONT
 
     def units(self, content: bytes, part: VideoPart, field: str, check: Check) -> list[Unit]:
         """Frame pairs of a video, in order.
 
         Raises MediaUnreadable for what does not decode, MediaTooLarge over a limit, InvalidRequest for a bad option,
-        each naming ``field``. A checkpoint without its timestamp font refuses videos, not the start of the server.
+        each naming ``field``. A checkpoint that names a font it does not have refuses videos, not the start of the
+        server; the usual font comes with this package.
         """
         check_bytes(len(content), self._limits.max_video_bytes, "video", field)
         sampling = self._sampling(part, field)

@@ -220,12 +220,18 @@ def test_limits(limits: dict[str, float], said: str) -> None:
     assert caught.value.field == FIELD
 
 
+def test_the_usual_font_comes_with_the_package(tmp_path: Path) -> None:
+    content, config = video(4), VideoConfig(min_pixels=784, max_pixels=784 * 4)
+    units = VideoDecoder(tmp_path, config, ProcessingLimits()).units(content, video_part(content), FIELD, lambda: None)
+    assert [unit.key for unit in units] == [unit.key for unit in decode(content, config=config)]
+
+
 def test_missing_font_refuses_videos_only_when_times_are_drawn(tmp_path: Path) -> None:
     content = video(4)
-    for config, fails in ((VideoConfig(), True), (PLAIN, False)):
+    for config, fails in ((VideoConfig(font="Own.ttf"), True), (PLAIN, False)):
         decoder = VideoDecoder(tmp_path, config, ProcessingLimits())
         if fails:
-            with pytest.raises(InvalidRequest, match=r"Roboto-Regular\.ttf") as caught:
+            with pytest.raises(InvalidRequest, match=r"Own\.ttf") as caught:
                 decoder.units(content, video_part(content), FIELD, lambda: None)
             assert caught.value.reason == "VIDEO_UNSUPPORTED"
         else:
