@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
+
+if TYPE_CHECKING:
+    from actors.checkpoint.inspection import Inspection
 
 checkpoint_app = typer.Typer(help="Fetches, inspects and makes checkpoints.", no_args_is_help=True)
 
@@ -24,6 +28,28 @@ def checkpoint_download(
     except (ValueError, OSError) as error:
         _fail(str(error))
     typer.echo(found.directory)
+
+
+@checkpoint_app.command("inspect")
+def checkpoint_inspect(
+    directory: Annotated[Path, typer.Argument(help="Model directory.")],
+    json_: Annotated[bool, typer.Option("--json", help="All of it, as JSON.")] = False,
+) -> None:
+    """Tells what a model directory holds, and what is wrong with it, from its headers; exit code 1 for problems."""
+    import dataclasses
+    import json
+
+    from actors.checkpoint.inspection import inspect
+
+    if not directory.is_dir():
+        _fail(f"{directory} is not a directory")
+    found = inspect(directory.expanduser())
+    if json_:
+        typer.echo(json.dumps(dataclasses.asdict(found), indent=2, ensure_ascii=False))
+    else:
+        for line in report_lines(found):
+            typer.echo(line)
+    raise typer.Exit(1 if found.problems else 0)
 
 
 @checkpoint_app.command("random")
@@ -66,6 +92,51 @@ def checkpoint_random(
         typer.echo(f"{preset}: {size}; nothing was written, --write does")
     else:
         typer.echo(f"{summary.directory}: {size}")
+
+
+def report_lines(found: Inspection) -> Iterator[str]:
+    """An inspection as people read it. Sizes are in powers of ten."""
+    yield found.directory
+    if found.config is not None:
+        shape = "" if found.layers is None else f", {found.layers} layers, context of {found.context} tokens"
+        yield f"config      of {found.config}{shape}"
+    if (weights := found.weights) is not None:
+        dtypes = ", ".join(f"{_size(count)} in {dtype}" for dtype, count in weights.dtypes.items())
+        yield f"weights     {weights.tensors} tensors in {weights.files} files, named as {weights.names}: {dtypes}"
+        for part in weights.parts:
+            yield f"  {part.name:<15} {part.parameters:>16,} parameters  {_size(part.bytes):>9}"
+        total = sum(part.parameters for part in weights.parts)
+        yield f"  {'all':<15} {total:>16,} parameters  {_size(sum(part.bytes for part in weights.parts)):>9}"
+        language, vision = weights.language_fingerprint[:16], weights.vision_fingerprint[:16]
+        yield f"  fingerprints    language {language}  vision {vision}"
+    if found.ranks:
+        yield "each rank holds, in bfloat16"
+        for held in found.ranks:
+            name = f"{held.ranks} rank{'s' if held.ranks > 1 else ' '}"
+            yield f"  {name}  prefill {_size(held.prefill):>9}  decode {_size(held.decode):>9}"
+        yield f"  vision encoder {_size(found.encoder_bytes or 0)}"
+    if (text := found.text) is not None:
+        kind = text.file if text.tokenizer == text.file else f"{text.file} ({text.tokenizer})"
+        yield f"tokenizer   {kind}, {text.tokens} tokens"
+        for name, token_id in text.special_ids.items():
+            yield f"  {token_id:>6}  {name}"
+        yield f"template    {text.template}, of the kind of {text.style}: {', '.join(text.template_takes)}"
+    if (media := found.media) is not None:
+        yield f"pictures    {media.image_tokens[0]} to {media.image_tokens[1]} tokens"
+        yield (
+            f"videos      {media.frames[0]} to {media.frames[1]} frames at {media.frames_per_second:g} a second, "
+            f"{media.video_tokens[0]} to {media.video_tokens[1]} tokens a pair"
+        )
+    for problem in found.problems:
+        yield f"problem     {problem}"
+    yield f"{len(found.problems)} problems" if found.problems else "nothing is wrong with it"
+
+
+def _size(count: int) -> str:
+    for unit, name in ((1e9, "GB"), (1e6, "MB")):
+        if count >= unit:
+            return f"{count / unit:.1f} {name}"
+    return f"{count / 1e3:.1f} kB"
 
 
 def _fail(message: str) -> NoReturn:

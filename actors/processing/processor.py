@@ -56,10 +56,11 @@ class Processor:
         model_dir: Path | str,
         limits: ProcessingLimits | None = None,
         *,
-        built_in_template: str = "pt",
+        built_in_template: str | None = None,
         fetcher: MediaFetcher | None = None,
     ) -> None:
-        """``built_in_template`` is used when the directory has no template of its own.
+        """``built_in_template`` is used when the directory has no template of its own; by default the one of -Thinking
+        where the directory, or the repository it is a snapshot of, is named so.
 
         Raises ValueError naming the file for a directory that cannot be served.
         """
@@ -82,7 +83,7 @@ class Processor:
         self.template = ChatTemplate.from_dir(
             model_dir,
             placeholders={kind: [text for text, k in kinds.items() if k is kind] for kind in MediaKind},
-            built_in=built_in_template,
+            built_in=built_in_template or ("thinking" if _named_thinking(model_dir) else "pt"),
         )
         self._forbidden = media_strings(self.tokenizer, self.tokens)
         self._videos = VideoDecoder(model_dir, self.video_config, self.limits)
@@ -173,6 +174,13 @@ class Processor:
         if text is None or self.tokenizer.encode(text) != [token_id]:
             raise ValueError(f"config.json: {key} {token_id} is not a token of its own in the tokenizer")
         return text
+
+
+def _named_thinking(model_dir: Path) -> bool:
+    """A snapshot in the hub's cache lies two folders below that of its repository."""
+    path = model_dir.resolve()
+    repository = path.parents[1].name if path.parent.name == "snapshots" else path.name
+    return "thinking" in repository.lower()
 
 
 def _check_length(length: int, limit: int) -> None:
