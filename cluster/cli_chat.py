@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from cluster.client import DEFAULT_ADDRESS, Client, ClientError, generate_request, user_message
+from cluster.client import DEFAULT_ADDRESS, AsyncClient, ClientError, generate_request, user_message
 from ernie_serving.v1 import inference_pb2
 
 EXIT_OK = 0
@@ -86,7 +86,7 @@ def run_chat(
 
 async def _chat(request: inference_pb2.GenerateRequest, address: str, timeout_s: float | None, console: Console) -> int:
     reply = ReplyPrinter(console)
-    async with Client(address) as client:
+    async with AsyncClient(address) as client:
         ending, finished = await stream_reply(client, request, reply, timeout_s=timeout_s)
     reply.end()
     if finished is None:
@@ -97,7 +97,7 @@ async def _chat(request: inference_pb2.GenerateRequest, address: str, timeout_s:
 
 
 async def stream_reply(
-    client: Client, request: inference_pb2.GenerateRequest, reply: ReplyPrinter, *, timeout_s: float | None
+    client: AsyncClient, request: inference_pb2.GenerateRequest, reply: ReplyPrinter, *, timeout_s: float | None
 ) -> tuple[inference_pb2.ChoiceFinished, inference_pb2.GenerationFinished | None]:
     """Shows a reply as it comes, and returns how it ended: None as the second when it broke off.
 

@@ -19,7 +19,7 @@ from rich.markup import escape
 from rich.text import Text
 
 from cluster.cli_chat import ReplyPrinter, print_cost, stream_reply, timings_table
-from cluster.client import Client, generate_request, user_message
+from cluster.client import AsyncClient, generate_request, user_message
 from cluster.config import ClusterConfig
 from cluster.eval.asking import ask, ask_with_zoom
 from cluster.eval.world import clips, scenes
@@ -130,7 +130,7 @@ def keep(samples: dict[str, Sample], directory: Path) -> None:
 
 async def ask_over_grpc(address: str, samples: dict[str, Sample], console: Console) -> None:
     """A streamed answer with its cost, one about a clip, one after thinking, and one after a closer look."""
-    async with Client(address) as client:
+    async with AsyncClient(address) as client:
         console.rule("A picture, over gRPC: StreamGenerate")
         sample = samples["picture"]
         show_question(sample, console)
@@ -163,7 +163,7 @@ async def ask_over_grpc(address: str, samples: dict[str, Sample], console: Conso
         show_answer(reply.text, sample.question, console)
 
 
-async def stream_answer(client: Client, sample: Sample, console: Console) -> None:
+async def stream_answer(client: AsyncClient, sample: Sample, console: Console) -> None:
     """Prints one answer as it comes, then its usage and its timings.
 
     Raises:

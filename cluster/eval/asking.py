@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image, ImageOps
 
-from cluster.client import Client, generate_request, media_source, user_message
+from cluster.client import AsyncClient, generate_request, media_source, user_message
 from cluster.eval.boxes import read_box
 from cluster.eval.world import zoom
 from ernie_serving.v1 import content_pb2
@@ -38,7 +38,7 @@ class Look:
 
 
 async def ask(
-    client: Client,
+    client: AsyncClient,
     text: str,
     *,
     images: Sequence[bytes] = (),
@@ -60,7 +60,7 @@ async def ask(
 
 
 async def ask_with_zoom(
-    client: Client, text: str, image: bytes, *, timeout_s: float = 120.0
+    client: AsyncClient, text: str, image: bytes, *, timeout_s: float = 120.0
 ) -> tuple[Reply, Look | None]:
     """One question about a picture, with the tool that zooms in on offer.
 
@@ -103,7 +103,7 @@ def zoom_call(call: content_pb2.ToolCall) -> list[float] | None:
 
 
 async def _reply(
-    client: Client,
+    client: AsyncClient,
     messages: Iterable[content_pb2.ChatMessage],
     *,
     tools: Iterable[Mapping[str, Any]] = (),

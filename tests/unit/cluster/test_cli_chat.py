@@ -63,7 +63,7 @@ def test_a_reply_without_thinking_has_no_headings() -> None:
 @pytest.mark.parametrize(
     ("script", "code", "text"),
     [
-        ((Overloaded("queue full", retry_after_s=2),), 1, "RESOURCE_EXHAUSTED: queue full - try again in 2 s"),
+        ((Overloaded("queue full", retry_after_s=0.1),), 1, "RESOURCE_EXHAUSTED: queue full - try again in 0.1 s"),
         ((*SCRIPT[:2], KeyError("x")), 1, "INTERNAL: internal error"),
         ((STARTED, ChoiceFinished(reason=FinishReason.CANCELLED), FINISHED), 1, ""),
     ],

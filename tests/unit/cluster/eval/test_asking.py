@@ -15,7 +15,7 @@ from PIL import Image
 from actors.processing.conversation import to_chat
 from actors.processing.processor import Processor
 from actors.types import ImagePart, Message, MessageRole, PreprocessRequest, TextPart, ThinkingMode, VideoPart
-from cluster.client import Client
+from cluster.client import AsyncClient
 from cluster.eval.asking import Look, Reply, ask, ask_with_zoom, zoom_call
 from cluster.eval.world import zoom
 from cluster.grpc_request import generate_call
@@ -51,8 +51,8 @@ class FakeClient:
         return inference_pb2.GenerateResponse(choices=[choice])
 
 
-def as_client(fake: FakeClient) -> Client:
-    return cast(Client, fake)
+def as_client(fake: FakeClient) -> AsyncClient:
+    return cast(AsyncClient, fake)
 
 
 @pytest.mark.parametrize("thinking", [False, True])
