@@ -124,6 +124,8 @@ def chat(
     tools: Annotated[
         str | None, typer.Option(help="JSON file: a list of functions the model may call, as OpenAI has them.")
     ] = None,
+    zoom: Annotated[bool, typer.Option("--zoom", help="Lets the model look closer at parts of the pictures.")] = False,
+    draw: Annotated[str | None, typer.Option(help="Picture file to write: boxes the answer names, drawn.")] = None,
     timeout: Annotated[
         float | None, typer.Option(help="Seconds the whole request may take.", min=0.001, max=86_400)
     ] = None,
@@ -142,6 +144,8 @@ def chat(
         temperature=temperature,
         seed=seed,
         tools=tools,
+        zoom=zoom,
+        draw=draw,
         timeout_s=timeout,
     )
     raise typer.Exit(code)

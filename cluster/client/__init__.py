@@ -40,12 +40,11 @@ from cluster.client.events import (
     event_of,
     reply_of,
 )
+from cluster.client.media import Media, media_source
 from cluster.client.requests import (
-    Media,
     assistant_message,
     count_request,
     generate_request,
-    media_source,
     reply_message,
     system_message,
     tool_message,

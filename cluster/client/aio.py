@@ -67,7 +67,7 @@ class AsyncClient:
     @taking(generate_request)
     def stream(self, request: inference_pb2.GenerateRequest) -> AsyncStream:
         """Asks and returns the events of the reply as they come. Takes what ``generate_request`` takes."""
-        return AsyncStream(self.stream_generate(request))
+        return self.stream_request(request)
 
     @taking(count_request)
     async def count_tokens(self, request: inference_pb2.CountTokensRequest) -> TokenCount:
@@ -95,6 +95,10 @@ class AsyncClient:
                 return await self._stub.Generate(attempts.request(), timeout=attempts.left_s())
             except grpc.RpcError as error:
                 await asyncio.sleep(attempts.again_after_s(error))
+
+    def stream_request(self, request: inference_pb2.GenerateRequest) -> AsyncStream:
+        """``stream`` of a request that was made before. Its time is its own ``timeout``."""
+        return AsyncStream(self.stream_generate(request))
 
     async def stream_generate(
         self, request: inference_pb2.GenerateRequest, *, timeout_s: float | None = None

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 from google.protobuf import duration_pb2
 
 from cluster.client.events import Choice, Reply, ToolCall
+from cluster.client.media import Media, media_source
 from ernie_serving.v1 import content_pb2, inference_pb2
-
-Media = str | os.PathLike[str] | bytes
-"""A file's path, an http, https or data URI, or the encoded file itself."""
 
 
 def generate_request(
@@ -114,7 +110,7 @@ def generate_request(
         request_id=request_id or "",
         sampling_params=params,
         structured_output=_structured_output(json_schema, json_object, regex, grammar, choice),
-        tools=[_tool(tool) for tool in tools],
+        tools=[declared_tool(tool) for tool in tools],
         tool_choice=_tool_choice(tool_choice),
         parallel_tool_calls=parallel_tool_calls,
         choice_count=n,
@@ -145,7 +141,7 @@ def count_request(
         model=model or "",
         messages=_conversation(messages, images, videos),
         thinking_mode=_THINKING[enable_thinking],
-        tools=[_tool(tool) for tool in tools],
+        tools=[declared_tool(tool) for tool in tools],
     )
 
 
@@ -199,7 +195,8 @@ def _structured_output(
     return None
 
 
-def _tool(tool: Mapping[str, Any]) -> content_pb2.Tool:
+def declared_tool(tool: Mapping[str, Any]) -> content_pb2.Tool:
+    """A function the model may call, from OpenAI's form. Raises ValueError."""
     function = _function(tool, "a tool", {"name", "description", "parameters", "strict"})
     parameters = function.get("parameters")
     return content_pb2.Tool(
@@ -271,12 +268,3 @@ def _parts(text: str, images: Iterable[Media], videos: Iterable[Media]) -> list[
     if text:
         parts.append(content_pb2.ContentPart(text=text))
     return parts
-
-
-def media_source(media: Media) -> content_pb2.MediaSource:
-    """Where the bytes of a picture or video come from."""
-    if isinstance(media, bytes):
-        return content_pb2.MediaSource(content=media)
-    if isinstance(media, str) and media.startswith(("http://", "https://", "data:")):
-        return content_pb2.MediaSource(uri=media)
-    return content_pb2.MediaSource(content=Path(media).read_bytes())

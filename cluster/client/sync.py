@@ -67,7 +67,7 @@ class Client:
     @taking(generate_request)
     def stream(self, request: inference_pb2.GenerateRequest) -> Stream:
         """Asks and returns the events of the reply as they come. Takes what ``generate_request`` takes."""
-        return Stream(GenerateAttempts(self._retries, request, None), self._stub.StreamGenerate)
+        return self.stream_request(request)
 
     @taking(count_request)
     def count_tokens(self, request: inference_pb2.CountTokensRequest) -> TokenCount:
@@ -95,6 +95,10 @@ class Client:
                 return self._stub.Generate(attempts.request(), timeout=attempts.left_s())
             except grpc.RpcError as error:
                 time.sleep(attempts.again_after_s(error))
+
+    def stream_request(self, request: inference_pb2.GenerateRequest) -> Stream:
+        """``stream`` of a request that was made before. Its time is its own ``timeout``."""
+        return Stream(GenerateAttempts(self._retries, request, None), self._stub.StreamGenerate)
 
     def stream_generate(
         self, request: inference_pb2.GenerateRequest, *, timeout_s: float | None = None

@@ -213,8 +213,8 @@ async def score_sample(client: AsyncClient, task: str, made: Sample) -> tuple[fl
     without = score(task, plain.text, made.answer)
     if task != ZOOM:
         return without, without
-    first, look = await ask_with_zoom(client, made.text, made.images[0])
-    return score(task, (look.reply if look is not None else first).text, made.answer), without
+    reply, _ = await ask_with_zoom(client, made.text, made.images[0])
+    return score(task, reply.text, made.answer), without
 
 
 def _mean(task: str, found: Sequence[tuple[float, float]]) -> Score:

@@ -68,7 +68,9 @@ class Knowing:
             answer = answer if looked else "" if calls else "?"
         thinking = request.thinking_mode == inference_pb2.THINKING_MODE_ENABLED
         assert thinking == (task in ("position", "compare"))
-        return inference_pb2.GenerateResponse(choices=[inference_pb2.Choice(text=answer, tool_calls=calls)])
+        ending = inference_pb2.FINISH_REASON_TOOL_CALLS if calls else inference_pb2.FINISH_REASON_STOP
+        choice = inference_pb2.Choice(text=answer, tool_calls=calls, finish_reason=ending)
+        return inference_pb2.GenerateResponse(choices=[choice])
 
 
 def scores_of(client: Knowing, tasks: tuple[str, ...]) -> dict[str, Score]:
