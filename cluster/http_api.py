@@ -47,6 +47,7 @@ from cluster.openai_response import (
     model_body,
     sse,
 )
+from cluster.playground.routes import install_playground
 
 log = logging.getLogger(__name__)
 
@@ -140,6 +141,7 @@ def build_api(get_service: Callable[[], GenerationService]) -> FastAPI:
     route("GET", "/v1/models/{model_id:path}", get_model)
     route("GET", "/health", health)
     route("GET", "/ready", ready)
+    install_playground(app)
     install_error_handlers(app)
     return app
 

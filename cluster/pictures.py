@@ -44,7 +44,7 @@ def enlarged(image: Image.Image) -> Image.Image:
 
 
 def draw_boxes(image: Image.Image, boxes: Iterable[LabelledBox]) -> Image.Image:
-    """A copy with boxes and their labels drawn on; boxes of one label have one colour."""
+    """A copy with boxes and their labels drawn on; boxes of one label have one colour, between thin white lines."""
     drawn = image.copy()
     pen = ImageDraw.Draw(drawn)
     line = max(2, round(min(image.size) / 150))
@@ -55,6 +55,7 @@ def draw_boxes(image: Image.Image, boxes: Iterable[LabelledBox]) -> Image.Image:
         x1, y1, x2, y2 = (
             round(corner * side / SCALE) for corner, side in zip(box.corners, (*image.size, *image.size), strict=True)
         )
+        pen.rectangle((x1 - 1, y1 - 1, max(x1, x2), max(y1, y2)), outline="white", width=line + 2)
         pen.rectangle((x1, y1, max(x1, x2 - 1), max(y1, y2 - 1)), outline=colour, width=line)
         if box.label:
             _write(pen, font, box.label, (x1, y1), colour, image.size)

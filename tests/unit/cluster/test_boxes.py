@@ -12,44 +12,44 @@ CAT = LabelledBox((10, 20, 300, 400), "cat")
 BARE = LabelledBox((10, 20, 300, 400))
 
 
-@pytest.mark.parametrize(
-    ("text", "boxes"),
-    [
-        ('{"bbox_2d": [10, 20, 300, 400]}', [BARE]),
-        ('{"bbox_2d": [10, 20, 300, 400], "label": "cat"}', [CAT]),
-        (
-            '[{"bbox_2d": [10, 20, 300, 400], "label": "cat"}, {"bbox_2d": [0, 0, 5, 5.5]}]',
-            [CAT, LabelledBox((0, 0, 5, 5.5))],
-        ),
-        ('Here:\n```json\n[\n  {"label": "cat", "bbox_2d": [10, 20, 300, 400]}\n]\n```\nThat is it.', [CAT]),
-        ('The cat {"name": "cat", "bbox": [10, 20, 300, 400]} sits [1], {sic}.', [CAT]),
-        ('{"cat": [10, 20, 300, 400]}', [CAT]),
-        ('{"cat": {"bbox_2d": [10, 20, 300, 400]}}', [CAT]),
-        ('{"objects": [{"text_content": "cat", "box": [10, 20, 300, 400]}]}', [CAT]),
-        ('{"label": "cat", "bbox_2d": [[10, 20, 300, 400], [1, 1, 2, 2]]}', [CAT, LabelledBox((1, 1, 2, 2), "cat")]),
-        ("[[10, 20, 300, 400], [1, 1, 2, 2]]", [BARE, LabelledBox((1, 1, 2, 2))]),
-        ("It is at [10, 20, 300, 400].", [BARE]),
-        # Cut off by a bound on tokens.
-        ('[{"bbox_2d": [10, 20, 300, 400], "label": "cat"}, {"bbox_2d": [10, 2', [CAT]),
-        ('{"bbox_2d": [10, 20, 300, 400], "label": "ca', [BARE]),
-        # Corners in the other order, and outside.
-        ('{"bbox_2d": [300, 400, 10, 20], "label": "cat"}', [CAT]),
-        ('{"bbox_2d": [-50, 20, 300, 4000]}', [LabelledBox((0, 20, 300, 1000))]),
-        # No boxes.
-        ("", []),
-        ("no box", []),
-        ('{"bbox_2d": [1, 2, 3]}', []),
-        ('{"bbox_2d": [1, 2, 3, "4"]}', []),
-        ('{"bbox_2d": [1, 2, 3, true]}', []),
-        ('{"bbox_2d": [1, 2, 3, NaN]}', []),
-        ('{"bbox_2d": [1, 2, 3, 1e999]}', []),
-        ('{"bbox_2d": [5, 2, 5, 9]}', []),
-        ('{"bbox_2d": [2000, 2, 3000, 9]}', []),
-        ('{"bbox_2d": null}', []),
-        ("[" * 5000, []),
-        ('{"a":' * 30 + "[1, 1, 2, 2]" + "}" * 30, []),
-    ],
-)
+CASES: list[tuple[str, list[LabelledBox]]] = [
+    ('{"bbox_2d": [10, 20, 300, 400]}', [BARE]),
+    ('{"bbox_2d": [10, 20, 300, 400], "label": "cat"}', [CAT]),
+    (
+        '[{"bbox_2d": [10, 20, 300, 400], "label": "cat"}, {"bbox_2d": [0, 0, 5, 5.5]}]',
+        [CAT, LabelledBox((0, 0, 5, 5.5))],
+    ),
+    ('Here:\n```json\n[\n  {"label": "cat", "bbox_2d": [10, 20, 300, 400]}\n]\n```\nThat is it.', [CAT]),
+    ('The cat {"name": "cat", "bbox": [10, 20, 300, 400]} sits [1], {sic}.', [CAT]),
+    ('{"cat": [10, 20, 300, 400]}', [CAT]),
+    ('{"cat": {"bbox_2d": [10, 20, 300, 400]}}', [CAT]),
+    ('{"objects": [{"text_content": "cat", "box": [10, 20, 300, 400]}]}', [CAT]),
+    ('{"label": "cat", "bbox_2d": [[10, 20, 300, 400], [1, 1, 2, 2]]}', [CAT, LabelledBox((1, 1, 2, 2), "cat")]),
+    ("[[10, 20, 300, 400], [1, 1, 2, 2]]", [BARE, LabelledBox((1, 1, 2, 2))]),
+    ("It is at [10, 20, 300, 400].", [BARE]),
+    # Cut off by a bound on tokens.
+    ('[{"bbox_2d": [10, 20, 300, 400], "label": "cat"}, {"bbox_2d": [10, 2', [CAT]),
+    ('{"bbox_2d": [10, 20, 300, 400], "label": "ca', [BARE]),
+    # Corners in the other order, and outside.
+    ('{"bbox_2d": [300, 400, 10, 20], "label": "cat"}', [CAT]),
+    ('{"bbox_2d": [-50, 20, 300, 4000]}', [LabelledBox((0, 20, 300, 1000))]),
+    # No boxes.
+    ("", []),
+    ("no box", []),
+    ('{"bbox_2d": [1, 2, 3]}', []),
+    ('{"bbox_2d": [1, 2, 3, "4"]}', []),
+    ('{"bbox_2d": [1, 2, 3, true]}', []),
+    ('{"bbox_2d": [1, 2, 3, NaN]}', []),
+    ('{"bbox_2d": [1, 2, 3, 1e999]}', []),
+    ('{"bbox_2d": [5, 2, 5, 9]}', []),
+    ('{"bbox_2d": [2000, 2, 3000, 9]}', []),
+    ('{"bbox_2d": null}', []),
+    ("[" * 5000, []),
+    ('{"a":' * 30 + "[1, 1, 2, 2]" + "}" * 30, []),
+]
+
+
+@pytest.mark.parametrize(("text", "boxes"), CASES)
 def test_boxes_in_answers(text: str, boxes: list[LabelledBox]) -> None:
     assert find_boxes(text) == boxes
 
