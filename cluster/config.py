@@ -18,6 +18,7 @@ from actors.types import EngineRole
 
 Compat = Literal["original", "transformers"]
 DType = Literal["auto", "bfloat16", "float32", "float64"]
+Placement = Literal["pack", "strict_pack", "spread", "strict_spread"]
 LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR"]
 
 
@@ -51,12 +52,27 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
-class RouterPool(Section):
+class Pool(Section):
+    """What all pools say of where their replicas run."""
+
+    node_labels: dict[str, str] = {}
+    """Only on nodes with these labels. Values as in Ray's label selectors: ``a100``, ``!a100``, ``in(a100, h100)``."""
+
+
+class RouterPool(Pool):
     """Routers: the public face. ``max_active`` requests are admitted at once, the next is refused as overload."""
 
     replicas: Count = 1
     max_active: Count = 1024
     num_cpus: Amount = 0.5
+    suspect_after_s: Seconds = 1.0
+    """A part that is silent for so long gets nothing new."""
+    lost_after_s: Seconds = 3.0
+    """After so long its requests go on elsewhere."""
+    retry_share: Annotated[float, Field(ge=0, le=1)] = 0.2
+    """Work done again because a part was lost, as a share of the requests admitted; more of it waits."""
+    retry_burst: Count = 256
+    """Of it, saved up at most."""
 
     @field_validator("replicas")
     @classmethod
@@ -65,8 +81,14 @@ class RouterPool(Section):
             raise ValueError("more than one router is not built yet")
         return replicas
 
+    @model_validator(mode="after")
+    def _suspicion_comes_first(self) -> Self:
+        if self.suspect_after_s > self.lost_after_s:
+            raise ValueError(f"suspect_after_s {self.suspect_after_s:g} is over lost_after_s {self.lost_after_s:g}")
+        return self
 
-class PreprocessorPool(Section):
+
+class PreprocessorPool(Pool):
     """Preprocessors: media and text to token ids and patches, on CPUs."""
 
     replicas: Count = 1
@@ -77,11 +99,15 @@ class PreprocessorPool(Section):
     """Requests accepted at once, waiting ones included."""
     patch_bytes: Count = 2 << 30
     """Patches kept for pulling; what does not fit waits before it is decoded."""
+    hedge_after_s: Seconds = 2.0
+    """A request that is not answered by then is sent to another preprocessor as well."""
+    timeout_s: Seconds = 60.0
+    """After so long without an answer a request is sent again."""
     limits: ProcessingLimits = ProcessingLimits()
     """What one request may carry, ``allowed_media_domains`` among it."""
 
 
-class VisionEncoderPool(Section):
+class VisionEncoderPool(Pool):
     """Vision encoders: patches to embeddings."""
 
     replicas: Count = 1
@@ -115,12 +141,17 @@ class Roles(Section):
         return self.prefill + self.decode + self.colocated
 
 
-class EnginePool(Section):
+class EnginePool(Pool):
     """Language-model engines of one shape. One Serve replica is one expert-parallel group."""
 
     name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]{0,30}$")] = "engine"
     roles: Roles
     expert_parallel: Count = 1
+    """Ranks of an engine. Each is a process, holds its share of the experts and claims CPUs and GPUs as below."""
+    placement: Placement = "pack"
+    """How the ranks of one engine lie on nodes: on few, on one, on many, or each on its own."""
+    rebalance_steps: Annotated[int, Field(ge=0)] = 1000
+    """Steps after which busy experts may change ranks; 0 leaves them where they are."""
     num_cpus: Amount = 1.0
     num_gpus: Gpus | None = None
     kv_cache_gib: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
@@ -140,13 +171,6 @@ class EnginePool(Section):
     """Sequences that wait in an engine; the next is refused as overload."""
     prefix_caching: bool = True
     """Prompts that begin like earlier ones are not computed again."""
-
-    @field_validator("expert_parallel")
-    @classmethod
-    def _one(cls, expert_parallel: int) -> int:
-        if expert_parallel != 1:
-            raise ValueError("expert parallelism over more than one rank is not built yet")
-        return expert_parallel
 
     @field_validator("name")
     @classmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -34,20 +35,23 @@ class Ingress(InferenceServicer):
         app = build_api(lambda: self.router)
 
         async def status(request: Request) -> JSONResponse:
-            audit = request.query_params.get("audit") == "true"
-            return JSONResponse(await self.status(audit=audit))
+            asked = {name: request.query_params.get(name) == "true" for name in ("audit", "requests")}
+            return JSONResponse(await self.status(**asked))
 
         app.add_route("/status", status, methods=["GET"])
         return app
 
-    async def status(self, *, audit: bool = False) -> dict[str, Any]:
-        """What ``ernie status`` shows; with ``audit`` also what every part holds for requests."""
+    async def status(self, *, audit: bool = False, requests: bool = False) -> dict[str, Any]:
+        """What ``ernie status`` shows; with ``audit`` also what every part holds for requests, with ``requests`` where
+        each of them is."""
         status = cluster_status(
             self._parts.fleet.snapshot,
             model=self._model,
             active=self.router.active_count,
             missing=await self.router.not_ready(),
         )
+        if requests:
+            status["requests"] = [dataclasses.asdict(where) for where in self.router.whereabouts()]
         if audit:
             audits = await self._parts.audits()
             status["audits"] = {

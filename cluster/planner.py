@@ -15,7 +15,7 @@ import ray
 from ray import serve
 from ray.experimental import internal_kv
 
-from actors.types import EncoderInfo, EngineInfo, EngineRole, LoadReport
+from actors.types import EncoderInfo, EngineInfo, EngineRole, GroupReport, LoadReport
 from cluster.config import ClusterConfig
 from cluster.registry import LEASE_S, EncoderEntry, EngineEntry, LoadingEntry, PreprocessorEntry, Registry, Snapshot
 
@@ -67,13 +67,15 @@ class Planner:
         return self._registry.assign(incarnation, pool, wanted, time.monotonic())
 
     async def still_loading(
-        self, incarnation: str, pool: str, role: EngineRole, bytes_done: int, bytes_total: int
+        self, incarnation: str, pool: str, role: EngineRole, ranks: tuple[tuple[int, int], ...]
     ) -> None:
-        entry = LoadingEntry(pool=pool, role=role, bytes_done=bytes_done, bytes_total=bytes_total)
+        entry = LoadingEntry(pool=pool, role=role, ranks=ranks)
         self._registry.renew_loading(incarnation, entry, time.monotonic())
 
-    async def renew_engine(self, info: EngineInfo, pool: str, ready: bool, load: LoadReport | None) -> None:
-        entry = EngineEntry(info=info, pool=pool, ready=ready, load=load)
+    async def renew_engine(
+        self, info: EngineInfo, pool: str, ready: bool, load: LoadReport | None, group: GroupReport | None = None
+    ) -> None:
+        entry = EngineEntry(info=info, pool=pool, ready=ready, load=load, group=group)
         self._registry.renew_engine(entry, time.monotonic())
         self._notify()
 

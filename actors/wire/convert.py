@@ -262,6 +262,7 @@ def load_to_proto(report: LoadReport, role: EngineRole, epoch: int) -> engine_li
         prefix_queried_token_count=report.prefix_queried_tokens,
         prefix_hit_token_count=report.prefix_hit_tokens,
         preemption_count=report.preemptions,
+        draining=report.draining,
         role=ROLES[role],
         epoch=epoch,
     )
@@ -281,4 +282,5 @@ def load_from_proto(message: engine_link_pb2.Load) -> LoadReport:
         prefix_queried_tokens=message.prefix_queried_token_count,
         prefix_hit_tokens=message.prefix_hit_token_count,
         preemptions=message.preemption_count,
+        draining=message.draining,
     )

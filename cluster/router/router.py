@@ -23,7 +23,7 @@ from actors.types import Message, PreprocessRequest, ThinkingMode
 from cluster.generation import Event, Finished, GenerateCall, ModelCard, Tool
 from cluster.policy import pick_encoder, pick_route
 from cluster.registry import LoadingEntry
-from cluster.router.request import RequestRun
+from cluster.router.request import RequestRun, Whereabouts
 from cluster.router.services import Services
 from cluster.tools import template_form
 
@@ -67,6 +67,10 @@ class Router:
     def active_count(self) -> int:
         return len(self._active)
 
+    def whereabouts(self) -> list[Whereabouts]:
+        """Of every request that runs, the oldest first."""
+        return [run.whereabouts() for run in self._active.values()]
+
     async def generate(self, call: GenerateCall) -> AsyncIterator[Event]:
         """See ``GenerationService``; closing the iterator cancels the request everywhere."""
         run, task = self._admit(call)
@@ -89,6 +93,7 @@ class Router:
             raise Overloaded(f"{self._max_active} requests are active: the router's queue is full", retry_after_s=1.0)
         if call.request_id is not None and call.request_id in self._aliases:
             raise AlreadyExists(f"request_id: {call.request_id!r} is active", field="request_id")
+        self._services.budget.admit()
         self._count += 1
         request_id = f"{self._incarnation}-{self._count}"
         run = RequestRun(
@@ -157,7 +162,7 @@ class Router:
         )
         try:
             async with asyncio.timeout(self._default_timeout_s):
-                reply = await self._services.preprocess.run(request)
+                reply = (await self._services.preprocess.run(request)).reply
         except TimeoutError:
             raise DeadlineExceeded(f"counting took longer than {self._default_timeout_s:g} s") from None
         return len(reply.prompt_ids), sum(item.grid.tokens for item in reply.media)
@@ -195,8 +200,9 @@ class Router:
 
     def check_integrity(self) -> None:
         """Raises RuntimeError when something is held for no request."""
-        if not self._active and (self._aliases or self._services.leases.count):
-            raise RuntimeError(f"held by no request: {self._aliases}, {self._services.leases.count} leases")
+        leases, suspects = self._services.leases.count, self._services.suspects.count
+        if not self._active and (self._aliases or leases or suspects):
+            raise RuntimeError(f"held by no request: {self._aliases}, {leases} leases, {suspects} suspects")
 
     def _check_open(self) -> None:
         if self._draining:
@@ -222,5 +228,4 @@ class Router:
 
 
 def _progress(entry: LoadingEntry) -> str:
-    done, total = entry.bytes_done / 1e9, entry.bytes_total / 1e9
-    return f"; {entry.role} engine loading" + (f" {done:.2f} of {total:.2f} GB" if total else "")
+    return f"; {entry.role} engine loading" + (f" {entry.progress}" if entry.progress else "")

@@ -52,11 +52,14 @@ def test_the_example_of_the_model_card(client: openai.OpenAI, site: Site) -> Non
     assert FOLDER + "example1.jpg" in site.asked
 
 
-@pytest.mark.parametrize(
-    "extra",
-    [{"chat_template_kwargs": {"enable_thinking": True}}, {"metadata": {"enable_thinking": True}}, {"enable_thinking": True}],
-    ids=str,
-)  # fmt: skip
+SPELLINGS: list[dict[str, Any]] = [
+    {"enable_thinking": True},
+    {"chat_template_kwargs": {"enable_thinking": True}},
+    {"metadata": {"enable_thinking": True}},
+]
+
+
+@pytest.mark.parametrize("extra", SPELLINGS, ids=str)
 def test_thinking_in_every_spelling(client: openai.OpenAI, samples: dict[str, Sample], extra: dict[str, Any]) -> None:
     sample = samples["thought"]
     reply = client.chat.completions.create(

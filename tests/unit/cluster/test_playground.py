@@ -314,8 +314,9 @@ def test_dropped_and_pasted_files(page: Page, served: Served) -> None:
         const data = new DataTransfer();
         for (const [name, kind] of names) data.items.add(new File(["x"], name, { type: kind }));
         const target = type === "paste" ? document : window;
-        const event = type === "paste" ? new ClipboardEvent(type, { clipboardData: data, bubbles: true, cancelable: true })
-            : new DragEvent(type, { dataTransfer: data, bubbles: true, cancelable: true });
+        const options = { bubbles: true, cancelable: true };
+        const event = type === "paste" ? new ClipboardEvent(type, { clipboardData: data, ...options })
+            : new DragEvent(type, { dataTransfer: data, ...options });
         target.dispatchEvent(event);
     }"""
     files = [["a.png", "image/png"], ["b.mp4", "video/mp4"], ["c.pdf", "application/pdf"]]
