@@ -6,10 +6,13 @@ import contextlib
 import os
 import shutil
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, sync_playwright
+from playwright.sync_api import Browser, ConsoleMessage, Page, expect, sync_playwright
 
+WAIT_MS = 30_000
+"""As long as only a page that hangs takes."""
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
 
@@ -27,3 +30,29 @@ def chromium() -> Iterator[Browser]:
             yield browser
         finally:
             browser.close()
+
+
+@contextlib.contextmanager
+def opened(browser: Browser, url: str, **options: Any) -> Iterator[Page]:
+    """The playground at ``url``, ready. An error in it, or anything it asks of another place, fails the test."""
+    wrong: list[str] = []
+
+    def told(message: ConsoleMessage) -> None:
+        # Browsers report replies with an error status as well.
+        if message.type == "error" and "status of" not in message.text:
+            wrong.append(message.text)
+
+    context = browser.new_context(**options)
+    page = context.new_page()
+    page.set_default_timeout(WAIT_MS)
+    expect.set_options(timeout=WAIT_MS)
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.on("console", told)
+    page.on("request", lambda asked: None if asked.url.startswith((url, "data:", "blob:")) else wrong.append(asked.url))
+    page.goto(url)
+    expect(page.locator("#model.ready")).to_be_visible()
+    try:
+        yield page
+        assert wrong == []
+    finally:
+        context.close()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import contextlib
 import json
 import threading
 from collections.abc import AsyncGenerator, Iterator
@@ -23,7 +22,7 @@ from cluster.client.looking import MAX_ROUNDS, ZOOM, tools
 from cluster.demo import made_samples
 from cluster.generation import ChoiceFinished, Delta, GenerateCall, ToolMode
 from cluster.pictures import crop, enlarged, open_upright
-from tests.browser import chromium
+from tests.browser import chromium, opened
 from tests.doubles import FINISHED, STARTED, Pause, ScriptedService
 from tests.media import png
 from tests.unit.cluster.test_boxes import CASES
@@ -31,8 +30,6 @@ from tests.unit.cluster.test_http_api import serving
 
 STATIC = Path(__file__).resolve().parents[3] / "cluster" / "playground" / "static"
 PICTURE = png(200, 100, 1)
-WAIT_MS = 30_000
-"""As long as only a page that hangs takes."""
 Answer = tuple[Any, ...] | str
 
 
@@ -104,32 +101,6 @@ def served() -> Iterator[Served]:
 def browser() -> Iterator[Browser]:
     with chromium() as found:
         yield found
-
-
-@contextlib.contextmanager
-def opened(browser: Browser, url: str, **options: Any) -> Iterator[Page]:
-    """The page; an error in it, or anything it asks of another place, fails the test."""
-    wrong: list[str] = []
-    context = browser.new_context(**options)
-    page = context.new_page()
-    page.set_default_timeout(WAIT_MS)
-    expect.set_options(timeout=WAIT_MS)
-    page.on("pageerror", lambda error: wrong.append(str(error)))
-    page.on(
-        "console",
-        lambda told: wrong.append(told.text) if told.type == "error" and "status of" not in told.text else None,
-    )
-    page.on(
-        "request",
-        lambda request: wrong.append(request.url) if not request.url.startswith((url, "data:", "blob:")) else None,
-    )
-    page.goto(url)
-    expect(page.locator("#model.ready")).to_have_text("ernie")
-    try:
-        yield page
-        assert wrong == []
-    finally:
-        context.close()
 
 
 @pytest.fixture
