@@ -70,7 +70,7 @@ def serve(
             url = http_url(settings)
             typer.echo(f"  HTTP  {url}/v1")
             typer.echo(f"  gRPC  {grpc_address(settings)}")
-            typer.echo("Try:")
+            typer.echo(f"Open {url}/ in a browser, or try:")
             typer.echo(f"  {_example(url)}")
             typer.echo(f'  {_command()} chat "Hello" --address {grpc_address(settings)}')
             typer.echo("Ctrl-C lets running requests finish and stops.")

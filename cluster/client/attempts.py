@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import random
 import time
 from collections.abc import Callable
@@ -118,6 +119,14 @@ def taking(
         def taken(self: Self, /, *args: P.args, **kwargs: P.kwargs) -> Result:
             return method(self, build(*args, **kwargs))
 
+        taken.__signature__ = _joined(method, build)  # type: ignore[attr-defined]
         return taken
 
     return decorate
+
+
+def _joined(method: Callable[..., object], build: Callable[..., object]) -> inspect.Signature:
+    """What ``help`` shows: the method's ``self`` and result, and the parameters of ``build``."""
+    own = inspect.signature(method)
+    self = next(iter(own.parameters.values())).replace(kind=inspect.Parameter.POSITIONAL_ONLY)
+    return own.replace(parameters=[self, *inspect.signature(build).parameters.values()])

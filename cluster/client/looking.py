@@ -1,7 +1,7 @@
 """Thinking with images: carries out the tools with which a model looks closer at the pictures of a conversation.
 
     looking = Looking(generate_request("What does the sign say?", images=["street.jpg"]))
-    reply = look(client, looking)               # or: await look_async(client, looking)
+    reply = look(client, looking)  # or: await look_async(client, looking)
 
 Nothing is built into the server: tools are declared in the request, the model calls them, and the client answers with
 pictures in ``tool`` messages, which the server numbers on ("Picture 2: ..."). The tools:
