@@ -96,15 +96,16 @@ class Looking:
         self._request.CopyFrom(request)
         self._search = search
         self._rounds_left = max_rounds
-        self._pictures = [
-            picture_bytes(part.image.source, f"messages[{index}].parts[{place}]")
-            for index, message in enumerate(request.messages)
-            for place, part in enumerate(message.parts)
-            if part.HasField("image")
-        ]
-        if not self._pictures:
+        self._pictures: list[bytes] = []
+        self._given = -1
+        for index, message in enumerate(request.messages):
+            for place, part in enumerate(message.parts):
+                if part.HasField("image"):
+                    if message.role != content_pb2.ROLE_TOOL:
+                        self._given = len(self._pictures)
+                    self._pictures.append(picture_bytes(part.image.source, f"messages[{index}].parts[{place}]"))
+        if self._given < 0:
             raise ValueError("messages: there is no picture to look at")
-        self._given = len(self._pictures) - 1
         for content in self._pictures:
             open_upright(content)
         self._own = {ZOOM} | ({SEARCH} if search is not None else set())
@@ -128,6 +129,12 @@ class Looking:
     def pictures(self) -> list[bytes]:
         """All pictures of the conversation, those that were shown on calls too."""
         return list(self._pictures)
+
+    @property
+    def messages(self) -> list[content_pb2.ChatMessage]:
+        """The conversation so far, calls and what they showed included, to be gone on with."""
+        last = [reply_message(self.reply)] if self._ended and self.reply is not None else []
+        return [*self._request.messages, *last]
 
     def take(self, reply: Reply) -> list[Look]:
         """Carries out what a reply asks for and prepares the next request. Returns the new looks."""

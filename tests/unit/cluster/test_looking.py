@@ -147,6 +147,17 @@ def test_which_picture() -> None:
     assert "img_idx" in (calls[0].tools[0].parameters or {})["properties"]
 
 
+def test_the_conversation_goes_on() -> None:
+    box = {"bbox_2d": [0, 0, 500, 500]}
+    _, first, _ = looked([(ZOOM, box)], "42")
+    assert [message.role for message in first.messages] == [2, 3, 4, 3] and first.messages[-1].parts[0].text == "42"
+    again = Looking(generate_request([*first.messages, user_message("And now?")]))
+    with running(lambda: Model(answers=([(ZOOM, box)], "43"))) as (address, _):
+        in_threads(address, again)
+    # The picture that was given, not the part that was cut out of it before.
+    assert again.looks[0].picture == 0 and again.looks[0].shown == first.looks[0].shown
+
+
 def test_search() -> None:
     asked = []
 
