@@ -143,7 +143,7 @@ def serve(
             url = http_url(settings)
             typer.echo(f"  HTTP  {url}/v1")
             typer.echo(f"  gRPC  {grpc_address(settings)}")
-            typer.echo("Try:")
+            typer.echo(f"Open {url}/ in a browser, or try:")
             typer.echo(f"  {_example(url)}")
             typer.echo(f'  {_command()} chat "Hello" --address {grpc_address(settings)}')
             typer.echo("Ctrl-C lets running requests finish and stops.")
@@ -197,6 +197,8 @@ def chat(
     tools: Annotated[
         str | None, typer.Option(help="JSON file: a list of functions the model may call, as OpenAI has them.")
     ] = None,
+    zoom: Annotated[bool, typer.Option("--zoom", help="Lets the model look closer at parts of the pictures.")] = False,
+    draw: Annotated[str | None, typer.Option(help="Picture file to write: boxes the answer names, drawn.")] = None,
     timeout: Annotated[
         float | None, typer.Option(help="Seconds the whole request may take.", min=0.001, max=86_400)
     ] = None,
@@ -215,6 +217,8 @@ def chat(
         temperature=temperature,
         seed=seed,
         tools=tools,
+        zoom=zoom,
+        draw=draw,
         timeout_s=timeout,
     )
     raise typer.Exit(code)
