@@ -7,10 +7,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo serve test check proto clean
+.PHONY: help venv demo serve test test-ray-up check proto clean
 
 help:  ## List the targets.
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 venv: $(STAMP)  ## Make .venv with ernie, its tests and its tools.
 
@@ -27,6 +27,9 @@ serve: venv  ## Start a cluster and keep it; ARGS="--model DIR ..." are passed o
 
 test: venv  ## Run all tests; ARGS="-k ..." are passed on.
 	$(BIN)/python -m pytest $(ARGS)
+
+test-ray-up: venv  ## Bring up a cluster of namespaces by deploy/README.md (root on Linux; minutes); ARGS="-s" shows it.
+	ERNIE_TEST_RAY_UP=1 $(BIN)/python -m pytest tests/deploy -rs $(ARGS)
 
 check: venv  ## Lint, types, import rules, protos, stubs, links, spelling.
 	$(BIN)/ruff check .

@@ -5,6 +5,7 @@
 #
 # Ends the application in order (running replies may finish), then Ray on every worker at once.
 set -uo pipefail
+export PATH=~/ernie/venv/bin:$PATH
 serve shutdown --yes
 workers() {
     python - <<'PYTHON'
@@ -20,7 +21,7 @@ options=(-i ~/ray_bootstrap_key.pem -o BatchMode=yes -o StrictHostKeyChecking=no
     -o LogLevel=ERROR -o ConnectTimeout=5)
 failed=0 waiting=()
 for worker in $(workers); do
-    ssh -n "${options[@]}" "$worker" 'bash -lic "bash ~/ernie/deploy/node-stop.sh"' 2>&1 | sed "s/^/$worker: /" &
+    ssh -n "${options[@]}" "$worker" 'bash ~/ernie/deploy/node-stop.sh' 2>&1 | sed "s/^/$worker: /" &
     waiting+=($!)
 done
 for one in "${waiting[@]}"; do wait "$one" || failed=1; done

@@ -1,9 +1,9 @@
-"""Machines for `ray up` on one computer: Linux namespaces with an address, a process tree, a home and an SSH server each.
+"""Machines for ``ray up`` on one computer: namespaces with an address, a process tree, a home and an SSH server each.
 
 A machine has network, pid, mount, uts and ipc namespaces of its own, so that Ray's hunt for its processes, its fixed
 paths and its ports stay inside, and losing power is killing one process. Machines share the files of the computer
-except /tmp, /run, /dev/shm and /home. They need root with CAP_SYS_ADMIN and CAP_NET_ADMIN; ``lacking`` says what is
-missing. Nothing of the computer's own network is touched: the switch between machines is in a namespace too.
+except /tmp, /run, /dev/shm, /home and /etc. Nothing of the computer's own network is touched: the switch between them
+is in a namespace too. They need root with CAP_SYS_ADMIN and CAP_NET_ADMIN; ``lacking`` says what is missing.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ for kept in "$@"; do
 done
 mkdir -p /run/sshd
 cd /home/ernie/.machine
-mount --bind passwd /etc/passwd
-mount --bind hosts /etc/hosts
-mount --bind resolv.conf /etc/resolv.conf
+# All of /etc: a file alone would lose its mount when the computer's is replaced, by an installation for example.
+rm -rf etc; cp -a /etc etc; cp passwd hosts resolv.conf etc/
+mount --bind etc /etc
 until ip -o -4 address show dev eth0 2>/dev/null | grep -q inet; do sleep 0.05; done
 exec "$(PATH=$PATH:/usr/sbin command -v sshd)" -D -e -f sshd_config
 """
@@ -132,7 +132,9 @@ class Machine:
         ):
             _run(_enter(self.process, "net"), ["ip", *arguments.split()])
 
-    def popen(self, command: Sequence[str], *, cwd: Path = HOME, env: Mapping[str, str] = {}) -> subprocess.Popen[str]:  # noqa: B006
+    def popen(
+        self, command: Sequence[str], *, cwd: Path = HOME, env: Mapping[str, str] | None = None
+    ) -> subprocess.Popen[str]:
         """Starts a command in the machine as its user; the output is one text stream."""
         return subprocess.Popen(
             [*_enter(self.process, *_SPACES), f"--wdns={cwd}", *command],
@@ -140,7 +142,7 @@ class Machine:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env={**_LOGGED_IN, **env},
+            env={**_LOGGED_IN, **(env or {})},
         )
 
     def run(self, script: str, *, cwd: Path = HOME, limit_s: float = LIMIT_S) -> str:

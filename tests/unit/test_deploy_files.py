@@ -147,6 +147,22 @@ def test_kuberay() -> None:
     assert Path(config.model).is_relative_to("/models")
 
 
+def test_table_of_sizes() -> None:
+    """The arithmetic of README.md; the weights are those of the main README, held by a test of their own."""
+    token_bytes = 2 * 28 * 4 * 128 * 2
+    usable = 0.9 * 85e9
+    cells = r"\| (\d) \| ([\d.]+) GB, ([\d,]+) \| ([\d.]+) GB, ([\d,]+) \|"
+    rows = re.findall(cells, (DEPLOY / "README.md").read_text())
+    assert [row[0] for row in rows] == ["1", "2", "4", "8"]
+    for _, *pairs in rows:
+        for weight, tokens in (pairs[:2], pairs[2:]):
+            held = (usable - float(weight) * 1e9) / token_bytes
+            assert int(held) // 1000 == int(tokens.replace(",", "")) // 1000
+    main = (DEPLOY.parent / "README.md").read_text()
+    for ranks, prefill, _, decode, _ in rows:
+        assert f"| {ranks} | {prefill} GB | {decode} GB |" in main
+
+
 def test_ray_versions_agree() -> None:
     import ray
 
