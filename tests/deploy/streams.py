@@ -22,7 +22,13 @@ APART_S = 0.5
 
 async def stream(index: int, address: str, tokens: int, timeout_s: float) -> None:
     request = generate_request(
-        user_message("Tell me about numbers."), max_tokens=tokens, ignore_eos=True, temperature=0, return_token_ids=True
+        user_message("Tell me about numbers."),
+        max_tokens=tokens,
+        ignore_eos=True,
+        temperature=0,
+        return_token_ids=True,
+        # What one engine has cached must not draw them all there.
+        cache_salt=f"stream {index}",
     )
     count, end = 0, "nothing"
 
