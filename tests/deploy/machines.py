@@ -20,13 +20,15 @@ from pathlib import Path
 
 USER = "ernie"
 HOME = Path("/home") / USER
-TOOLS = ("ip", "unshare", "nsenter", "ssh", "ssh-keygen", "rsync", "sshd")
+TOOLS = ("ip", "setpriv", "unshare", "nsenter", "ssh", "ssh-keygen", "rsync", "sshd")
 LIMIT_S = 20.0
 BRIDGE = "switch"
 _PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
 _ROOT = Path(__file__).resolve().parents[2]
 _SPACES = ("net", "pid", "mount", "uts", "ipc")
-_UNSHARE = ["unshare", *(f"--{space}" for space in _SPACES), "--fork", "--kill-child"]
+# Whatever ends this process ends what it started.
+_BOUND = ["setpriv", "--pdeathsig", "KILL", "unshare", "--fork", "--kill-child"]
+_UNSHARE = [*_BOUND, *(f"--{space}" for space in _SPACES)]
 _PASSWD = f"{USER}:x:0:0::{HOME}:/bin/bash\nsshd:x:105:65534::/run/sshd:/usr/sbin/nologin\n"
 _LOGGED_IN = {"HOME": str(HOME), "USER": USER, "LOGNAME": USER, "SHELL": "/bin/bash", "LANG": "C.UTF-8", "PATH": _PATH}
 
@@ -104,6 +106,7 @@ class Machine:
         try:
             self.process = _child(self._unshare, self._log)
             self._plug_in()
+            self._wait_for_ssh()
         except BaseException:
             self.lose_power()
             raise
@@ -131,6 +134,13 @@ class Machine:
             "route add default dev eth0",
         ):
             _run(_enter(self.process, "net"), ["ip", *arguments.split()])
+
+    def _wait_for_ssh(self) -> None:
+        """Returns once port 22 (0x16) listens (state 0x0A)."""
+        deadline = time.monotonic() + LIMIT_S
+        while ":0016 00000000:0000 0A" not in Path(f"/proc/{self.process}/net/tcp").read_text():
+            assert time.monotonic() < deadline, f"{self.name} has no SSH server:\n{self._log.read_text()}"
+            time.sleep(0.02)
 
     def popen(
         self, command: Sequence[str], *, cwd: Path = HOME, env: Mapping[str, str] | None = None
@@ -191,7 +201,7 @@ class Network:
         self.user_key, self.host_key = folder / "user_key", folder / "host_key"
         for key in (self.user_key, self.host_key):
             subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(key)], check=True)
-        self._unshare = subprocess.Popen(["unshare", "--net", "--fork", "--kill-child", "sleep", "infinity"])
+        self._unshare = subprocess.Popen([*_BOUND, "--net", "sleep", "infinity"])
         self._switch = _child(self._unshare, None)
         self.ip("link", "add", BRIDGE, "type", "bridge")
         self.ip("link", "set", BRIDGE, "up")

@@ -72,6 +72,26 @@ class Site:
         found: dict[str, Any] = json.loads(self.operator.run(f"curl -sf http://{address}:8000/status"))
         return found
 
+    def wait(self, what: str, done: Callable[[], bool], limit_s: float = STEP_LIMIT_S) -> None:
+        """Returns once it is done; raises AssertionError with what the cluster says of itself."""
+        began = time.monotonic()
+        while not done():
+            if time.monotonic() - began > limit_s:
+                raise AssertionError(f"not within {limit_s:.0f} s: {what}\n{self.told()}")
+            time.sleep(1.0)
+        print(f"--- {time.monotonic() - began:.1f} s until {what}", flush=True)
+
+    def told(self) -> str:
+        """What the head and the machines say, for failures."""
+        lines = [f"{node.name}: {sorted(node.processes().values())}" for node in self.nodes.values()]
+        try:
+            lines.append(self.type("ray exec deploy/onprem.yaml 'ray status; serve status'"))
+            log = self.nodes[HEAD].run("cat /tmp/ray/session_latest/logs/monitor.out")
+            lines += [line[:300] for line in log.splitlines() if "Full command is" not in line][-80:]
+        except AssertionError as error:
+            lines.append(str(error))
+        return "\n".join(lines)
+
     def running(self, address: str) -> dict[str, int]:
         """Sequences in the engine of each machine, as the router knows them."""
         engines = self.status(address)["engines"]
@@ -109,14 +129,6 @@ class Streams:
         return found
 
 
-def wait(what: str, done: Callable[[], bool], limit_s: float = STEP_LIMIT_S) -> None:
-    began = time.monotonic()
-    while not done():
-        assert time.monotonic() - began < limit_s, f"not within {limit_s:.0f} s: {what}"
-        time.sleep(1.0)
-    print(f"--- {time.monotonic() - began:.1f} s until {what}", flush=True)
-
-
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     (command,) = (block for block in steps("Bring it up") if "wheel" in block)
@@ -152,7 +164,7 @@ def test_up(site: Site) -> None:
 def test_deploy_and_call(site: Site) -> None:
     deploy, *calls = steps("Deploy and call")
     site.type(deploy)
-    wait("both engines are there", lambda: len(site.running(HEAD)) == 2)
+    site.wait("both engines are there", lambda: len(site.running(HEAD)) == 2)
     for block in calls:
         output = site.type(block)
         assert output.count("ended by stop") == block.count("ernie chat")
@@ -171,7 +183,7 @@ def test_a_lost_worker_ends_its_own_streams_only(site: Site) -> None:
         running.update(site.running(router))
         return sum(running.values()) == 4
 
-    wait("the router knows of all four", all_run, limit_s=20)
+    site.wait("the router knows of all four", all_run, limit_s=20)
     assert min(running.values()) > 0, f"one engine has them all: {running}"
     site.nodes[lost].lose_power()
     ends = streams.ends()
@@ -182,7 +194,7 @@ def test_a_lost_worker_ends_its_own_streams_only(site: Site) -> None:
     site.operator.run(f"{CHECKOUT}/.venv/bin/ernie chat Hello --address {HEAD}:9000")
 
     site.power_on(lost)
-    wait("the autoscaler has brought the worker back", lambda: len(site.running(HEAD)) == 2)
+    site.wait("the autoscaler has brought the worker back", lambda: len(site.running(HEAD)) == 2)
 
 
 def test_a_lost_head_takes_no_stream_of_others_along(site: Site) -> None:
