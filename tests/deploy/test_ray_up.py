@@ -208,7 +208,7 @@ def test_a_lost_head_takes_no_stream_of_others_along(site: Site) -> None:
     site.power_on(HEAD)
     for block in steps("When the head was lost"):
         site.type(block)
-    wait(
+    site.wait(
         "all three are in the new cluster",
         lambda: "3 local.cluster.node" in site.type("ray exec deploy/onprem.yaml 'ray status'"),
     )
