@@ -92,6 +92,15 @@ class Site:
             lines.append(str(error))
         return "\n".join(lines)
 
+    def is_whole(self) -> bool:
+        """Both engines are there, and every address answers. The proxy of a worker starts after its replicas."""
+        ready = "\n".join(f"curl -sfo /dev/null http://{address}:8000/ready" for address in self.nodes)
+        try:
+            self.operator.run(ready)
+            return len(self.running(HEAD)) == len(WORKERS)
+        except AssertionError:
+            return False
+
     def running(self, address: str) -> dict[str, int]:
         """Sequences in the engine of each machine, as the router knows them."""
         engines = self.status(address)["engines"]
@@ -164,7 +173,7 @@ def test_up(site: Site) -> None:
 def test_deploy_and_call(site: Site) -> None:
     deploy, *calls = steps("Deploy and call")
     site.type(deploy)
-    site.wait("both engines are there", lambda: len(site.running(HEAD)) == 2)
+    site.wait("both engines are there and every machine answers", site.is_whole)
     for block in calls:
         output = site.type(block)
         assert output.count("ended by stop") == block.count("ernie chat")
@@ -194,7 +203,7 @@ def test_a_lost_worker_ends_its_own_streams_only(site: Site) -> None:
     site.operator.run(f"{CHECKOUT}/.venv/bin/ernie chat Hello --address {HEAD}:9000")
 
     site.power_on(lost)
-    site.wait("the autoscaler has brought the worker back", lambda: len(site.running(HEAD)) == 2)
+    site.wait("the autoscaler has brought the worker back", site.is_whole)
 
 
 def test_a_lost_head_takes_no_stream_of_others_along(site: Site) -> None:
