@@ -18,7 +18,7 @@ import pytest
 
 from tests.deploy import machines
 from tests.deploy.machines import Machine, Network
-from tests.deploy.site import CHECKOUT, ROOT, WHEEL_COMMAND, add_node, add_operator, build_wheel
+from tests.deploy.stage import CHECKOUT, ROOT, WHEEL_COMMAND, add_node, add_operator, build_wheel
 
 README = ROOT / "deploy" / "README.md"
 HEAD, WORKERS = "10.0.0.10", ("10.0.0.11", "10.0.0.12")
