@@ -184,7 +184,7 @@ def test_deploy_and_call(site: Site) -> None:
 def test_a_lost_worker_ends_its_own_streams_only(site: Site) -> None:
     router = site.has("ServeReplica:ernie:router")
     (lost,) = set(WORKERS) - {router}
-    streams = Streams(site, 2500, [HEAD, router, HEAD, router])
+    streams = Streams(site, 1500, [HEAD, router, HEAD, router])
     streams.wait_started()
     running: dict[str, int] = {}
 
@@ -207,7 +207,7 @@ def test_a_lost_worker_ends_its_own_streams_only(site: Site) -> None:
 
 
 def test_a_lost_head_takes_no_stream_of_others_along(site: Site) -> None:
-    streams = Streams(site, 1500, [*WORKERS, *WORKERS])
+    streams = Streams(site, 1000, [*WORKERS, *WORKERS])
     streams.wait_started()
     site.nodes[HEAD].lose_power()
     for address in WORKERS:
