@@ -1,6 +1,6 @@
 """Composition root: the Serve application, from one description.
 
-``serve deploy deploy/serve.yaml`` and ``ernie serve`` both call ``build``.
+``serve deploy`` with a file of deploy/serve/ and ``ernie serve`` both call ``build``.
 """
 
 from __future__ import annotations
