@@ -7,10 +7,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo serve test chaos check proto clean
+.PHONY: help venv demo serve test test-clients test-ray-up chaos check proto clean
 
 help:  ## List the targets.
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 venv: $(STAMP)  ## Make .venv with ernie, its tests and its tools.
 
@@ -30,6 +30,13 @@ test: venv  ## Run all tests; ARGS="-k ..." are passed on.
 
 chaos: venv  ## Kill and freeze parts under requests; TRIALS=100 SEED=1 MUTANT=no_resume ...
 	$(BIN)/python -m tests.chaos --trials $(or $(TRIALS),100) --seed $(or $(SEED),1) --mutant "$(MUTANT)"
+
+test-clients: venv  ## Run other people's clients against a cluster; prints a line for each.
+	$(BIN)/python -m pip install --quiet --editable '.[test,clients]'
+	$(BIN)/python -m pytest tests/clients $(ARGS)
+
+test-ray-up: venv  ## Bring up a cluster of namespaces by deploy/README.md (root on Linux; minutes); ARGS="-s" shows it.
+	ERNIE_TEST_RAY_UP=1 $(BIN)/python -m pytest tests/deploy -rs $(ARGS)
 
 check: venv  ## Lint, types, import rules, protos, stubs, links, spelling.
 	$(BIN)/ruff check .

@@ -1,18 +1,22 @@
-"""What ``ernie chat`` does: asks one question, streams the reply, shows its cost and where the time went."""
+"""What ``ernie chat`` does: asks, streams the reply, lets the model look closer, draws the boxes it names."""
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+from PIL import Image
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
-from cluster.client import DEFAULT_ADDRESS, Client, ClientError, generate_request, user_message
+from cluster.boxes import LabelledBox, find_boxes
+from cluster.client import DEFAULT_ADDRESS, Client, ClientError, FinishReason, Reply, generate_request
+from cluster.client.looking import Look, Looking
+from cluster.client.media import picture_bytes
+from cluster.pictures import draw_boxes, open_upright
+from cluster.reply_printer import ReplyPrinter, print_cost
 from ernie_serving.v1 import inference_pb2
 
 EXIT_OK = 0
@@ -21,7 +25,19 @@ EXIT_USAGE = 2
 EXIT_UNREACHABLE = 3
 EXIT_INTERRUPTED = 130
 
-BAR_WIDTH = 30
+
+class _Unusable(Exception):
+    """What the command was given cannot be used."""
+
+
+@dataclass(kw_only=True)
+class _Exchange:
+    """A request and what is done around it. ``pictures`` are the given ones where boxes are drawn, else empty."""
+
+    request: inference_pb2.GenerateRequest
+    looking: Looking | None
+    pictures: list[bytes]
+    draw: Path | None
 
 
 def run_chat(
@@ -36,6 +52,8 @@ def run_chat(
     temperature: float | None = None,
     seed: int | None = None,
     tools: str | None = None,
+    zoom: bool = False,
+    draw: str | None = None,
     timeout_s: float | None = None,
     show_timings: bool = True,
     console: Console | None = None,
@@ -43,173 +61,147 @@ def run_chat(
 ) -> int:
     """Runs one exchange and returns the exit code. ``tools`` is a JSON file of functions as OpenAI has them.
 
-    0: answered. 1: the cluster refused or failed, or the reply was cancelled elsewhere. 2: a file could not be read.
-    3: nothing answers at the address. 130: interrupted.
+    ``zoom`` offers the tool that looks closer and carries it out; ``timeout_s`` is then for each of the requests.
+    ``draw`` names a picture file to write: the last picture with the boxes of the answer and of what was looked at.
+    Boxes of other pictures go into files of their own, with the number of the picture in their names.
+
+    0: answered. 1: the cluster refused or failed, or the reply was cancelled elsewhere. 2: a file could not be read or
+    written. 3: nothing answers at the address. 130: interrupted.
     """
     console = console or Console(highlight=False)
     errors = errors or Console(stderr=True, highlight=False)
     try:
-        message = user_message(prompt, images=images, videos=videos)
-        offered = [] if tools is None else json.loads(Path(tools).read_bytes())
+        request = generate_request(
+            prompt,
+            images=images,
+            videos=videos,
+            model=model,
+            temperature=temperature,
+            max_tokens=max_tokens,
+            seed=seed,
+            tools=_read_tools(tools),
+            enable_thinking=think,
+            return_timings=show_timings,
+            timeout_s=timeout_s,
+        )
+        exchange = _exchange(request, zoom=zoom, draw=draw)
+        with Client(address) as client:
+            reply = _ask(client, exchange, console)
+        print_cost(console, reply)
+        if exchange.draw is not None:
+            _draw(exchange, reply, exchange.draw, console)
+    except _Unusable as error:
+        errors.print(Text(str(error), style="red"), soft_wrap=True)
+        return EXIT_USAGE
     except OSError as error:
         errors.print(Text(f"cannot read {error.filename}: {error.strerror}", style="red"), soft_wrap=True)
         return EXIT_USAGE
     except UnicodeEncodeError:
         errors.print("the prompt is not UTF-8", style="red")
         return EXIT_USAGE
-    except ValueError as error:
-        errors.print(Text(f"{tools}: {error}", style="red"), soft_wrap=True)
-        return EXIT_USAGE
-    try:
-        request = generate_request(
-            message,
-            model=model,
-            temperature=temperature,
-            max_tokens=max_tokens,
-            seed=seed,
-            tools=offered,
-            enable_thinking=think,
-            return_timings=show_timings,
-        )
-    except (ValueError, TypeError) as error:
-        errors.print(Text(f"{tools}: {error}", style="red"), soft_wrap=True)
-        return EXIT_USAGE
-    try:
-        return asyncio.run(_chat(request, address, timeout_s, console))
     except ClientError as error:
         _print_error(error, address, errors)
         return EXIT_UNREACHABLE if error.unreachable else EXIT_FAILED
     except KeyboardInterrupt:
         errors.print("interrupted", style="red")
         return EXIT_INTERRUPTED
+    return EXIT_FAILED if reply.finish_reason is FinishReason.CANCELLED else EXIT_OK
 
 
-async def _chat(request: inference_pb2.GenerateRequest, address: str, timeout_s: float | None, console: Console) -> int:
-    reply = ReplyPrinter(console)
-    async with Client(address) as client:
-        ending, finished = await stream_reply(client, request, reply, timeout_s=timeout_s)
-    reply.end()
-    if finished is None:
-        console.print("the reply ended early", style="red")
-        return EXIT_FAILED
-    print_cost(console, ending, finished)
-    return EXIT_FAILED if ending.finish_reason == inference_pb2.FINISH_REASON_CANCELLED else EXIT_OK
+def _read_tools(file: str | None) -> list[dict[str, object]]:
+    if file is None:
+        return []
+    try:
+        offered = json.loads(Path(file).read_bytes())
+        generate_request("", tools=offered)
+    except (ValueError, TypeError) as error:
+        raise _Unusable(f"{file}: {error}") from None
+    assert isinstance(offered, list)
+    return offered
 
 
-async def stream_reply(
-    client: Client, request: inference_pb2.GenerateRequest, reply: ReplyPrinter, *, timeout_s: float | None
-) -> tuple[inference_pb2.ChoiceFinished, inference_pb2.GenerationFinished | None]:
-    """Shows a reply as it comes, and returns how it ended: None as the second when it broke off.
+def _exchange(request: inference_pb2.GenerateRequest, *, zoom: bool, draw: str | None) -> _Exchange:
+    pictures: list[bytes] = []
+    try:
+        if draw is not None:
+            sources = [part.image.source for part in request.messages[0].parts if part.HasField("image")]
+            pictures = [picture_bytes(source, f"picture {index + 1}") for index, source in enumerate(sources)]
+            if not pictures:
+                raise _Unusable("--draw: there is no picture to draw on, give one with --image")
+            if Path(draw).suffix.lower() not in Image.registered_extensions():
+                raise _Unusable(f"--draw: {draw} must end like a picture file, in .png for example")
+            for content in pictures:
+                open_upright(content)
+        looking = Looking(request) if zoom else None
+    except ValueError as error:
+        raise _Unusable(str(error)) from None
+    except OSError as error:
+        raise _Unusable(f"a picture cannot be read: {error}") from None
+    return _Exchange(request=request, looking=looking, pictures=pictures, draw=None if draw is None else Path(draw))
+
+
+def _ask(client: Client, exchange: _Exchange, console: Console) -> Reply:
+    looking = exchange.looking
+    if looking is None:
+        return stream_reply(client, exchange.request, console)
+    while (request := looking.request) is not None:
+        reply = stream_reply(client, request, console)
+        for look in looking.take(reply):
+            console.print(Text(_told(look), style="dim"), soft_wrap=True)
+    return reply
+
+
+def stream_reply(client: Client, request: inference_pb2.GenerateRequest, console: Console) -> Reply:
+    """Shows a reply as it comes, and returns it whole.
 
     Raises:
-        ClientError: the cluster refused or failed.
+        ClientError: the cluster refused or failed, or the reply broke off.
     """
-    ending = inference_pb2.ChoiceFinished()
-    finished: inference_pb2.GenerationFinished | None = None
-    async with contextlib.aclosing(client.stream_generate(request, timeout_s=timeout_s)) as responses:
-        async for response in responses:
-            reply.show(response)
-            if response.HasField("choice_finished"):
-                ending = response.choice_finished
-            if response.HasField("finished"):
-                finished = response.finished
-    return ending, finished
+    printer = ReplyPrinter(console)
+    with client.stream_request(request) as stream:
+        try:
+            for event in stream:
+                printer.show(event)
+        finally:
+            printer.end()
+        return stream.rest()
 
 
-def print_cost(
-    console: Console, ending: inference_pb2.ChoiceFinished, finished: inference_pb2.GenerationFinished
-) -> None:
-    """Prints the counts of tokens and, where the request asked for them, the timings."""
-    console.print(Text(usage_line(finished.usage, ending.finish_reason), style="dim"), soft_wrap=True)
-    if finished.HasField("timings"):
-        console.print(timings_table(finished.timings))
+def _told(look: Look) -> str:
+    if look.error is not None:
+        return f"That call is wrong, and the model is told: {look.error}"
+    assert look.box is not None and look.picture is not None
+    x1, y1, x2, y2 = (f"{corner:g}" for corner in look.box.corners)
+    return f"From {x1}, {y1} to {x2}, {y2} of picture {look.picture + 1}: cut out, and shown to the model."
 
 
-class ReplyPrinter:
-    """Prints deltas as they come: thinking dim under its own heading, the answer plain, each call on a line of its own,
-    ``name(arguments)``."""
-
-    def __init__(self, console: Console) -> None:
-        self._console = console
-        self._section = ""
-        self._thought = False
-        self._in_call = False
-
-    def show(self, response: inference_pb2.StreamGenerateResponse) -> None:
-        """Prints the text of one response, if it has any."""
-        if response.delta.reasoning_text:
-            self._thought = True
-            self._write(response.delta.reasoning_text, "Thinking", "dim italic")
-        if response.delta.text:
-            self._write(response.delta.text, "Answer", "")
-        for call in response.delta.tool_calls:
-            if call.name:
-                self._write(f"{call.name}(", f"Call {call.index + 1}", "")
-                self._in_call = True
-            self._console.print(Text(call.arguments_json), end="", soft_wrap=True)
-
-    def end(self) -> None:
-        """Ends the last line."""
-        if self._in_call:
-            self._console.print(")", end="")
-            self._in_call = False
-        if self._section:
-            self._console.print()
-
-    def _write(self, text: str, section: str, style: str) -> None:
-        if section != self._section:
-            self.end()
-            self._section = section
-            if self._thought:
-                self._console.print(Text(section, style="bold"))
-        self._console.print(Text(text, style=style), end="", soft_wrap=True)
-
-
-def usage_line(usage: inference_pb2.Usage, finish_reason: inference_pb2.FinishReason.ValueType) -> str:
-    """One line of token counts and, when known, the time to the first token."""
-    prompt = [f"{usage.media_token_count} media"] if usage.media_token_count else []
-    if usage.cached_token_count:
-        prompt.append(f"{usage.cached_token_count} cached")
-    line = f"{usage.prompt_token_count} prompt tokens"
-    if prompt:
-        line += f" ({', '.join(prompt)})"
-    line += f", {usage.output_token_count} generated"
-    if usage.reasoning_token_count:
-        line += f" ({usage.reasoning_token_count} thinking)"
-    reason = inference_pb2.FinishReason.Name(finish_reason).removeprefix("FINISH_REASON_").lower()
-    line += f", ended by {reason}"
-    if usage.HasField("time_to_first_token"):
-        line += f", first token after {_seconds(usage.time_to_first_token.ToTimedelta().total_seconds())}"
-    return line
-
-
-def timings_table(timings: inference_pb2.Timings) -> Table:
-    """A row a stage: the time it held the request up, its share as a bar, and the time some place worked on it."""
-    total = sum(stage.exposed_duration.ToTimedelta().total_seconds() for stage in timings.stages)
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    table.add_column("stage")
-    table.add_column("exposed", justify="right")
-    table.add_column("", width=BAR_WIDTH, no_wrap=True)
-    table.add_column("busy", justify="right")
-    for stage in timings.stages:
-        exposed = stage.exposed_duration.ToTimedelta().total_seconds()
-        table.add_row(
-            inference_pb2.Stage.Name(stage.stage).removeprefix("STAGE_").lower(),
-            _seconds(exposed),
-            Text("#" * (round(BAR_WIDTH * exposed / total) if total > 0 else 0), style="cyan"),
-            _seconds(stage.busy_duration.ToTimedelta().total_seconds()) if stage.HasField("busy_duration") else "",
-        )
-    table.add_row("total", _seconds(total), "", "", style="bold")
-    return table
-
-
-def _seconds(value: float) -> str:
-    return f"{value * 1000:.1f} ms" if value < 1 else f"{value:.2f} s"
+def _draw(exchange: _Exchange, reply: Reply, draw: Path, console: Console) -> None:
+    """Writes each given picture that has boxes: the last one, which an answer is taken to be about, as ``draw``."""
+    boxes: dict[int, list[LabelledBox]] = {}
+    for look in exchange.looking.looks if exchange.looking is not None else ():
+        if look.box is not None and look.picture is not None:
+            boxes.setdefault(look.picture, []).append(LabelledBox(look.box.corners, look.box.label or "zoom"))
+    last = len(exchange.pictures) - 1
+    boxes.setdefault(last, []).extend(find_boxes(reply.text))
+    contents = exchange.looking.pictures if exchange.looking is not None else exchange.pictures
+    for picture, found in sorted(boxes.items()):
+        if not found:
+            console.print(Text(f"There is no box in the answer: {draw} is not written.", style="dim"), soft_wrap=True)
+            continue
+        file = draw if picture == last else draw.with_stem(f"{draw.stem}-{picture + 1}")
+        try:
+            draw_boxes(open_upright(contents[picture]), found).save(file)
+        except OSError as error:
+            raise _Unusable(f"cannot write {file}: {error.strerror or error}") from None
+        named = f"{len(found)} box{'es' if len(found) > 1 else ''}"
+        console.print(Text(f"{file}: {named} on picture {picture + 1}", style="dim"), soft_wrap=True)
 
 
 def _print_error(error: ClientError, address: str, errors: Console) -> None:
     if error.unreachable:
         line = f"nothing answers at {address}: start a cluster with `ernie serve`, or give another --address"
+    elif error.reason is None and error.message == "the reply ended early":
+        line = error.message
     else:
         line = f"{error.code.name}: {error.message}"
         if error.retry_after_s is not None:

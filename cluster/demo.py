@@ -18,8 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.text import Text
 
-from cluster.cli_chat import ReplyPrinter, print_cost, stream_reply, timings_table
-from cluster.client import Client, generate_request, user_message
+from cluster.client import AsyncClient, FinishReason, Timings
 from cluster.config import ClusterConfig
 from cluster.eval.asking import ask, ask_with_zoom
 from cluster.eval.world import clips, scenes
@@ -27,7 +26,8 @@ from cluster.eval.world.draw import draw_scene
 from cluster.eval.world.questions import BUILDERS, Question, digits, listing
 from cluster.eval.world.things import Scene
 from cluster.launch import grpc_address, http_url, running_cluster
-from ernie_serving.v1 import inference_pb2
+from cluster.pictures import open_upright
+from cluster.reply_printer import ReplyPrinter, print_cost, timings_table
 
 SEEDS = {"picture": 4, "clip": 99, "thought": 26, "number": 26, "http": 29}
 """Which pictures and which clip are shown, by the name they are saved under. Training has seen none of these seeds."""
@@ -130,7 +130,7 @@ def keep(samples: dict[str, Sample], directory: Path) -> None:
 
 async def ask_over_grpc(address: str, samples: dict[str, Sample], console: Console) -> None:
     """A streamed answer with its cost, one about a clip, one after thinking, and one after a closer look."""
-    async with Client(address) as client:
+    async with AsyncClient(address) as client:
         console.rule("A picture, over gRPC: StreamGenerate")
         sample = samples["picture"]
         show_question(sample, console)
@@ -152,32 +152,41 @@ async def ask_over_grpc(address: str, samples: dict[str, Sample], console: Conso
         console.rule("A closer look: a tool call")
         sample = samples["number"]
         show_question(sample, console)
-        reply, look = await ask_with_zoom(client, sample.question.text, sample.content, timeout_s=TIMEOUT_S)
-        if look is not None:
-            call = reply.calls[0]
-            console.print(Text(f"{call.name}({call.arguments_json})", style="dim italic"), soft_wrap=True)
-            part = Image.open(io.BytesIO(look.picture))
-            console.print(f"That part is cut out, {part.width} x {part.height} pixels, and shown to the model:")
-            show_images([part], console)
-            reply = look.reply
+        reply, looks = await ask_with_zoom(client, sample.question.text, sample.content, timeout_s=TIMEOUT_S)
+        for look in looks:
+            console.print(Text(f"{look.call.name}({look.call.arguments})", style="dim italic"), soft_wrap=True)
+            if look.error is not None:
+                console.print(Text(f"That call is wrong, and the model is told: {look.error}"), soft_wrap=True)
+            for part in map(open_upright, look.shown):
+                console.print(f"That part is cut out, enlarged to {part.width} x {part.height} pixels and shown to it:")
+                show_images([part], console)
         show_answer(reply.text, sample.question, console)
 
 
-async def stream_answer(client: Client, sample: Sample, console: Console) -> None:
+async def stream_answer(client: AsyncClient, sample: Sample, console: Console) -> None:
     """Prints one answer as it comes, then its usage and its timings.
 
     Raises:
         ClientError: the cluster refused or failed.
-        ConnectionError: the reply broke off.
+        ConnectionError: it was cancelled.
     """
-    message = user_message(sample.question.text, images=[sample.content])
-    request = generate_request(message, temperature=0, max_tokens=MAX_TOKENS, return_timings=True)
     console.print("A: ", end="")
-    ending, finished = await stream_reply(client, request, ReplyPrinter(console), timeout_s=TIMEOUT_S)
+    printer = ReplyPrinter(console)
+    async with client.stream(
+        sample.question.text,
+        images=[sample.content],
+        temperature=0,
+        max_tokens=MAX_TOKENS,
+        return_timings=True,
+        timeout_s=TIMEOUT_S,
+    ) as events:
+        async for event in events:
+            printer.show(event)
+        reply = await events.rest()
     console.print(truth(sample.question), soft_wrap=True)
-    if finished is None or ending.finish_reason == inference_pb2.FINISH_REASON_CANCELLED:
-        raise ConnectionError("the reply ended early")
-    print_cost(console, ending, finished)
+    if reply.finish_reason is FinishReason.CANCELLED:
+        raise ConnectionError("the reply was cancelled")
+    print_cost(console, reply)
 
 
 def ask_over_http(url: str, sample: Sample, console: Console) -> None:
@@ -216,7 +225,8 @@ def ask_over_http(url: str, sample: Sample, console: Console) -> None:
     console.print(truth(sample.question), soft_wrap=True)
     usage = last["usage"]
     console.print(f"{usage['prompt_tokens']} prompt tokens, {usage['completion_tokens']} generated", style="dim")
-    console.print(timings_table(timings_message(last["timings"])))
+    timings = last["timings"]
+    console.print(timings_table(Timings(exposed=timings["exposed"], busy=timings["busy"])))
 
 
 def sse_objects(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
@@ -228,17 +238,6 @@ def sse_objects(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
         if data == "[DONE]":
             return
         yield json.loads(data)
-
-
-def timings_message(timings: dict[str, Any]) -> inference_pb2.Timings:
-    """The HTTP form of timings as the gRPC message."""
-    message = inference_pb2.Timings()
-    for name, seconds in timings["exposed"].items():
-        stage = message.stages.add(stage=inference_pb2.Stage.Value(f"STAGE_{name.upper()}"))
-        stage.exposed_duration.FromNanoseconds(round(seconds * 1e9))
-        if name in timings["busy"]:
-            stage.busy_duration.FromNanoseconds(round(timings["busy"][name] * 1e9))
-    return message
 
 
 def show_question(sample: Sample, console: Console) -> None:

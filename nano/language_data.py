@@ -18,7 +18,8 @@ from cluster.eval.world.pairs import compare, in_either, pair
 from cluster.eval.world.questions import BUILDERS, Question
 from cluster.eval.world.scenes import LARGE_DIGITS, dense, scene, small_number
 from cluster.eval.world.things import Scene, random_number
-from cluster.eval.world.zoom import OFFER, SCALE, SIDE, call, crop, where
+from cluster.eval.world.zoom import OFFER, SCALE, SIDE, call, where
+from cluster.pictures import crop
 from nano.files import FONT_PATH
 from nano.frames import Frame, FrameBatch, Ints, batch_frames, frame, smaller, spoil
 from nano.packing import ASSISTANT, BEGIN, NOT_THINKING, SEP, Answer, Media, Row, RowBatch, Segment, batch_rows

@@ -18,7 +18,7 @@ import httpx
 from cluster.bench.load import Ask, Reply, Sender, SendFailed
 from cluster.bench.settings import BenchSettings
 from cluster.bench.workload import Turn
-from cluster.client import Client, ClientError, generate_request
+from cluster.client import AsyncClient, ClientError, generate_request
 from ernie_serving.v1 import content_pb2, inference_pb2
 
 STREAMS_PER_CONNECTION = 64
@@ -44,7 +44,7 @@ class GrpcSender(Sender):
     def __init__(self, address: str, settings: BenchSettings) -> None:
         in_flight = settings.concurrency or settings.num_requests
         count = min(MAX_CONNECTIONS, -(-in_flight // STREAMS_PER_CONNECTION))
-        self._clients = [Client(address, own_connection=True) for _ in range(count)]
+        self._clients = [AsyncClient(address, retries=0, own_connection=True) for _ in range(count)]
         self._turn = itertools.cycle(self._clients)
         self._settings = settings
 

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cluster.builtin import locate
-from cluster.client import Client, ClientError
+from cluster.client import AsyncClient, ClientError
 from cluster.config import NANO, ClusterConfig, parse, resolve
 from cluster.eval.asking import ask, ask_with_zoom
 from cluster.eval.scoring import metric, score
@@ -167,14 +167,14 @@ def own_cluster(model: str) -> ClusterConfig:
 async def _evaluate_at(address: str, settings: EvalSettings, errors: Console) -> dict[str, Score]:
     with Progress(console=errors, transient=True) as progress:
         line = progress.add_task("asking", total=len(settings.tasks) * settings.samples)
-        async with Client(address) as client:
+        async with AsyncClient(address) as client:
             return await evaluate(
                 client, settings.tasks, settings.seed, settings.samples, on_sample=lambda: progress.advance(line)
             )
 
 
 async def evaluate(
-    client: Client, tasks: Sequence[str], seed: int, count: int, *, on_sample: Callable[[], None] = lambda: None
+    client: AsyncClient, tasks: Sequence[str], seed: int, count: int, *, on_sample: Callable[[], None] = lambda: None
 ) -> dict[str, Score]:
     """Scores of ``count`` samples of each task, in the order of ``tasks``; ``on_sample`` is called after each.
 
@@ -200,7 +200,7 @@ async def evaluate(
     return {task: _mean(task, found) for task, found in results.items()}
 
 
-async def score_sample(client: Client, task: str, made: Sample) -> tuple[float, float]:
+async def score_sample(client: AsyncClient, task: str, made: Sample) -> tuple[float, float]:
     """Score of one sample, and that of asking plainly; only for zoom do the two differ. Raises ClientError."""
     plain = await ask(
         client,
@@ -213,8 +213,8 @@ async def score_sample(client: Client, task: str, made: Sample) -> tuple[float, 
     without = score(task, plain.text, made.answer)
     if task != ZOOM:
         return without, without
-    first, look = await ask_with_zoom(client, made.text, made.images[0])
-    return score(task, (look.reply if look is not None else first).text, made.answer), without
+    reply, _ = await ask_with_zoom(client, made.text, made.images[0])
+    return score(task, reply.text, made.answer), without
 
 
 def _mean(task: str, found: Sequence[tuple[float, float]]) -> Score:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from cluster.eval.boxes import read_box
+from cluster.boxes import read_box
 from cluster.eval.world.questions import BOX_SCALE
 from cluster.eval.world.things import Box
 

@@ -75,14 +75,17 @@ AttemptEvent = TokenEvent | AttemptError | Milestone | MediaNeed | PromptLogprob
 
 
 class EngineLost(Unavailable):
-    """``died``: its process ended for certain and may have had the attempt in its running batch."""
+    """``died``: its process ended for certain and may have had the attempt in its running batch; ``computed``: it is
+    known to have had it.
+    """
 
     default_reason = "ENGINE_LOST"
 
-    def __init__(self, info: EngineInfo, why: str, *, died: bool = False) -> None:
+    def __init__(self, info: EngineInfo, why: str, *, died: bool = False, computed: bool = False) -> None:
         super().__init__(f"engine {info.engine_id} was lost ({why})", retry_after_s=1.0)
         self.incarnation = info.incarnation
         self.died = died
+        self.computed = computed
 
 
 @dataclass(slots=True)
@@ -246,7 +249,7 @@ class EngineLink:
                 )
             batch = self._running_batch() if died else frozenset()
             for key, listener in self._attempts.items():
-                lost = EngineLost(self.info, why, died=key in batch)
+                lost = EngineLost(self.info, why, died=key in batch, computed=key in batch and listener.computing)
                 listener.events.put_nowait(AttemptError(key, lost, self.info.incarnation))
             self.load = None
             self.cached_blocks.clear()

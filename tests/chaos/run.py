@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 
 from actors.types import Stage
-from cluster.client import Client, ClientError
+from cluster.client import AsyncClient, ClientError
 from ernie_serving.v1 import inference_pb2
 from tests.chaos.calls import Expected
 from tests.chaos.plan import Fault, Trial, Victim
@@ -88,7 +88,7 @@ class Chaos:
     async def run(self, trials: Sequence[Trial]) -> list[Outcome]:
         outcomes = []
         async with (
-            Client(self._cluster.grpc_address) as client,
+            AsyncClient(self._cluster.grpc_address, retries=0) as client,
             httpx.AsyncClient(base_url=self._cluster.http_url, timeout=10) as http,
         ):
             processes = Processes(self._cluster, http)
@@ -102,7 +102,7 @@ class Chaos:
             await processes.wait_whole()
         return outcomes
 
-    async def _try(self, trial: Trial, client: Client, processes: Processes) -> Outcome:
+    async def _try(self, trial: Trial, client: AsyncClient, processes: Processes) -> Outcome:
         replies = [Reply(self._calls[index]) for index in trial.calls]
         holder = HOLDS.get(trial.stage)
         early = holder if trial.stage is not Stage.TRANSFER else None
@@ -166,7 +166,7 @@ async def _until(
     return None
 
 
-async def _stream(client: Client, reply: Reply, name: str) -> None:
+async def _stream(client: AsyncClient, reply: Reply, name: str) -> None:
     request = inference_pb2.GenerateRequest()
     request.CopyFrom(reply.expected.request)
     request.request_id = name

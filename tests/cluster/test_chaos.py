@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
-from cluster.client import Client
+from cluster.client import AsyncClient
 from tests.chaos.calls import calls, expected
 from tests.chaos.plan import Victim, plan
 from tests.chaos.run import CLUSTER as TWO_OF_EACH
@@ -38,7 +38,7 @@ async def test_an_engine_that_serve_stops_hands_its_replies_over(cluster: Launch
     """As when a pool is scaled down or updated: they are longer than the drain timeout."""
     (reply,) = await expected({"sampled": calls(LONG)["sampled"]})
     async with (
-        Client(cluster.grpc_address) as client,
+        AsyncClient(cluster.grpc_address, retries=0) as client,
         httpx.AsyncClient(base_url=cluster.http_url, timeout=10) as http,
     ):
         processes = Processes(cluster, http)

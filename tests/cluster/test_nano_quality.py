@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from cluster.client import Client
+from cluster.client import AsyncClient
 from cluster.eval.run import Score, evaluate
 from tests.cluster.conftest import DEFAULTS, Clusters
 from tests.nano_model import SEED, nano_checkpoint
@@ -37,7 +37,7 @@ def scores(clusters: Clusters) -> dict[str, Score]:
     cluster = clusters.get(DEFAULTS | changes)
 
     async def run() -> dict[str, Score]:
-        async with Client(cluster.grpc_address) as client:
+        async with AsyncClient(cluster.grpc_address) as client:
             return await evaluate(client, tuple(FLOORS), SEED, SAMPLES)
 
     return asyncio.run(run())

@@ -18,7 +18,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from actors.types import EngineRole, ImagePart, Message, MessageRole, TextPart
-from cluster.client import Client, ClientError, user_message
+from cluster.client import AsyncClient, ClientError, user_message
 from cluster.generation import Delta, GenerateCall
 from ernie_serving.v1 import inference_pb2
 from tests.cluster.launcher import LaunchedCluster
@@ -90,7 +90,7 @@ async def test_http_and_grpc_give_the_tokens_of_one_process(cluster: LaunchedClu
     assert whole["model"] == "tiny" and whole["choices"][0]["finish_reason"] == "length"
     assert whole["usage"]["prompt_tokens"] == len(whole["prompt_token_ids"])
     assert {"preprocess", "encode", "prefill", "transfer", "decode"} <= whole["timings"]["exposed"].keys()
-    async with Client(cluster.grpc_address) as client:
+    async with AsyncClient(cluster.grpc_address) as client:
         response = await client.generate(request(tokens=24), timeout_s=60)
         (choice,) = response.choices
         assert list(choice.token_ids) == ids
@@ -206,7 +206,7 @@ def test_bad_input_names_its_field(http: httpx.Client, name: str) -> None:
 
 
 async def test_errors_over_grpc_carry_reason_and_field(cluster: LaunchedCluster) -> None:
-    async with Client(cluster.grpc_address) as client:
+    async with AsyncClient(cluster.grpc_address) as client:
         for bad, code, reason, field in (
             (
                 inference_pb2.GenerateRequest(model="other", messages=[user_message("a")]),
@@ -248,7 +248,7 @@ def test_health_readiness_and_reflection(cluster: LaunchedCluster, http: httpx.C
 
 async def test_counting_tokens_keeps_nothing(cluster: LaunchedCluster) -> None:
     asked = request(tokens=2)
-    async with Client(cluster.grpc_address) as client:
+    async with AsyncClient(cluster.grpc_address) as client:
         counted = await client.count_tokens(inference_pb2.CountTokensRequest(messages=asked.messages), timeout_s=30)
         await wait_clean(cluster)
         reply = await client.generate(asked, timeout_s=30)
@@ -277,7 +277,7 @@ async def test_a_client_that_leaves_frees_everything_within_a_second(cluster: La
         await anext(lines)
     await lines.aclose()  # type: ignore[attr-defined]
     await wait_clean(cluster)
-    async with Client(cluster.grpc_address) as client:
+    async with AsyncClient(cluster.grpc_address) as client:
         stream = client.stream_generate(request(tokens=LONG), timeout_s=60)
         for _ in range(4):
             await anext(stream)
@@ -286,7 +286,7 @@ async def test_a_client_that_leaves_frees_everything_within_a_second(cluster: La
 
 
 async def test_cancel_generation_from_another_connection(cluster: LaunchedCluster) -> None:
-    async with Client(cluster.grpc_address) as one, Client(cluster.grpc_address) as other:
+    async with AsyncClient(cluster.grpc_address) as one, AsyncClient(cluster.grpc_address) as other:
         wanted = request(tokens=LONG)
         wanted.request_id = "mine"
         reasons = []
@@ -333,7 +333,7 @@ async def test_a_reply_waits_for_the_replacement_of_the_only_engine(
 ) -> None:
     """Its client sees a pause; so does a request that comes meanwhile."""
     victim = engine_process(cluster, http, role)
-    async with Client(cluster.grpc_address) as client:
+    async with AsyncClient(cluster.grpc_address) as client:
         stream = client.stream_generate(request(tokens=LONG), timeout_s=120)
         tokens: list[int] = []
         while len(tokens) < 5:

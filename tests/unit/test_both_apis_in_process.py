@@ -15,7 +15,7 @@ from google.protobuf import json_format
 
 from actors.errors import Status
 from actors.types import EngineRole
-from cluster.client import Client, ClientError
+from cluster.client import AsyncClient, ClientError
 from cluster.openai_response import HTTP_STATUS
 from ernie_serving.v1 import inference_pb2 as pb
 from tests.doubles import grpc_serving
@@ -56,7 +56,7 @@ class Answer:
 
 
 class Faces:
-    def __init__(self, http: httpx.AsyncClient, client: Client) -> None:
+    def __init__(self, http: httpx.AsyncClient, client: AsyncClient) -> None:
         self.http = http
         self.client = client
 
@@ -171,7 +171,7 @@ async def faces(*roles: EngineRole) -> AsyncIterator[Faces]:
         in_process_cluster(nano_checkpoint(), *roles, dtype="float64") as cluster,
         serving(cluster.parts.router) as url,  # type: ignore[arg-type]
         grpc_serving(cluster.parts.router) as address,  # type: ignore[arg-type]
-        Client(address) as client,
+        AsyncClient(address, retries=0) as client,
         httpx.AsyncClient(base_url=url, trust_env=False) as http,
     ):
         yield Faces(http, client)

@@ -11,7 +11,7 @@ import openai
 import pytest
 
 from actors.types import EngineRole
-from cluster.client import Client, ClientError, generate_request
+from cluster.client import AsyncClient, ClientError, generate_request
 from cluster.grpc_request import SPELLING
 from tests.doubles import grpc_serving
 from tests.in_process import in_process_cluster
@@ -57,7 +57,7 @@ async def test_what_is_wrong_is_named_as_its_client_wrote_it() -> None:
         serving(cluster.parts.router) as url,  # type: ignore[arg-type]
         grpc_serving(cluster.parts.router) as address,  # type: ignore[arg-type]
         httpx.AsyncClient(base_url=url, trust_env=False) as http,
-        Client(address) as client,
+        AsyncClient(address) as client,
     ):
 
         async def refused_over_http(fields: dict[str, Any], field: str) -> None:

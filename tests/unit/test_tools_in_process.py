@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from actors.types import EngineRole
-from cluster.client import Client, ClientError, generate_request, user_message
+from cluster.client import AsyncClient, ClientError, generate_request, user_message
 from cluster.eval.asking import ask_with_zoom
 from cluster.eval.tasks import Sample, samples
 from cluster.eval.world import zoom
@@ -40,7 +40,7 @@ WAIT: dict[str, Any] = {"type": "function", "function": {"name": "wait", "descri
 
 
 class Faces:
-    def __init__(self, cluster: InProcessCluster, url: str, client: Client, sdk: openai.AsyncOpenAI) -> None:
+    def __init__(self, cluster: InProcessCluster, url: str, client: AsyncClient, sdk: openai.AsyncOpenAI) -> None:
         self.cluster = cluster
         self.url = url
         self.client = client
@@ -54,7 +54,7 @@ async def faces(*roles: EngineRole) -> AsyncIterator[Faces]:
         in_process_cluster(nano_checkpoint(), *roles, dtype="float32") as cluster,
         serving(cluster.parts.router) as url,  # type: ignore[arg-type]
         grpc_serving(cluster.parts.router) as address,  # type: ignore[arg-type]
-        Client(address) as client,
+        AsyncClient(address) as client,
         openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as sdk,
     ):
         yield Faces(cluster, url, client, sdk)

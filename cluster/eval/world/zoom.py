@@ -1,11 +1,9 @@
-"""Looking closer: the tool, where to look, and what is seen then."""
+"""Looking closer: the tool, and where to look."""
 
 from __future__ import annotations
 
 import json
 from typing import Any
-
-from PIL import Image
 
 from cluster.eval.world.things import Box
 
@@ -37,13 +35,3 @@ def where(box: Box) -> list[int]:
 def call(corners: list[int]) -> str:
     """What the model writes to look there."""
     return f"<tool_call>\n{json.dumps({'name': NAME, 'arguments': {'bbox_2d': corners}})}\n</tool_call>"
-
-
-def crop(image: Image.Image, corners: list[float] | list[int]) -> Image.Image:
-    """That part of a picture, in its own pixels. Raises ValueError for a box without area inside."""
-    x1, y1, x2, y2 = (min(SCALE, max(0, c)) / SCALE for c in corners)
-    width, height = image.size
-    box = (round(x1 * width), round(y1 * height), round(x2 * width), round(y2 * height))
-    if box[0] >= box[2] or box[1] >= box[3]:
-        raise ValueError(f"{corners} holds no pixel of a {width} x {height} picture")
-    return image.crop(box)

@@ -24,6 +24,15 @@ REQUESTS: list[dict[str, Any]] = [
     {"logit_bias": {9: 1.5, 2: -100.0}, "allowed_token_ids": [2, 9], "bad_words": ["a b", "c"]},
     {"min_tokens": 2, "max_tokens": 9, "stop": ["x"], "stop_token_ids": [7], "ignore_eos": True},
     {"reasoning_max_tokens": 0, "enable_thinking": True, "priority": -3, "cache_salt": "s"},
+    {"mm_processor_kwargs": {"image_max_pixels": 3136, "video_fps": 0.5, "video_max_frames": 4}, "request_id": "r"},
+    {
+        "mm_processor_kwargs": {
+            "image_min_pixels": 1,
+            "video_min_pixels": 2,
+            "video_max_pixels": 3,
+            "video_min_frames": 4,
+        }
+    },
     {"prompt_logprobs": 0, "return_token_ids": True, "return_timings": True, "model": "m"},
 ]
 
@@ -81,3 +90,9 @@ def test_replies() -> None:
         for entry in http["prompt_logprobs"]
     ]
     assert grpc.usage.cached_token_count == http["usage"]["prompt_tokens_details"]["cached_tokens"] == 4
+
+
+@pytest.mark.parametrize("kwargs", [{"max_pixels": 5}, {"image_max_pixels": "5"}, {"image_max_pixels": 2**70}])
+def test_options_of_media_that_have_no_wire_form(kwargs: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="mm_processor_kwargs"):
+        generate_request("hello", mm_processor_kwargs=kwargs)

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import io
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from rich.console import Console
 
 from actors.errors import Overloaded
 from actors.types import FinishReason, ImagePart, MediaSource, TextPart, ThinkingMode, ToolCallDelta
 from cluster.cli_chat import run_chat
-from cluster.generation import ChoiceFinished, Delta
+from cluster.client.looking import ZOOM
+from cluster.generation import ChoiceFinished, Delta, GenerateCall
 from tests.doubles import FINISHED, SCRIPT, STARTED, ScriptedService
 from tests.doubles import grpc_serving_in_a_thread as running
 
@@ -63,7 +67,7 @@ def test_a_reply_without_thinking_has_no_headings() -> None:
 @pytest.mark.parametrize(
     ("script", "code", "text"),
     [
-        ((Overloaded("queue full", retry_after_s=2),), 1, "RESOURCE_EXHAUSTED: queue full - try again in 2 s"),
+        ((Overloaded("queue full", retry_after_s=0.1),), 1, "RESOURCE_EXHAUSTED: queue full - try again in 0.1 s"),
         ((*SCRIPT[:2], KeyError("x")), 1, "INTERNAL: internal error"),
         ((STARTED, ChoiceFinished(reason=FinishReason.CANCELLED), FINISHED), 1, ""),
     ],
@@ -121,3 +125,91 @@ def test_unreadable_tools(content: str | None, tmp_path: Path) -> None:
         tools.write_text(content)
     code, _, err = chat("hi", tools=str(tools))
     assert code == 2 and "tools.json: " in err.replace("\n", "")
+
+
+LOOK = ToolCallDelta(index=0, id="c1", name=ZOOM, arguments='{"bbox_2d": [0, 500, 500, 1000], "label": "sign"}')
+BOXES = 'There: [{"bbox_2d": [100, 100, 400, 400], "label": "cat"}, {"bbox_2d": [500, 100, 900, 400], "label": "dog"}]'
+
+
+def looking(*answers: str | ToolCallDelta) -> Callable[[], ScriptedService]:
+    """A service that answers one text or call a request, in turn."""
+
+    class Answering(ScriptedService):
+        async def generate(self, call: GenerateCall) -> AsyncGenerator[Any, None]:
+            answer = answers[len(self.calls)]
+            self.calls.append(call)
+            said = Delta(text=answer) if isinstance(answer, str) else Delta(tool_calls=(answer,))
+            reason = FinishReason.STOP if isinstance(answer, str) else FinishReason.TOOL_CALLS
+            for event in (STARTED, said, ChoiceFinished(reason=reason), FINISHED):
+                yield event
+
+    return Answering
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> str:
+    file = tmp_path / "a.png"
+    Image.new("RGB", (200, 100), "white").save(file)
+    return str(file)
+
+
+def test_the_model_looks_closer(picture: str) -> None:
+    wrong = replace(LOOK, arguments="{}")
+    with running(looking(LOOK, wrong, "42")) as (address, service):
+        code, out, err = chat("What?", images=[picture], zoom=True, show_timings=False, address=address)
+    assert (code, err) == (0, "")
+    assert "From 0, 500 to 500, 1000 of picture 1: cut out, and shown to the model.\n" in out
+    assert "That call is wrong, and the model is told: bbox_2d must be four numbers" in out
+    assert "\n42\n12 prompt tokens" in out
+    assert [len(call.messages) for call in service.calls] == [1, 3, 5]
+
+
+def test_boxes_are_drawn(picture: str, tmp_path: Path) -> None:
+    drawn = tmp_path / "out.png"
+    with running(looking(LOOK, BOXES)) as (address, _):
+        code, out, _ = chat("Where?", images=[picture], zoom=True, draw=str(drawn), address=address)
+    assert code == 0 and f"{drawn}: 3 boxes on picture 1" in out.replace("\n", "")
+    with Image.open(drawn) as image:
+        assert image.size == (200, 100)
+        for corner in ((0, 60), (30, 39), (110, 39)):
+            assert image.convert("RGB").getpixel(corner) != (255, 255, 255)
+    assert {file.name for file in tmp_path.iterdir()} == {"a.png", "out.png"}
+
+
+def test_boxes_of_two_pictures(picture: str, tmp_path: Path) -> None:
+    first = replace(LOOK, arguments='{"bbox_2d": [0, 0, 500, 500], "img_idx": 0}')
+    with running(looking(first, BOXES)) as (address, _):
+        options: dict[str, Any] = {"images": [picture, picture], "zoom": True, "draw": str(tmp_path / "out.jpg")}
+        code, out, _ = chat("Where?", address=address, **options)
+    assert code == 0 and "out-1.jpg: 1 box on picture 1" in out and "out.jpg: 2 boxes on picture 2" in out
+    assert (tmp_path / "out-1.jpg").exists() and (tmp_path / "out.jpg").exists()
+
+
+def test_no_boxes(picture: str, tmp_path: Path) -> None:
+    with running(looking("none")) as (address, _):
+        code, out, _ = chat("Where?", images=[picture], draw=str(tmp_path / "out.png"), address=address)
+    assert code == 0 and "There is no box in the answer" in out and not (tmp_path / "out.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "wrong"),
+    [
+        ({"draw": "out.png"}, "there is no picture to draw on"),
+        ({"draw": "out.xyz", "images": ["picture"]}, "must end like a picture file"),
+        ({"draw": "out.png", "images": ["https://a/b.png"]}, "by its URL"),
+        ({"draw": "out.png", "images": ["data:,text"]}, "a picture cannot be read"),
+        ({"zoom": True}, "there is no picture to look at"),
+        ({"zoom": True, "images": ["data:,text"]}, "a picture cannot be read"),
+    ],
+)
+def test_what_cannot_be_drawn_or_looked_at(options: dict[str, Any], wrong: str, picture: str) -> None:
+    if options.get("images") == ["picture"]:
+        options = options | {"images": [picture]}
+    code, _, err = chat("hi", **options)
+    assert code == 2 and wrong in err.replace("\n", "")
+
+
+def test_a_file_that_cannot_be_written(picture: str, tmp_path: Path) -> None:
+    with running(looking(BOXES)) as (address, _):
+        code, _, err = chat("Where?", images=[picture], draw=str(tmp_path / "none" / "out.png"), address=address)
+    assert code == 2 and "cannot write" in err

@@ -1,4 +1,4 @@
-"""The Python client against the real facade and a scripted service."""
+"""The asyncio client and what it sends, against the real facade and a scripted service."""
 
 from __future__ import annotations
 
@@ -12,7 +12,18 @@ import pytest
 from google.protobuf.duration_pb2 import Duration
 
 from actors.errors import InvalidRequest, Overloaded
-from cluster.client import Client, ClientError, generate_request, media_source, user_message
+from cluster.client import (
+    AsyncClient,
+    ClientError,
+    DeadlineError,
+    InvalidRequestError,
+    NotFoundError,
+    RefusedError,
+    UnreachableError,
+    generate_request,
+    media_source,
+    user_message,
+)
 from cluster.generation import ModelCard
 from ernie_serving.v1 import content_pb2, inference_pb2
 from tests.doubles import SCRIPT, Pause, ScriptedService, grpc_serving
@@ -21,7 +32,7 @@ ASK = inference_pb2.GenerateRequest(messages=[user_message("hello")])
 
 
 async def test_whole_and_streamed_replies_agree() -> None:
-    async with grpc_serving(ScriptedService()) as address, Client(address) as client:
+    async with grpc_serving(ScriptedService()) as address, AsyncClient(address) as client:
         whole = await client.generate(ASK)
         text = "".join([response.delta.text async for response in client.stream_generate(ASK)])
     assert text == whole.choices[0].text == "A cät"
@@ -33,11 +44,11 @@ async def test_the_deadline_is_copied_into_the_request(own: int | None, given: f
     request = inference_pb2.GenerateRequest(messages=ASK.messages)
     if own is not None:
         request.timeout.CopyFrom(Duration(seconds=own))
-    async with grpc_serving(service) as address, Client(address) as client:
+    async with grpc_serving(service) as address, AsyncClient(address) as client:
         await client.generate(request, timeout_s=given)
         async for _ in client.stream_generate(request, timeout_s=given):
             pass
-    assert [call.timeout_s for call in service.calls] == [sent, sent]
+    assert [call.timeout_s for call in service.calls] == [sent and pytest.approx(sent, abs=1)] * 2
     assert request.HasField("timeout") == (own is not None)
 
 
@@ -45,14 +56,14 @@ async def test_a_proxy_of_the_environment_is_not_on_the_way_to_this_machine(monk
     for name in ("no_proxy", "no_grpc_proxy", "grpc_proxy", "https_proxy"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
-    async with grpc_serving(ScriptedService()) as address, Client(address) as client:
+    async with grpc_serving(ScriptedService()) as address, AsyncClient(address) as client:
         assert (await client.generate(ASK, timeout_s=10)).choices[0].text == "A cät"
 
 
 async def test_a_missed_deadline_cancels_the_request() -> None:
     service = ScriptedService(script=(*SCRIPT[:1], Pause()))
-    async with grpc_serving(service) as address, Client(address) as client:
-        with pytest.raises(ClientError) as caught:
+    async with grpc_serving(service) as address, AsyncClient(address) as client:
+        with pytest.raises(DeadlineError) as caught:
             await client.generate(ASK, timeout_s=0.2)
         assert caught.value.code is grpc.StatusCode.DEADLINE_EXCEEDED
         assert await asyncio.wait_for(service.ended.get(), 10) == "closed"
@@ -60,11 +71,11 @@ async def test_a_missed_deadline_cancels_the_request() -> None:
 
 async def test_errors_are_typed() -> None:
     service = ScriptedService(script=(Overloaded("queue full", retry_after_s=1.5),))
-    async with grpc_serving(service) as address, Client(address) as client:
-        with pytest.raises(ClientError) as full:
+    async with grpc_serving(service) as address, AsyncClient(address, retries=0) as client:
+        with pytest.raises(RefusedError) as full:
             await client.generate(ASK)
         service.script = (*SCRIPT[:2], InvalidRequest("bad", field="stop[1]"))
-        with pytest.raises(ClientError) as wrong:
+        with pytest.raises(InvalidRequestError) as wrong:
             async for _ in client.stream_generate(ASK):
                 pass
     assert (full.value.code, full.value.message) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "queue full")
@@ -76,15 +87,15 @@ async def test_errors_are_typed() -> None:
 async def test_nobody_listens() -> None:
     async with grpc_serving(ScriptedService()) as address:
         pass
-    async with Client(address) as client:
-        with pytest.raises(ClientError) as caught:
+    async with AsyncClient(address) as client:
+        with pytest.raises(UnreachableError) as caught:
             await client.models()
     assert caught.value.unreachable
 
 
 async def test_closing_a_stream_cancels_the_request() -> None:
     service = ScriptedService(script=(*SCRIPT[:2], Pause()))
-    async with grpc_serving(service) as address, Client(address) as client:
+    async with grpc_serving(service) as address, AsyncClient(address) as client:
         async with aclosing(client.stream_generate(ASK)) as responses:
             assert (await anext(responses)).started.request_id == "r-1"
         assert await asyncio.wait_for(service.ended.get(), 10) == "closed"
@@ -93,7 +104,7 @@ async def test_closing_a_stream_cancels_the_request() -> None:
 async def test_responses_without_content_are_skipped() -> None:
     service = ScriptedService(script=(*SCRIPT[:4], InvalidRequest("late")))
     seen = []
-    async with grpc_serving(service) as address, Client(address) as client:
+    async with grpc_serving(service) as address, AsyncClient(address) as client:
         with pytest.raises(ClientError):
             async for response in client.stream_generate(ASK):
                 seen.append(response)
@@ -104,15 +115,15 @@ async def test_responses_without_content_are_skipped() -> None:
 async def test_cancel_count_and_models() -> None:
     cards = tuple(ModelCard(name=name, source="/w", max_model_len=1, created=1) for name in "ab")
     service = ScriptedService(cards=cards)
-    async with grpc_serving(service) as address, Client(address) as client:
+    async with grpc_serving(service) as address, AsyncClient(address) as client:
         await client.cancel("r-1")
-        with pytest.raises(ClientError) as caught:
+        with pytest.raises(NotFoundError) as caught:
             await client.cancel("unknown")
-        counts = await client.count_tokens(inference_pb2.CountTokensRequest(messages=ASK.messages))
-        assert [model.name for model in await client.models()] == ["a", "b"]
+        counts = await client.count_tokens("hello")
+        assert [(model.name, model.context_tokens) for model in await client.models()] == [("a", 1), ("b", 1)]
     assert service.cancelled == ["r-1"]
     assert caught.value.reason == "REQUEST_NOT_FOUND"
-    assert (counts.token_count, counts.media_token_count) == (12, 6)
+    assert (counts.tokens, counts.media_tokens) == (12, 6)
 
 
 def test_user_message_puts_media_before_the_text(tmp_path: Path) -> None:

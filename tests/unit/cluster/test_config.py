@@ -7,13 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from actors.types import EngineRole
 from cluster.config import ClusterConfig, parse, read_file, resolve
 from cluster.placement import claimed_cpus, describe, encoder_claim, engine_claim, lacking_gpus
 
-ROOT = Path(__file__).resolve().parents[3]
 COLOCATED = {"roles": {"colocated": 1}}
 
 
@@ -200,10 +198,3 @@ def test_an_empty_file_leaves_everything_open(tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
     file.write_text("# nothing\n")
     assert read_file(file) == {}
-
-
-def test_the_deploy_file_is_valid() -> None:
-    (application,) = yaml.safe_load((ROOT / "deploy" / "serve.yaml").read_text())["applications"]
-    config = resolve(parse(application["args"], "serve.yaml"), gpus=2)
-    assert application["import_path"] == "cluster.app:build"
-    assert {pool.name for pool in config.pools} == {"prefill", "decode"}

@@ -18,6 +18,7 @@ from actors.types import FinishReason, ThinkingMode, ToolCallDelta
 from cluster.demo import GAP, SEEDS, UPPER_HALF, Sample, ask_over_grpc, keep, made_samples, show_images, thumbnails
 from cluster.eval.world import zoom
 from cluster.generation import ChoiceFinished, Delta, GenerateCall
+from cluster.pictures import enlarged
 from tests.doubles import FINISHED, STARTED, ScriptedService
 from tests.doubles import grpc_serving_in_a_thread as running
 
@@ -85,7 +86,8 @@ def test_answers_stand_beside_the_truth(samples: dict[str, Sample]) -> None:
     assert f"{CALL.name}({CALL.arguments})\n" in out
     assert [len(call.tools) for call in calls] == [0, 0, 0, 1, 1]
     width, height = samples["number"].shown[0].size
-    assert f"cut out, {round(width / 2)} x {round(height / 2)} pixels" in out
+    half = Image.new("RGB", (round(width / 2), round(height / 2)))
+    assert f"cut out, enlarged to {enlarged(half).width} x {enlarged(half).height} pixels" in out
     assert "first token after" in out and "decode" in out
     assert [call.thinking for call in calls].count(ThinkingMode.ON) == 1
 

@@ -12,7 +12,7 @@ from llguidance import LLMatcher
 from actors.engine.constraints.structure_grammar import grammar_of
 from actors.errors import InvalidRequest
 from actors.types import FinishReason, StructureKind, ToolCallDelta
-from cluster.client import Client, generate_request
+from cluster.client import AsyncClient, generate_request
 from cluster.generation import ChoiceFinished, Delta, GenerateCall, Tool, ToolChoice, ToolMode
 from cluster.grpc_request import generate_call
 from cluster.openai_request import parse_chat_request, to_call
@@ -336,7 +336,7 @@ async def test_streams_through_openais_client() -> None:
 
 async def test_replies_over_grpc() -> None:
     request = generate_request("What?", n=2, tools=[F], return_token_ids=True)
-    async with grpc_serving(ScriptedService(script=LOOKED)) as address, Client(address) as client:
+    async with grpc_serving(ScriptedService(script=LOOKED)) as address, AsyncClient(address) as client:
         whole = await client.generate(request)
         stream = [response async for response in client.stream_generate(request)]
     first, second = whole.choices

@@ -262,6 +262,7 @@ async def test_only_what_a_dead_engine_may_have_computed_is_suspect(died: bool) 
             event = await pair.event()
             assert isinstance(event, AttemptError) and isinstance(event.error, EngineLost)
             assert (event.engine, event.error.incarnation, event.error.reason) == ("first", "first", "ENGINE_LOST")
+            assert event.error.computed == event.error.died
             found[event.key] = event.error.died
         assert found == {waiting: False, started: died, handed_over: False, decoding: died}
 
@@ -272,7 +273,8 @@ async def test_what_a_dead_engine_had_just_been_given_is_suspect_when_nothing_el
         await pair.call()
         await pair.server.stop(None)
         event = await pair.event()
-        assert isinstance(event, AttemptError) and isinstance(event.error, EngineLost) and event.error.died
+        assert isinstance(event, AttemptError) and isinstance(event.error, EngineLost)
+        assert event.error.died and not event.error.computed
 
 
 async def test_a_silent_engine_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:

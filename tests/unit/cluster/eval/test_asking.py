@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,13 +9,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
-from PIL import Image
 
 from actors.processing.conversation import to_chat
 from actors.processing.processor import Processor
 from actors.types import ImagePart, Message, MessageRole, PreprocessRequest, TextPart, ThinkingMode, VideoPart
-from cluster.client import Client
-from cluster.eval.asking import Look, Reply, ask, ask_with_zoom, zoom_call
+from cluster.client import AsyncClient
+from cluster.client.requests import declared_tool
+from cluster.eval.asking import ask, ask_with_zoom
 from cluster.eval.world import zoom
 from cluster.grpc_request import generate_call
 from cluster.tools import template_form
@@ -46,13 +45,17 @@ class FakeClient:
         self.requests.append(copied)
         self.timeouts.append(timeout_s)
         answer = self._answers.pop(0)
-        said = {"text": answer} if isinstance(answer, str) else {"tool_calls": [answer]}
-        choice = inference_pb2.Choice(reasoning_text=self._reasoning, **said)  # type: ignore[arg-type]
+        choice = inference_pb2.Choice(reasoning_text=self._reasoning, finish_reason=inference_pb2.FINISH_REASON_STOP)
+        if isinstance(answer, str):
+            choice.text = answer
+        else:
+            choice.tool_calls.append(answer)
+            choice.finish_reason = inference_pb2.FINISH_REASON_TOOL_CALLS
         return inference_pb2.GenerateResponse(choices=[choice])
 
 
-def as_client(fake: FakeClient) -> Client:
-    return cast(Client, fake)
+def as_client(fake: FakeClient) -> AsyncClient:
+    return cast(AsyncClient, fake)
 
 
 @pytest.mark.parametrize("thinking", [False, True])
@@ -60,8 +63,9 @@ async def test_ask(thinking: bool) -> None:
     fake = FakeClient("red", reasoning="hm")
     film = mp4(64, 48, 8, 4)
     reply = await ask(as_client(fake), "Which?", images=[PICTURE], videos=[film], thinking=thinking, timeout_s=7.0)
-    assert reply == Reply("hm", "red") and fake.timeouts == [7.0]
+    assert (reply.reasoning, reply.text) == ("hm", "red")
     call = generate_call(fake.requests[0])
+    assert call.timeout_s == 7
     assert call.temperature == 0 and call.max_tokens is not None
     assert call.thinking is (ThinkingMode.ON if thinking else ThinkingMode.OFF)
     (message,) = call.messages
@@ -81,27 +85,33 @@ async def test_ask_question_first() -> None:
 
 async def test_zoom_shows_the_part_that_was_asked_for() -> None:
     fake = FakeClient(CALL, "42")
-    first, look = await ask_with_zoom(as_client(fake), "What is the number?", PICTURE, timeout_s=9.0)
-    assert first == Reply("", "", (CALL,)) and look == Look(
-        [500, 400, 740, 640], look.picture if look else b"", Reply("", "42")
-    )
-    assert look is not None and fake.timeouts == [9.0, 9.0]
-    with Image.open(io.BytesIO(PICTURE)) as whole, Image.open(io.BytesIO(look.picture)) as part:
-        assert part.format == "PNG" and part.size == (48, 24)
-        assert part.tobytes() == whole.convert("RGB").crop((100, 40, 148, 64)).tobytes()
+    reply, (look,) = await ask_with_zoom(as_client(fake), "What is the number?", PICTURE, timeout_s=9.0)
+    assert reply.text == "42" and look.box is not None and look.box.corners == (500, 400, 740, 640)
     conversation = generate_call(fake.requests[1]).messages
+    assert [generate_call(request).timeout_s for request in fake.requests] == [9, 9]
     assert [m.role for m in conversation] == [MessageRole.USER, MessageRole.ASSISTANT, MessageRole.TOOL]
     assert conversation[:1] == generate_call(fake.requests[0]).messages
-    assert conversation[2].tool_call_id == conversation[1].tool_calls[0].id == "call_9"
     (seen,) = conversation[2].parts
-    assert isinstance(seen, ImagePart) and seen.source.content == look.picture
+    assert isinstance(seen, ImagePart) and (seen.source.content,) == look.shown
+
+
+def without_label(tool: content_pb2.Tool) -> dict[str, Any]:
+    parameters = json.loads(tool.parameters_json)
+    assert parameters["properties"].pop("label") == {"type": "string"}
+    return {
+        "type": "function",
+        "function": {"name": tool.name, "description": tool.description, "parameters": parameters},
+    }
 
 
 @pytest.mark.parametrize("checkpoint", [tiny_checkpoint, nano_checkpoint])
 async def test_the_model_reads_what_it_was_trained_on(checkpoint: Callable[[], Path]) -> None:
-    """Training offered the tool by a system message of ``zoom.OFFER`` and wrote calls as ``zoom.call`` does."""
+    """Training offered the tool by a system message of ``zoom.OFFER`` and wrote calls as ``zoom.call`` does. The client
+    declares one argument more, which training never saw."""
     fake = FakeClient(CALL, "42")
     await ask_with_zoom(as_client(fake), "What is the number?", PICTURE)
+    for request in fake.requests:
+        request.tools[0].CopyFrom(declared_tool(without_label(request.tools[0])))
     processor = Processor(checkpoint())
     prompts = []
     for request in fake.requests:
@@ -116,63 +126,3 @@ async def test_the_model_reads_what_it_was_trained_on(checkpoint: Callable[[], P
     assert all(zoom.OFFER in prompt for prompt in prompts)
     assert f"\nAssistant: {zoom.call([500, 400, 740, 640])}\n" in prompts[1]
     assert "<tool_output>\nPicture 2:" in prompts[1]
-
-
-def zoom_in(corners: list[int]) -> content_pb2.ToolCall:
-    return content_pb2.ToolCall(id="c", name=zoom.NAME, arguments_json=json.dumps({"bbox_2d": corners}))
-
-
-@pytest.mark.parametrize(
-    ("answer", "reply"),
-    [
-        ("42", Reply("", "42")),
-        ("", Reply("", "")),
-        ("<tool_call>\n{}\n</tool_call>", Reply("", "<tool_call>\n{}\n</tool_call>")),
-        (zoom_in([300, 300, 300, 300]), Reply("", "", (zoom_in([300, 300, 300, 300]),))),
-    ],
-)
-async def test_zoom_without_a_look(answer: str | content_pb2.ToolCall, reply: Reply) -> None:
-    fake = FakeClient(answer)
-    assert await ask_with_zoom(as_client(fake), "What is the number?", PICTURE) == (reply, None)
-    assert len(fake.requests) == 1
-
-
-async def test_zoom_turns_pictures_upright_as_the_server_does() -> None:
-    upright = Image.new("RGB", (60, 100), "white")
-    upright.paste("black", (0, 0, 60, 50))
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    buffer = io.BytesIO()
-    upright.transpose(Image.Transpose.ROTATE_90).save(buffer, "PNG", exif=exif)
-    _, look = await ask_with_zoom(as_client(FakeClient(zoom_in([0, 0, 1000, 500]), "7")), "?", buffer.getvalue())
-    assert look is not None
-    with Image.open(io.BytesIO(look.picture)) as part:
-        assert part.size == (60, 50) and part.getextrema() == ((0, 0),) * 3
-
-
-BOX = '{"bbox_2d": [500, 400, 740, 640]}'
-
-
-@pytest.mark.parametrize(
-    ("name", "arguments", "corners"),
-    [
-        (zoom.NAME, BOX, [500, 400, 740, 640]),
-        (zoom.NAME, BOX.replace("500", "0.5"), [0.5, 400, 740, 640]),
-        ("other", BOX, None),
-        (zoom.NAME, BOX.replace("bbox_2d", "box"), None),
-        (zoom.NAME, BOX.replace("640]", '"640"]'), None),
-        (zoom.NAME, BOX.replace(", 640]", "]"), None),
-        (zoom.NAME, BOX.replace("640", "NaN"), None),
-        (zoom.NAME, BOX.replace("640", "1" + 400 * "0"), None),
-        (zoom.NAME, BOX.removesuffix("}"), None),
-        (zoom.NAME, "", None),
-        (zoom.NAME, "[]", None),
-    ],
-)
-def test_zoom_call(name: str, arguments: str, corners: list[Any] | None) -> None:
-    assert zoom_call(content_pb2.ToolCall(id="c", name=name, arguments_json=arguments)) == corners
-
-
-def test_the_tool_is_what_the_world_says() -> None:
-    listed = zoom.OFFER.removeprefix("\n<tool_list>\n").removesuffix("\n</tool_list>\n")
-    assert json.loads(listed) == [zoom.TOOL]

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from actors.errors import Overloaded
 from cluster.cli import app
-from cluster.client import Client, ClientError
+from cluster.client import AsyncClient, ClientError
 from cluster.eval.run import (
     CONCURRENCY,
     EvalSettings,
@@ -68,12 +68,14 @@ class Knowing:
             answer = answer if looked else "" if calls else "?"
         thinking = request.thinking_mode == inference_pb2.THINKING_MODE_ENABLED
         assert thinking == (task in ("position", "compare"))
-        return inference_pb2.GenerateResponse(choices=[inference_pb2.Choice(text=answer, tool_calls=calls)])
+        ending = inference_pb2.FINISH_REASON_TOOL_CALLS if calls else inference_pb2.FINISH_REASON_STOP
+        choice = inference_pb2.Choice(text=answer, tool_calls=calls, finish_reason=ending)
+        return inference_pb2.GenerateResponse(choices=[choice])
 
 
 def scores_of(client: Knowing, tasks: tuple[str, ...]) -> dict[str, Score]:
     done: list[None] = []
-    found = asyncio.run(evaluate(cast(Client, client), tasks, SEED, COUNT, on_sample=lambda: done.append(None)))
+    found = asyncio.run(evaluate(cast(AsyncClient, client), tasks, SEED, COUNT, on_sample=lambda: done.append(None)))
     assert len(done) == len(tasks) * COUNT
     return found
 
@@ -141,7 +143,7 @@ def test_a_running_server(tmp_path: Path, where: str | None) -> None:
 
 
 def test_an_error_of_the_server_is_no_wrong_answer() -> None:
-    script = (Overloaded("no room", retry_after_s=1.0),)
+    script = (Overloaded("no room", retry_after_s=0.1),)
     with grpc_serving_in_a_thread(lambda: ScriptedService(script=script)) as (address, _):
         code, out, err = run(EvalSettings(tasks=("colour",), samples=2, address=address), "-")
     assert code == 1 and out == "" and "a request failed: RESOURCE_EXHAUSTED: no room" in err

@@ -11,7 +11,6 @@ from fractions import Fraction
 import av
 import numpy as np
 import pytest
-from PIL import Image
 
 from actors.processing.sampling import Sampling, select_frames
 from cluster.eval.world import clips
@@ -20,7 +19,7 @@ from cluster.eval.world.pairs import compare, pair
 from cluster.eval.world.questions import BUILDERS, CLEAR_SIDE, Question, plural
 from cluster.eval.world.scenes import SHARPEST, dense, scene, small_number
 from cluster.eval.world.things import NEAR, NUMBER, Box, Scene, Thing
-from cluster.eval.world.zoom import SCALE, crop, where
+from cluster.eval.world.zoom import SCALE, where
 
 NANO_SAMPLING = Sampling(frames_per_second=2.0, min_frames=4, max_frames=8)
 CLIP_TASKS = ("moving", "direction", "event_time", "timestamp")
@@ -236,14 +235,6 @@ def test_a_look_at_a_small_number_shows_it_whole() -> None:
         assert all(0 <= corner <= SCALE for corner in corners)
         assert corners[0] <= 1000 * box.x1 and corners[1] <= 1000 * box.y1
         assert corners[2] >= 1000 * box.x2 and corners[3] >= 1000 * box.y2
-
-
-def test_crops() -> None:
-    image = Image.new("RGB", (200, 100))
-    assert crop(image, [0, 0, 1000, 1000]).size == (200, 100)
-    assert crop(image, [-50, 500, 250.0, 2000]).size == (50, 50)
-    with pytest.raises(ValueError, match="holds no pixel of a 200 x 100 picture"):
-        crop(image, [600, 0, 400, 1000])
 
 
 def test_the_same_state_gives_the_same_world() -> None:

@@ -1,0 +1,58 @@
+"""A real browser without a window, for tests of pages."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from playwright.sync_api import Browser, ConsoleMessage, Page, expect, sync_playwright
+
+WAIT_MS = 30_000
+"""As long as only a page that hangs takes."""
+NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+
+
+@contextlib.contextmanager
+def chromium() -> Iterator[Browser]:
+    """The Chromium of this machine; skips the test where there is none."""
+    found = next((path for name in NAMES if (path := shutil.which(name)) is not None), None)
+    if found is None:
+        pytest.skip(f"no browser is installed: none of {', '.join(NAMES)}")
+    with sync_playwright() as playwright:
+        # Chromium's sandbox does not start for root.
+        arguments = ["--no-sandbox"] if os.geteuid() == 0 else []
+        browser = playwright.chromium.launch(executable_path=found, args=arguments)
+        try:
+            yield browser
+        finally:
+            browser.close()
+
+
+@contextlib.contextmanager
+def opened(browser: Browser, url: str, **options: Any) -> Iterator[Page]:
+    """The playground at ``url``, ready. An error in it, or anything it asks of another place, fails the test."""
+    wrong: list[str] = []
+
+    def told(message: ConsoleMessage) -> None:
+        # Browsers report replies with an error status as well.
+        if message.type == "error" and "status of" not in message.text:
+            wrong.append(message.text)
+
+    context = browser.new_context(**options)
+    page = context.new_page()
+    page.set_default_timeout(WAIT_MS)
+    expect.set_options(timeout=WAIT_MS)
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.on("console", told)
+    page.on("request", lambda asked: None if asked.url.startswith((url, "data:", "blob:")) else wrong.append(asked.url))
+    page.goto(url)
+    expect(page.locator("#model.ready")).to_be_visible()
+    try:
+        yield page
+        assert wrong == []
+    finally:
+        context.close()

@@ -1,0 +1,55 @@
+"""The playground in a real browser, from a real cluster: nano's true answers, its looks and its boxes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from playwright.sync_api import Browser, Page, expect
+
+from cluster.demo import made_samples
+from tests.browser import chromium, opened
+from tests.cluster.conftest import DEFAULTS, Clusters
+from tests.cluster.launcher import LaunchedCluster
+from tests.nano_model import nano_checkpoint
+
+
+@pytest.fixture(scope="module")
+def nano(clusters: Clusters) -> LaunchedCluster:
+    """That of test_nano_quality."""
+    changes = {"model": str(nano_checkpoint()), "served_model_name": "nano", "dtype": "float32"}
+    return clusters.get(DEFAULTS | changes)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with chromium() as found:
+        yield found
+
+
+@pytest.fixture
+def page(browser: Browser, nano: LaunchedCluster) -> Iterator[Page]:
+    with opened(browser, nano.http_url) as found:
+        expect(found.locator("#model")).to_have_text("nano")
+        yield found
+
+
+@pytest.mark.parametrize("name", ["picture", "clip", "thought", "number", "http"])
+def test_examples_are_answered_truly(page: Page, name: str) -> None:
+    question = made_samples()[name].question
+    page.get_by_text(question.text).click()
+    expect(page.locator(".answer").last).to_have_text(question.answer)
+    expect(page.locator("#send")).to_be_visible()
+    assert page.locator("details.thinking").count() == (name == "thought")
+    looks = int(name == "number")
+    assert page.locator(".look").count() == looks
+    expect(page.locator(".cost")).to_have_count(1 + looks)
+    expect(page.locator(".cost").last).to_contain_text("prefill")
+
+
+def test_a_box_is_drawn(page: Page) -> None:
+    page.get_by_text("Give the box of the square as JSON.").click()
+    box = page.locator(".step .pictured rect.box-0")
+    expect(box).to_have_count(1)
+    x, y = (float(box.get_attribute(name) or "nan") for name in ("x", "y"))
+    assert 480 < x < 600 and 690 < y < 800
