@@ -9,7 +9,7 @@ from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
-class OpenEnd:
+class MakeEnd:
     """A thread and a staging buffer for one end of a pair. No answer."""
 
     end: int
@@ -132,7 +132,7 @@ class ShutGuard:
 
 SendOrder = SendChunk | StageChunk | ReadPiece
 ReceiveOrder = ReceiveChunk | PutPiece | AskFilled | ScatterChunk | LeaveGeneration
-KvOrder = OpenEnd | CloseEnd | SendOrder | ReceiveOrder | ForgetChunk | StopWork | ShutGuard
+KvOrder = MakeEnd | CloseEnd | SendOrder | ReceiveOrder | ForgetChunk | StopWork | ShutGuard
 
 
 @dataclass(frozen=True, slots=True)

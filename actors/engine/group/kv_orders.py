@@ -17,7 +17,7 @@ from actors.engine.group.kv_messages import (
     KvAnswer,
     KvOrder,
     LeaveGeneration,
-    OpenEnd,
+    MakeEnd,
     PutPiece,
     ReadPiece,
     ReceiveChunk,
@@ -57,7 +57,7 @@ class KvOrders:
 
     def take(self, order: KvOrder) -> None:
         match order:
-            case OpenEnd(end, sends, peer):
+            case MakeEnd(end, sends, peer):
                 self._ends[end] = self._rank.sending_end(peer) if sends else self._rank.receiving_end(peer)
             case CloseEnd(number, end):
                 self._follow(number, self._ends.pop(end).close())

@@ -22,7 +22,7 @@ from actors.engine.group.kv_messages import (
     KvAnswer,
     KvOrder,
     LeaveGeneration,
-    OpenEnd,
+    MakeEnd,
     PutPiece,
     ReadPiece,
     ReceiveChunk,
@@ -91,7 +91,7 @@ class RemoteKvRank:
 
     def open(self, peer: str, *, sends: bool) -> int:
         end = next(self._numbers)
-        self.tell(OpenEnd(end, sends, peer))
+        self.tell(MakeEnd(end, sends, peer))
         return end
 
     def tell(self, order: KvOrder) -> None:
