@@ -10,7 +10,7 @@ import numpy as np
 from PIL import ExifTags, Image
 
 from actors.errors import InvalidRequest, MediaTooLarge, MediaUnreadable
-from actors.processing.config import MAX_ASPECT_RATIO, RESIZE_FACTOR, ImageConfig, ProcessingLimits
+from actors.processing.config import MAX_ASPECT_RATIO, RESIZE_FACTOR, ImageConfig, ProcessingLimits, VideoConfig
 from actors.processing.patches import Pixels, Unit, make_unit
 from actors.types import MediaKind
 
@@ -42,17 +42,25 @@ class PixelBounds:
 
 
 def pixel_bounds(
-    config: ImageConfig, limits: ProcessingLimits, minimum: int | None, maximum: int | None, field: str
+    config: ImageConfig | VideoConfig,
+    limits: ProcessingLimits,
+    minimum: int | None,
+    maximum: int | None,
+    field: str,
+    *,
+    prefix: str = "",
 ) -> PixelBounds:
-    """The checkpoint's bounds or the part's own. Raises InvalidRequest naming the bound."""
+    """The bounds of ``config`` or a part's own. Raises InvalidRequest naming the bound, with ``prefix`` before it."""
     ceiling = max(limits.max_resized_pixels, config.max_pixels)
     for name, value in (("min_pixels", minimum), ("max_pixels", maximum)):
         if value is None:
             continue
         if value < RESIZE_FACTOR**2:
-            raise InvalidRequest(f"{name} must be at least {RESIZE_FACTOR**2}, got {value}", field=f"{field}.{name}")
+            message = f"{prefix}{name} must be at least {RESIZE_FACTOR**2}, got {value}"
+            raise InvalidRequest(message, field=f"{field}.{prefix}{name}")
         if value > ceiling:
-            raise InvalidRequest(f"{name} must be at most {ceiling}, got {value}", field=f"{field}.{name}")
+            message = f"{prefix}{name} must be at most {ceiling}, got {value}"
+            raise InvalidRequest(message, field=f"{field}.{prefix}{name}")
     low = config.min_pixels if minimum is None else minimum
     high = config.max_pixels if maximum is None else maximum
     # A bound given alone wins over the checkpoint's other one.
@@ -61,7 +69,8 @@ def pixel_bounds(
     elif maximum is None:
         high = max(low, high)
     if low > high:
-        raise InvalidRequest(f"min_pixels {low} is above max_pixels {high}", field=f"{field}.min_pixels")
+        message = f"{prefix}min_pixels {low} is above {prefix}max_pixels {high}"
+        raise InvalidRequest(message, field=f"{field}.{prefix}min_pixels")
     return PixelBounds(low=low, high=high)
 
 

@@ -105,6 +105,14 @@ class TextTokenizer:
             run = ""
         return ids + self._encode_run(run, first=not ids)
 
+    def encode_raw(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """Ids of a text that is a prompt as it stands: special tokens spelled in it are special tokens."""
+        return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+
+    def spell(self, ids: Sequence[int]) -> str:
+        """Text of ids, special tokens spelled out: of ``encode_raw`` the text again."""
+        return self._tokenizer.decode(list(ids), skip_special_tokens=False)
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of generated ids: special tokens left out, except the markers of the output grammar."""
         visible = [token_id for token_id in ids if token_id not in self._hidden]

@@ -18,6 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 from actors.errors import InvalidRequest, MediaTooLarge, MediaUnreadable, ServingError
 from actors.processing.config import ProcessingLimits, VideoConfig
 from actors.processing.images import PixelBounds, check_aspect, check_bytes, resize, smart_resize
+from actors.processing.media_options import with_part
 from actors.processing.patches import Pixels, Unit, make_unit
 from actors.processing.sampling import Sampling, select_frames, timestamp_text, window
 from actors.types import TEMPORAL_MERGE, MediaKind, VideoPart
@@ -54,14 +55,17 @@ class VideoDecoder:
         self._limits = limits
         self._font = model_dir / config.font
 
-    def units(self, content: bytes, part: VideoPart, field: str, check: Check) -> list[Unit]:
-        """Frame pairs of a video, in order.
+    def units(
+        self, content: bytes, part: VideoPart, field: str, check: Check, config: VideoConfig | None = None
+    ) -> list[Unit]:
+        """Frame pairs of a video, in order. ``config`` is what the request says of all its videos.
 
         Raises MediaUnreadable for what does not decode, MediaTooLarge over a limit, InvalidRequest for a bad option,
         each naming ``field``. A checkpoint without its timestamp font refuses videos, not the start of the server.
         """
         check_bytes(len(content), self._limits.max_video_bytes, "video", field)
-        sampling = self._sampling(part, field)
+        _check_span(part, field)
+        config = with_part(config or self._config, part, self._limits, field)
         if self._config.draw_timestamps and not self._font.is_file():
             raise InvalidRequest(
                 f"this model takes no videos until its directory holds the timestamp font {self._config.font}",
@@ -76,7 +80,7 @@ class VideoDecoder:
                 container_options=_OPEN_OPTIONS,
                 options=_decoder_options(self._limits),
             ) as container:
-                return _Reader(container, self._config, self._limits, self._font, field, check).units(sampling, part)
+                return _Reader(container, config, self._limits, self._font, field, check).units(part)
         except ServingError:
             raise
         except (av.error.FFmpegError, OSError, ValueError, OverflowError) as error:
@@ -86,27 +90,13 @@ class VideoDecoder:
                 f"not a readable video of at most {most} pixels a frame: {_short(error)}", field=field
             ) from error
 
-    def _sampling(self, part: VideoPart, field: str) -> Sampling:
-        rate, most = part.frames_per_second, part.max_frames
-        if rate is None:
-            rate = self._config.frames_per_second
-        elif not (math.isfinite(rate) and 0 < rate <= self._limits.max_frames_per_second):
-            raise InvalidRequest(
-                f"frames_per_second must be above 0 and at most {self._limits.max_frames_per_second:g}, got {rate:g}",
-                field=f"{field}.frames_per_second",
-            )
-        if most is None:
-            most = self._config.max_frames
-        elif not 1 <= most <= self._config.max_frames:
-            raise InvalidRequest(
-                f"max_frames must be from 1 to {self._config.max_frames}, got {most}", field=f"{field}.max_frames"
-            )
-        for name, value in (("start_s", part.start_s), ("end_s", part.end_s)):
-            if value is not None and not (math.isfinite(value) and value >= 0):
-                raise InvalidRequest(f"{name} must be 0 or more, got {value:g}", field=f"{field}.{name}")
-        if part.start_s is not None and part.end_s is not None and part.start_s >= part.end_s:
-            raise InvalidRequest(f"end_s {part.end_s:g} is not after start_s {part.start_s:g}", field=f"{field}.end_s")
-        return Sampling(frames_per_second=rate, min_frames=min(self._config.min_frames, most), max_frames=most)
+
+def _check_span(part: VideoPart, field: str) -> None:
+    for name, value in (("start_s", part.start_s), ("end_s", part.end_s)):
+        if value is not None and not (math.isfinite(value) and value >= 0):
+            raise InvalidRequest(f"{name} must be 0 or more, got {value:g}", field=f"{field}.{name}")
+    if part.start_s is not None and part.end_s is not None and part.start_s >= part.end_s:
+        raise InvalidRequest(f"end_s {part.end_s:g} is not after start_s {part.start_s:g}", field=f"{field}.end_s")
 
 
 def _decoder_options(limits: ProcessingLimits) -> dict[str, str]:
@@ -160,24 +150,24 @@ class _Reader:
         self._stream.codec_context.options = _decoder_options(limits)
         self._fps = self._frame_rate()
 
-    def units(self, sampling: Sampling, part: VideoPart) -> list[Unit]:
+    def units(self, part: VideoPart) -> list[Unit]:
         if self._container.duration is not None:
             self._check_length(0, self._container.duration / av.time_base)
         self._check_size(self._stream.codec_context.width, self._stream.codec_context.height)
         table = self._frame_table()
         try:
-            return self._units(table, sampling, part)
+            return self._units(table, part)
         except _WrongTable:
             # The packets promised frames that the decoder does not give: count what it gives.
             table = FrameTable(count=self._count_frames())
         try:
-            return self._units(table, sampling, part)
+            return self._units(table, part)
         except _WrongTable:
             raise MediaUnreadable("video frames change from one reading to the next", field=self._field) from None
 
-    def _units(self, table: FrameTable, sampling: Sampling, part: VideoPart) -> list[Unit]:
+    def _units(self, table: FrameTable, part: VideoPart) -> list[Unit]:
         """Each frame is finished before the next is decoded, so originals are never held together."""
-        indices = self._indices(table.count, sampling, part)
+        indices = self._indices(table.count, part)
         pictures = self._pictures(table, sorted(set(indices)))
         units: list[Unit] = []
         index, pixels = next(pictures)
@@ -191,7 +181,7 @@ class _Reader:
                 pair = ()
         return units
 
-    def _indices(self, total: int, sampling: Sampling, part: VideoPart) -> tuple[int, ...]:
+    def _indices(self, total: int, part: VideoPart) -> tuple[int, ...]:
         if total == 0:
             raise MediaUnreadable("video has no frames", field=self._field)
         first, last = window(total, self._fps, part.start_s, part.end_s)
@@ -200,6 +190,11 @@ class _Reader:
                 f"no frame between start_s and end_s: the video is {total / self._fps:.2f} s long",
                 field=f"{self._field}.start_s",
             )
+        sampling = Sampling(
+            frames_per_second=self._config.frames_per_second,
+            min_frames=self._config.min_frames,
+            max_frames=self._config.max_frames,
+        )
         return tuple(first + index for index in select_frames(last - first, self._fps, sampling))
 
     def _pictures(self, table: FrameTable, wanted: list[int]) -> Iterator[tuple[int, Pixels]]:

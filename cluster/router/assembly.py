@@ -14,6 +14,7 @@ import grpc.aio
 
 from actors.ernie.config import ErnieConfig
 from actors.processing.detokenize import IncrementalDetokenizer
+from actors.processing.parser_names import calls_lead
 from actors.processing.parsers import ReasoningParser, StopStrings
 from actors.processing.tokenizer import TextTokenizer
 from actors.processing.tool_calls import ToolCallParser
@@ -25,15 +26,15 @@ from cluster.generation import GenerateCall
 from cluster.router.fleet import Fleet, call_planner
 from cluster.router.leases import LeaseKeeper
 from cluster.router.output import OutputAssembler
+from cluster.router.retry_budget import RetryBudget
 from cluster.router.router import Router
 from cluster.router.sampling import SamplingDefaults, resolve_sampling
 from cluster.router.scores import TokenScorer
 from cluster.router.services import Services
 from cluster.router.stages import EncodeStage, PreprocessStage
+from cluster.router.suspects import Suspects
 
 AUDIT_TIMEOUT_S = 2.0
-LOST_AFTER_S = 3.0
-"""Silence after which an engine counts as lost."""
 
 
 class RouterParts:
@@ -50,8 +51,10 @@ class RouterParts:
         """``planner`` and ``preprocessor``: Serve handles. Reads the tokenizer and generation defaults only."""
         incarnation = secrets.token_hex(4)
         media = MediaClient()
-        fleet = Fleet(call_planner(planner), incarnation, lost_after_s=LOST_AFTER_S)
-        leases = LeaseKeeper(media)
+        silence = {"lost_after_s": config.router.lost_after_s, "suspect_after_s": config.router.suspect_after_s}
+        fleet = Fleet(call_planner(planner), incarnation, **silence)
+        leases = LeaseKeeper(media, **silence)
+        budget = RetryBudget(share=config.router.retry_share, burst=config.router.retry_burst, clock=time.monotonic)
         directory = Path(config.model)
         tokenizer = await asyncio.to_thread(TextTokenizer.from_dir, directory)
         text = ErnieConfig.from_dir(directory).text
@@ -60,13 +63,22 @@ class RouterParts:
         services = Services(
             fleet=fleet,
             leases=leases,
-            preprocess=PreprocessStage(preprocessor, leases),
+            preprocess=PreprocessStage(
+                preprocessor,
+                leases,
+                budget,
+                hedge_after_s=config.preprocessor.hedge_after_s,
+                timeout_s=config.preprocessor.timeout_s,
+            ),
             encode=EncodeStage(media, leases),
+            budget=budget,
+            suspects=Suspects(),
             model_name=config.model_name,
             context_limit=context_limit,
             vocab_size=text.vocab_size,
+            vocabulary=tokenizer,
             resolve_sampling=partial(_resolve, SamplingDefaults.from_dir(directory), context_limit, tokenizer),
-            make_output=partial(_output, tokenizer, score),
+            make_output=partial(_output, tokenizer, score, calls_lead(config.tool_call_parser)),
             score=score,
             clock=time.monotonic,
             wall_clock=time.time,
@@ -126,14 +138,21 @@ def _resolve(
     )
 
 
-def _output(tokenizer: TextTokenizer, score: TokenScorer, call: GenerateCall, starts_thinking: bool) -> OutputAssembler:
-    """Stop strings end answers; a structured answer, forced calls among them, is whole only if nothing cuts it."""
+def _output(
+    tokenizer: TextTokenizer, score: TokenScorer, leading_calls: bool, call: GenerateCall, starts_thinking: bool
+) -> OutputAssembler:
+    """Stop strings end answers; a structured answer, forced calls among them, is whole only if nothing cuts it. Calls
+    come before any text of it, or there are none: what looks like a call inside is part of it. What follows a raw
+    prompt stays as the model writes it.
+    """
     structured = call.structure is not None or call.forces_call
     return OutputAssembler(
         IncrementalDetokenizer(tokenizer),
-        ReasoningParser(starts_thinking, structured=structured),
+        ReasoningParser(starts_thinking, structured=structured or call.prompt is not None),
         StopStrings(() if structured else call.stop),
-        tools=ToolCallParser(_new_call_id, most=None if call.parallel_tool_calls else 1)
+        tools=ToolCallParser(
+            _new_call_id, most=None if call.parallel_tool_calls else 1, leading=structured or leading_calls
+        )
         if call.offered_tools
         else None,
         stop_token_ids=call.stop_token_ids,

@@ -92,7 +92,7 @@ def resolve_sampling(
     if room < 1:
         raise ContextExceeded(
             f"the prompt has {prompt_tokens} tokens and leaves no room in a context of {max_model_len}",
-            field="messages",
+            field="messages" if call.prompt is None else "prompt",
         )
     if call.max_tokens is not None and call.max_tokens > room:
         raise ContextExceeded(

@@ -6,11 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from actors.types import PreprocessReply, SamplingParams, TokenLogprobs
-from cluster.generation import GenerateCall, PositionScores
+from cluster.generation import GenerateCall, PositionScores, Vocabulary
 from cluster.router.fleet import Fleet
 from cluster.router.leases import LeaseKeeper
 from cluster.router.output import OutputAssembler
+from cluster.router.retry_budget import RetryBudget
 from cluster.router.stages import EncodeStage, PreprocessStage
+from cluster.router.suspects import Suspects
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -21,10 +23,13 @@ class Services:
     leases: LeaseKeeper
     preprocess: PreprocessStage
     encode: EncodeStage
+    budget: RetryBudget
+    suspects: Suspects
     model_name: str
     context_limit: Callable[[], int]
     """Longest prompt and reply together the engines at hand can hold."""
     vocab_size: int
+    vocabulary: Vocabulary
     resolve_sampling: Callable[[GenerateCall, PreprocessReply], SamplingParams]
     """What a call leaves open, for the prompt it gave."""
     make_output: Callable[[GenerateCall, bool], OutputAssembler]

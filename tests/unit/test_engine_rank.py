@@ -130,7 +130,7 @@ def test_groups_that_share_experts_prefill_and_decode_what_one_rank_computes() -
     with contextlib.ExitStack() as stack:
         sides = []
         for role in (EngineRole.PREFILL, EngineRole.DECODE):
-            group = EngineGroup(2, HOST, child_ranks(config, role), config=PATIENT)
+            group = EngineGroup([HOST] * 2, child_ranks(config, role), config=PATIENT)
             stack.callback(group.close)
             rank, runner = group.load(config, role)
             assert (rank.runner.model.vision_bank is not None) == role.prefills
@@ -161,11 +161,15 @@ def test_a_group_of_processes_shares_what_one_rank_loads_and_computes_the_same(m
     with rig_of(alone) as rig:
         outputs = rig.run(*wanted)
     start = child_processes(config, EngineRole.COLOCATED)
-    group = EngineGroup(2, HOST, start, config=PATIENT, balance=BalanceConfig(every_steps=2))
+    group = EngineGroup([HOST] * 2, start, config=PATIENT, balance=BalanceConfig(every_steps=2))
     try:
         rank, runner = group.load(config, EngineRole.COLOCATED)
         assert any(note.endswith("; a share of them on rank 0 of 2") for note in rank.notes)
         assert rank.fingerprint == alone.fingerprint
+        (elsewhere_said,) = group.notes
+        assert elsewhere_said.startswith("rank 1: read 0.00 GB in ") and "the process took at most" in elsewhere_said
+        ((done, total),) = group.loading
+        assert 0 < done == total
         read, all_read = rank.loaded.bytes_read, alone.loaded.bytes_read
         with Checkpoint(config.model_dir) as checkpoint:
             text = checkpoint.config.text
@@ -189,14 +193,14 @@ def stored_item_size() -> int:
 
 def test_a_rank_that_cannot_load_ends_the_group_with_its_reason() -> None:
     broken = replace(CONFIG, kv_cache_gib=1e-9)
-    group = EngineGroup(2, HOST, child_ranks(broken), config=PATIENT)
+    group = EngineGroup([HOST] * 2, child_ranks(broken), config=PATIENT)
     with pytest.raises(RankLost, match=r"(?s)rank 1 is lost: .*kv_cache_gib: 1e-09 holds no KV block"):
         group.load(CONFIG, EngineRole.COLOCATED)
     assert not group.processes[1].is_alive()
 
 
 def test_a_leader_that_cannot_load_takes_its_ranks_along() -> None:
-    group = EngineGroup(2, HOST, child_ranks(CONFIG), config=PATIENT)
+    group = EngineGroup([HOST] * 2, child_ranks(CONFIG), config=PATIENT)
     with pytest.raises(ValueError, match="kv_cache_gib: 1e-09 holds no KV block"):
         group.load(replace(CONFIG, kv_cache_gib=1e-9), EngineRole.COLOCATED)
     assert not group.processes[1].is_alive()
@@ -209,7 +213,7 @@ def test_a_process_that_ends_before_it_came_is_noticed() -> None:
         return process
 
     with pytest.raises(RuntimeError, match=r"the processes of ranks \[1\] died at once"):
-        EngineGroup(2, HOST, start, config=PATIENT)
+        EngineGroup([HOST] * 2, start, config=PATIENT)
 
 
 @pytest.mark.parametrize(

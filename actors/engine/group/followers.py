@@ -16,9 +16,22 @@ from typing import Any
 from actors.engine.group.channel import ChannelBroken, GroupConfig, RankChannel
 from actors.engine.group.kv_messages import KvAnswer, KvOrder
 from actors.engine.group.kv_remote import RemoteKvRank
-from actors.engine.group.messages import AskHeld, Done, End, Failed, FromRank, Held, Ready, ToRank
+from actors.engine.group.messages import (
+    AskHeld,
+    Done,
+    End,
+    Failed,
+    FromRank,
+    Held,
+    Loading,
+    Ready,
+    RoleSet,
+    SetRole,
+    ToRank,
+)
 from actors.parallel.kv_transfer import TransportError
 from actors.parallel.world import WorldError
+from actors.types import EngineRole
 
 
 class RankLost(RuntimeError):
@@ -37,8 +50,10 @@ class Followers:
         self._config = config
         self._changed = threading.Condition()
         # Guarded by _changed:
-        self._ready: dict[int, int] = {}
+        self._loading: dict[int, Loading] = {}
+        self._ready: dict[int, Ready] = {}
         self._done: dict[int, Done] = {}
+        self._roles_set: dict[int, int] = {}
         self._lost: RankLost | None = None
         self._on_lost: Callable[[Exception], None] | None = None
         self._closed = False
@@ -81,7 +96,20 @@ class Followers:
         with self._changed:
             self._changed.wait_for(lambda: self._lost is not None or len(self._ready) == len(self._channels))
             self._check()
-            return tuple(self._ready[rank] for rank in self._channels)
+            return tuple(self._ready[rank].block_count for rank in self._channels)
+
+    @property
+    def loading(self) -> tuple[tuple[int, int], ...]:
+        """(bytes done, bytes in all) of each rank, as it said last."""
+        with self._changed:
+            said = [self._loading.get(rank, Loading(0, 0)) for rank in self._channels]
+        return tuple((one.bytes_done, one.bytes_total) for one in said)
+
+    @property
+    def notes(self) -> dict[int, tuple[str, ...]]:
+        """What the ranks that are ready say of themselves."""
+        with self._changed:
+            return {rank: ready.notes for rank, ready in self._ready.items()}
 
     @property
     def kv_ranks(self) -> tuple[RemoteKvRank, ...]:
@@ -100,6 +128,20 @@ class Followers:
                 self._check()
                 held, self._held = self._held, {}
             return [held[rank] for rank in sorted(held)]
+
+    def set_role(self, role: EngineRole) -> None:
+        """Tells the ranks; ``wait_role`` waits until they have it. Raises RankLost."""
+        with self._changed:
+            self._roles_set = {}
+        for rank in self._channels:
+            self.send(rank, SetRole(role))
+
+    def wait_role(self) -> tuple[int, ...]:
+        """KV blocks of each rank in its new role. Raises RankLost."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._lost is not None or len(self._roles_set) == len(self._channels))
+            self._check()
+            return tuple(self._roles_set[rank] for rank in self._channels)
 
     def send(self, rank: int, message: ToRank) -> int:
         """The number of bytes. Raises RankLost."""
@@ -177,10 +219,17 @@ class Followers:
                 with self._changed:
                     self._held[rank] = counts
                     self._changed.notify_all()
-            case Ready(block_count, kv_address):
-                self._kv_ranks[rank].address = kv_address
+            case Loading():
                 with self._changed:
-                    self._ready[rank] = block_count
+                    self._loading[rank] = message
+            case Ready():
+                self._kv_ranks[rank].address = message.kv_address
+                with self._changed:
+                    self._ready[rank] = message
+                    self._changed.notify_all()
+            case RoleSet(block_count):
+                with self._changed:
+                    self._roles_set[rank] = block_count
                     self._changed.notify_all()
             case Done():
                 with self._changed:

@@ -23,6 +23,7 @@ from actors.engine.group.messages import Embedding, Part
 from actors.engine.group.remote_constraints import RemoteConstraints
 from actors.engine.plan import StepPlan, StepResult
 from actors.parallel.world import WorldError
+from actors.types import EngineRole, GroupReport
 
 
 @dataclass(kw_only=True, slots=True)
@@ -74,6 +75,25 @@ class GroupRunner:
         """Of sequences not introduced yet: where they will live is not known."""
         self._remote = RemoteConstraints(mask_words(runner.config.text.vocab_size))
 
+    def report(self) -> GroupReport | None:
+        """None with one rank. Any thread."""
+        if self._followers is None:
+            return None
+        counters, balance = self.counters, self.counters.balance or BalanceCounters()
+        return GroupReport(
+            ranks=len(self.block_counts),
+            steps=counters.steps,
+            plan_s=counters.plan_s,
+            own_s=counters.own_s,
+            gather_s=counters.gather_s,
+            text_skew=balance.text_skew,
+            vision_skew=balance.vision_skew,
+            loads=balance.loads,
+            moves=balance.moves,
+            moved_experts=balance.moved_experts,
+            move_s=balance.move_s,
+        )
+
     @property
     def tracked_count(self) -> int:
         """Sequences it keeps anything of, on whichever rank; 0 with one rank."""
@@ -96,6 +116,16 @@ class GroupRunner:
     def watch(self, on_lost: Callable[[Exception], None]) -> None:
         if self._followers is not None:
             self._followers.watch(on_lost)
+
+    def set_role(self, role: EngineRole) -> None:
+        """Ranks read their experts at the same time. Raises RankLost, and what ``Runner.set_role`` raises."""
+        if self._followers is None:
+            self._runner.set_role(role)
+            self.block_counts = (self._runner.block_count,)
+            return
+        self._followers.set_role(role)
+        self._runner.set_role(role)
+        self.block_counts = (self._runner.block_count, *self._followers.wait_role())
 
     def supply_embedding(self, rank: int, id: int, media_index: int, unit_index: int, embedding: Tensor) -> None:
         """Raises RankLost."""

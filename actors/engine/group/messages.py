@@ -11,6 +11,7 @@ from torch import Tensor
 from actors.engine.group.kv_messages import KvAnswer, KvOrder
 from actors.engine.plan import RankPlan, StepResult
 from actors.parallel.layout import ExpertPlacement
+from actors.types import EngineRole
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,12 +27,22 @@ class Hello:
 
 
 @dataclass(frozen=True, slots=True)
+class Loading:
+    """Rank, now and then before it is ready."""
+
+    bytes_done: int
+    bytes_total: int
+
+
+@dataclass(frozen=True, slots=True)
 class Ready:
     """Rank, once: it is loaded."""
 
     block_count: int
     kv_address: str
     """``host:port`` where KV for this rank is brought."""
+    notes: tuple[str, ...]
+    """What it says of itself, for people."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +91,20 @@ class MoveExperts:
 
 
 @dataclass(frozen=True, slots=True)
+class SetRole:
+    """Leader, between two parts: see ``Runner.set_role``."""
+
+    role: EngineRole
+
+
+@dataclass(frozen=True, slots=True)
+class RoleSet:
+    """Rank: it is done, and has so many KV blocks."""
+
+    block_count: int
+
+
+@dataclass(frozen=True, slots=True)
 class Failed:
     """Rank, last of all: its process ends because of this."""
 
@@ -114,5 +139,5 @@ class Embedding:
         return torch.frombuffer(bytearray(self.content), dtype=torch.uint8).view(self.dtype).view(self.shape)
 
 
-ToRank = Part | Embedding | TakeLoad | MoveExperts | AskHeld | KvOrder | End | Tick
-FromRank = Hello | Ready | Done | Held | KvAnswer | Failed | Tick
+ToRank = Part | Embedding | TakeLoad | MoveExperts | SetRole | AskHeld | KvOrder | End | Tick
+FromRank = Hello | Loading | Ready | Done | Held | RoleSet | KvAnswer | Failed | Tick

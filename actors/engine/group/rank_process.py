@@ -9,6 +9,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from typing import NamedTuple
 
 from actors.engine.execution.runner import Runner
 from actors.engine.group.channel import RankChannel
@@ -22,14 +23,18 @@ from actors.engine.group.messages import (
     End,
     Failed,
     Held,
+    Loading,
     MoveExperts,
     Part,
     Ready,
+    RoleSet,
+    SetRole,
     TakeLoad,
     ToRank,
 )
 from actors.engine.group.remote_constraints import SentConstraint
 from actors.engine.plan import StepResult
+from actors.ernie.weights import Progress
 from actors.parallel.kv_threads import LocalKvRank
 from actors.parallel.world import WorldError
 
@@ -39,8 +44,14 @@ LEADER_LOST = 70
 """Exit status of a rank whose leader is gone, with no word."""
 
 
+class Loaded(NamedTuple):
+    runner: Runner
+    notes: tuple[str, ...]
+    """What the rank says of itself, for people."""
+
+
 def follow(
-    invitation: Invitation, rank: int, load: Callable[[], Runner], kv_rank: Callable[[Runner], LocalKvRank]
+    invitation: Invitation, rank: int, load: Callable[[Progress], Loaded], kv_rank: Callable[[Runner], LocalKvRank]
 ) -> None:
     """Joins the group, loads, and computes parts of steps until the leader ends the group; meanwhile sends and receives
     KV as the leader orders, by ``kv_rank`` of what was loaded.
@@ -76,9 +87,9 @@ def follow(
     channel.start()
     runner: Runner | None = None
     try:
-        runner = load()
+        runner, notes = load(lambda done, total: channel.send(Loading(done, total)))
         orders = KvOrders(kv_rank(runner), channel.send)
-        channel.send(Ready(runner.block_count, orders.address))
+        channel.send(Ready(runner.block_count, orders.address, notes))
         _compute(runner, orders, inbox, channel)
     except BaseException as error:
         channel.send(_failed(error))
@@ -112,6 +123,9 @@ def _compute(runner: Runner, orders: KvOrders, inbox: queue.SimpleQueue[ToRank],
                 runner.need_experts().take_load()
             case MoveExperts(wanted):
                 runner.need_experts().move(wanted)
+            case SetRole(role):
+                runner.set_role(role)
+                channel.send(RoleSet(runner.block_count))
             case AskHeld():
                 channel.send(Held({"rank_sequences": runner.resident_count, **orders.held()}))
             case End():

@@ -22,11 +22,12 @@ from actors.engine.group.channel import GroupConfig
 from actors.engine.group.followers import Followers
 from actors.engine.group.group_runner import GroupRunner
 from actors.engine.group.meeting import Invitation, Meeting
-from actors.engine.group.rank_process import follow
+from actors.engine.group.rank_process import Loaded, follow
 from actors.engine.plan import RankPlan, StepPlan, StepResult
 from actors.engine_rank import kv_rank
 from actors.ernie.config import ErnieConfig, Rules
 from actors.ernie.text import LanguageModel
+from actors.ernie.weights import Progress
 from actors.parallel.kv_threads import LocalKvRank
 from tests.small_models import language_model, text_config
 from tests.unit.engine.harness import ernie_config, kv_layout
@@ -91,9 +92,10 @@ class RankLoader:
     block_size: int = 4
     fault: Fault | None = None
 
-    def load(self, rank: int) -> Runner:
+    def load(self, rank: int, progress: Progress) -> Loaded:
+        progress(1, 2)
         model, config = self.model()
-        return self.runner(rank, model, config)
+        return Loaded(self.runner(rank, model, config), (f"rank {rank} is here",))
 
     def runner(self, rank: int, model: LanguageModel, config: ErnieConfig, **options: Any) -> Runner:
         cache = KvCache.allocate(kv_layout(model, self.block_size), self.blocks, model.device)

@@ -183,6 +183,13 @@ def test_constraints_hold_on_every_rank() -> None:
             assert rig.sink.preempted
 
 
+def test_ranks_tell_how_far_they_are_and_what_they_are() -> None:
+    with RankGroup(3) as group:
+        assert len(group.followers.wait_ready()) == 2
+        assert group.followers.loading == ((1, 2), (1, 2))
+        assert group.followers.notes == {1: ("rank 1 is here",), 2: ("rank 2 is here",)}
+
+
 def test_a_plan_for_another_number_of_ranks_is_refused(pair: RankGroup) -> None:
     with Rig() as rig:
         plans: list[Any] = []
