@@ -164,6 +164,11 @@ class TaskSet:
         for task in self._tasks:
             task.cancel()
 
+    async def all_ended(self) -> None:
+        """After ``cancel``."""
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+
 
 async def read_message(
     read: Callable[[], Awaitable[object]], kind: type[_MessageT], silence_s: float, peer: str

@@ -99,6 +99,7 @@ class ReceivingPair:
 
     async def release(self) -> None:
         """Returns when the lanes have ended; the stream must have."""
+        await self._tasks.all_ended()
         await asyncio.gather(*(lane.close() for lane in self._lanes.values()))
 
     def give_up(self, entry: Incoming, error: ServingError | None, *, tell_peer: str | None) -> None:

@@ -291,6 +291,7 @@ class SendingPair:
 
     async def _release(self) -> None:
         await asyncio.wait([self._task])
+        await self._tasks.all_ended()
         await asyncio.gather(*(lane.close() for lane in self._lanes.values()))
 
 
