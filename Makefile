@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo serve test check proto clean
+.PHONY: help venv demo serve test chaos check proto clean
 
 help:  ## List the targets.
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,6 +27,9 @@ serve: venv  ## Start a cluster and keep it; ARGS="--model DIR ..." are passed o
 
 test: venv  ## Run all tests; ARGS="-k ..." are passed on.
 	$(BIN)/python -m pytest $(ARGS)
+
+chaos: venv  ## Kill and freeze parts under requests; TRIALS=100 SEED=1 MUTANT=no_resume ...
+	$(BIN)/python -m tests.chaos --trials $(or $(TRIALS),100) --seed $(or $(SEED),1) --mutant "$(MUTANT)"
 
 check: venv  ## Lint, types, import rules, protos, stubs, links, spelling.
 	$(BIN)/ruff check .

@@ -78,6 +78,10 @@ class EngineReplicaConfig:
     compat: str = "original"
     """``original`` or ``transformers``: whose routing and position rules apply."""
     device: str = "cpu"
+    ranks: int = 1
+    """Processes that share the experts, the replica's own among them."""
+    rebalance_steps: int = 1000
+    """Steps with tokens after which the experts of a group may change ranks; 0 leaves them where they are."""
     max_model_len: int | None = None
     """Longest prompt and reply together; the checkpoint's own when None."""
     block_size: int = 16
@@ -101,6 +105,8 @@ class EngineReplicaConfig:
     """Embeddings held ahead of use."""
     drain_timeout_s: float = 30.0
     """Time running attempts have to finish when the replica stops."""
+    role_drain_s: float = 5.0
+    """Likewise when it changes its role."""
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -115,9 +121,12 @@ class EngineReplicaConfig:
                 raise ValueError(f"EngineReplicaConfig.{name} must be one of {', '.join(known)}, got {value!r}")
         _require_positive(
             "EngineReplicaConfig",
+            ranks=self.ranks,
             block_size=self.block_size,
             max_num_seqs=self.max_num_seqs,
             max_batched_tokens=self.max_batched_tokens,
             max_waiting=self.max_waiting,
             media_window_bytes=self.media_window_bytes,
         )
+        if self.rebalance_steps < 0:
+            raise ValueError(f"EngineReplicaConfig.rebalance_steps must not be negative, got {self.rebalance_steps}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import threading
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from actors.config import EngineReplicaConfig
@@ -53,6 +53,16 @@ def child_processes(config: EngineReplicaConfig, role: EngineRole) -> StartRank:
     return start
 
 
+def start_processes(config: EngineReplicaConfig, role: EngineRole, host: str) -> EngineGroup:
+    """A group whose ranks are children of this process, which leads it."""
+    return EngineGroup([host] * config.ranks, child_processes(config, role), balance=balance_config(config))
+
+
+def balance_config(config: EngineReplicaConfig) -> BalanceConfig | None:
+    """When the experts of such a group change ranks; None is never."""
+    return BalanceConfig(every_steps=config.rebalance_steps) if config.rebalance_steps else None
+
+
 class EngineGroup:
     """Starts ranks 1 .. size - 1 at once and waits until their processes have come. ``close`` ends everything.
 
@@ -61,29 +71,29 @@ class EngineGroup:
 
     def __init__(
         self,
-        size: int,
-        host: str,
+        hosts: Sequence[str],
         start: StartRank,
         *,
         config: GroupConfig | None = None,
         world: WorldConfig = PATIENT_WORLD,
         balance: BalanceConfig | None = None,
     ) -> None:
-        """``host``: this node's address, where the leader listens; ranks are on the same node. ``balance``: None leaves
-        the experts where they are.
+        """``hosts``: the address of each rank's node, by rank; the leader listens on the first. ``balance``: None
+        leaves the experts where they are.
         """
+        size = len(hosts)
         if size < 2:
             raise ValueError(f"a group has two ranks or more, not {size}")
         self._balance = balance
         self._balancer: Balancer | None = None
         self._rank: Rank | None = None
         self._followers: Followers | None = None
-        self._place = MeetingPlace(host)
-        meeting = Meeting(host, size, config)
+        self._place = MeetingPlace(hosts[0])
+        meeting = Meeting(hosts[0], size, config)
         name = uuid.uuid4().hex
         self._seats = [
             Seat(address=self._place.address, name=name, rank=rank, size=size, host=host, config=world)
-            for rank in range(size)
+            for rank, host in enumerate(hosts)
         ]
         self.processes: dict[int, RankProcess] = {}
         try:
@@ -120,6 +130,17 @@ class EngineGroup:
             self._followers.give_up(f"it could not load: {error!r}")
             self.close()
             raise
+
+    @property
+    def loading(self) -> tuple[tuple[int, int], ...]:
+        """(bytes done, bytes in all) of each rank but the leader's."""
+        return () if self._followers is None else self._followers.loading
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the ranks but the leader's say of what they read: the first of their notes."""
+        said = {} if self._followers is None else self._followers.notes
+        return tuple(f"rank {rank}: {notes[0]}" for rank, notes in sorted(said.items()))
 
     def close(self) -> None:
         """Lets the ranks end, and ends those that do not. No step runs any more. Idempotent."""

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import resource
 import threading
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,19 +21,23 @@ from actors.engine.execution.decode_graphs import CudaRecorder, DecodeGraphs, gr
 from actors.engine.execution.expert_steps import ExpertSteps
 from actors.engine.execution.forms import AttentionForm, Forms, choose_forms, recording_obstacle, varlen_obstacle
 from actors.engine.execution.kv_cache import KvCache, KvLayout
-from actors.engine.execution.runner import PROMPT_LOGPROB_ROWS, Runner
+from actors.engine.execution.runner import PROMPT_LOGPROB_ROWS, RoleChange, Runner
+from actors.engine.execution.vision_tail import VisionTail
 from actors.engine.group.meeting import Invitation
-from actors.engine.group.rank_process import follow
+from actors.engine.group.rank_process import Loaded, follow
 from actors.engine.plan import NewSequence, RankPlan, Slice, StepShape
 from actors.ernie.attention import PackedAttention
-from actors.ernie.bank import VisionBank, empty_bank_buffer, vision_bank_bytes
+from actors.ernie.bank import VisionBank, vision_bank_bytes
 from actors.ernie.config import ErnieConfig, Rules, TextConfig
 from actors.ernie.experts_form import ExpertsForm
 from actors.ernie.text import LanguageModel
 from actors.ernie.vocabulary import generated_token_ids
 from actors.ernie.weights import Checkpoint, LoadReport, Progress, load_language, load_vision_bank
 from actors.parallel.group import ExpertGroup
+from actors.parallel.kv_threads import LocalKvRank
+from actors.parallel.kv_transfer import KvGeometry, KvTransferConfig
 from actors.parallel.layout import ExpertShare, even_placement
+from actors.parallel.torch_pairs import TorchMeeting
 from actors.parallel.world import Seat
 from actors.types import EngineRole, SamplingParams
 
@@ -125,23 +131,27 @@ def _load(
             steps = ExpertSteps(model, group)
             experts += f"; a share of them on rank {seat.rank} of {seat.size}"
         arena, room = _arena(config, layout, model, forms, steps, has_bank=role.prefills)
+        tail = VisionTail(arena, model)
         if role.prefills:
-            # A model without sparse layers has a bank all the same, of no bytes.
-            has_bytes = arena.plan.bank_bytes > 0
-            storage = arena.bank_storage() if has_bytes else empty_bank_buffer(text, dtype, config.device, share)
-            bank = VisionBank(text, dtype, storage, share)
-            load_vision_bank(checkpoint, bank, progress=progress)
-            model.attach_vision_bank(bank)
-        cache = KvCache(layout, arena.block_storage(with_bank=role.prefills))
+            tail.hold_bank(lambda bank: load_vision_bank(checkpoint, bank, progress=progress))
+        cache = KvCache(layout, arena.block_storage())
         rank = Rank(
             config=model_config,
             rules=rules,
-            runner=Runner(model, model_config, rules, cache, attention=forms.attention, experts=steps),
+            runner=Runner(
+                model,
+                model_config,
+                rules,
+                cache,
+                attention=forms.attention,
+                experts=steps,
+                roles=RoleChange(tail=tail, fill=partial(_read_bank, config.model_dir)),
+            ),
             arena=arena,
             fingerprint=checkpoint.fingerprint("language"),
             loaded=checkpoint.report,
             vocabulary=_vocabulary(config, model_config),
-            notes=(*room, experts, *forms.lines, *forms.warnings),
+            notes=(_load_note(checkpoint.report), *room, experts, *forms.lines, *forms.warnings),
         )
     if steps is not None and seat is not None:
         steps.meet("loaded", seat.config.join_timeout_s, stop)
@@ -151,11 +161,47 @@ def _load(
     return rank
 
 
+def _read_bank(model_dir: str, bank: VisionBank) -> None:
+    with Checkpoint(model_dir) as checkpoint:
+        read = load_vision_bank(checkpoint, bank)
+    log.info("read the vision experts, %.2f GB, in %.1f s", read.bytes_read["vision_experts"] / 1e9, read.seconds)
+
+
+def _load_note(report: LoadReport) -> str:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+    memory_said = f"the process took at most {peak / 1e9:.2f} GB, mapped files among it"
+    return f"read {report.total_bytes / 1e9:.2f} GB in {report.seconds:.1f} s; {memory_said}"
+
+
 def rank_main(invitation: Invitation, seat: Seat, config: EngineReplicaConfig, role: EngineRole) -> None:
     """All that the process of a rank other than the leader's does, however it was started; returns when the leader ends
     the group. See ``follow`` for what happens when it does not.
     """
-    follow(invitation, seat.rank, lambda: load_rank(config, role, seat=seat).runner)
+
+    def load(progress: Progress) -> Loaded:
+        rank = load_rank(config, role, progress, seat)
+        return Loaded(rank.runner, rank.notes)
+
+    follow(
+        invitation,
+        seat.rank,
+        load,
+        lambda runner: kv_rank(runner.cache, seat.host),
+    )
+
+
+def kv_rank(cache: KvCache, host: str, config: KvTransferConfig | None = None) -> LocalKvRank:
+    """The KV of the rank of this process, whichever it is, for transfers. ``host``: this node's own address."""
+    layout = cache.layout
+    geometry = KvGeometry(
+        num_layers=layout.num_layers,
+        num_kv_heads=layout.num_kv_heads,
+        head_dim=layout.head_dim,
+        dtype=layout.dtype,
+        device=cache.device,
+    )
+    meeting = TorchMeeting(host=host, device=cache.device, config=config or KvTransferConfig())
+    return LocalKvRank(cache, geometry, meeting)
 
 
 def _share(text: TextConfig, seat: Seat) -> ExpertShare:

@@ -13,8 +13,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,20 +27,23 @@ from actors.engine.constraints.compiler import ConstraintCompiler
 from actors.engine.engine import Engine
 from actors.engine.events import ComputedChunk
 from actors.engine.group.group_runner import GroupRunner
-from actors.engine_rank import Rank, load_rank
+from actors.engine_group import EngineGroup, start_processes
+from actors.engine_rank import Rank, kv_rank, load_rank
 from actors.errors import AlreadyExists, InternalError, ServingError
-from actors.parallel.kv_transfer import KvGeometry, KvTransferConfig
-from actors.parallel.torch_pairs import TorchMeeting
+from actors.parallel.kv_ends import KvRank
+from actors.parallel.kv_transfer import KvTransferConfig
 from actors.types import (
     AttemptMode,
     EngineInfo,
     EngineRequest,
     EngineRole,
+    GroupReport,
     KvIdentity,
     LoadReport,
     MediaSpan,
     MilestoneKind,
     PromptLogprobs,
+    RoleOrder,
     SequenceKey,
     TokenEvent,
 )
@@ -55,6 +59,13 @@ from actors.wire.renewal import Registration, renew_for_ever
 from ernie_serving.internal.v1 import audit_pb2_grpc, engine_link_pb2_grpc, kv_control_pb2_grpc
 
 log = logging.getLogger(__name__)
+
+StartGroup = Callable[[EngineReplicaConfig, EngineRole, str], EngineGroup]
+"""Starts the further ranks of an engine whose leader, this process, listens on the given address. Blocks."""
+MOVE_S = 2.0
+"""For attempts that move to let go of their blocks, transfers included."""
+LAST_WORDS_S = 0.05
+"""For what was told before a step failed to reach the routers: it names what the step computed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,34 +84,56 @@ class EngineReplica:
         planner: Serve handle of the planner, which gives the role before anything is loaded.
         engine_id: stable name; this process's when None.
         host: address to listen on; the node's, as Ray knows it, when None.
+        start_group: how further ranks are started, where the configuration asks for some.
     """
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
-        self, config: EngineReplicaConfig, planner: Any, engine_id: str | None = None, host: str | None = None
+        self,
+        config: EngineReplicaConfig,
+        planner: Any,
+        engine_id: str | None = None,
+        host: str | None = None,
+        start_group: StartGroup = start_processes,
     ) -> None:
         self._config = config
         self._planner = planner
+        self._group: EngineGroup | None = None
         self._incarnation = uuid.uuid4().hex
         self._loop = asyncio.get_running_loop()
         role: EngineRole = await planner.assign_role.remote(self._incarnation, config.pool)
         self._progress = (0, 0)
+        host = host or node_address()
+        self._leaves = False
+        self._closing = False
+        self._term = 0
+        """The highest a planner had that ordered anything."""
+        self._role_change: asyncio.Task[None] | None = None
 
         async def say_loading() -> None:
-            await planner.still_loading.remote(self._incarnation, config.pool, role, *self._progress)
+            ranks = (self._progress, *(() if self._group is None else self._group.loading))
+            await planner.still_loading.remote(self._incarnation, config.pool, role, ranks)
 
         loading = asyncio.create_task(renew_for_ever(say_loading))
         try:
-            rank = await asyncio.to_thread(load_rank, config, role, self._note_progress)
+            rank, runner = await asyncio.to_thread(self._load, role, host, start_group)
         finally:
             loading.cancel()
-        self._build(rank, role, engine_id or f"{config.pool}-{self._incarnation[:8]}", host or node_address())
+        self._build(rank, runner, role, engine_id or f"{config.pool}-{self._incarnation[:8]}", host)
         await self._server.start()
         self._engine.start()
         self._registration = Registration(planner, self._incarnation, self._renew)
         log.info("engine %s serves as %s at %s", self._info.engine_id, role, self._info.address)
 
-    def _build(self, rank: Rank, role: EngineRole, engine_id: str, host: str) -> None:
+    def _load(self, role: EngineRole, host: str, start_group: StartGroup) -> tuple[Rank, GroupRunner]:
+        if self._config.ranks == 1:
+            rank = load_rank(self._config, role, self._note_progress)
+            return rank, GroupRunner(rank.runner)
+        self._group = start_group(self._config, role, host)
+        return self._group.load(self._config, role, self._note_progress)
+
+    def _build(self, rank: Rank, runner: GroupRunner, role: EngineRole, engine_id: str, host: str) -> None:
         config, text, cache = self._config, rank.config.text, rank.runner.cache
+        self._runner = runner
         self._attempts: dict[SequenceKey, _Attempt] = {}
         self._hidden_size = text.hidden_size
         self._dtype = rank.runner.model.dtype
@@ -122,7 +155,7 @@ class EngineReplica:
             ),
             rank.config,
             rank.rules,
-            GroupRunner(rank.runner),
+            runner,
             _Sink(self),
             identity=self._identity,
             compiler=None if rank.vocabulary is None else ConstraintCompiler(rank.vocabulary),
@@ -139,7 +172,7 @@ class EngineReplica:
             block_size=self._identity.block_size,
             switches=self._identity.switches,
             max_model_len=self._engine.max_model_len,
-            notes=rank.notes,
+            notes=(*rank.notes, *(() if self._group is None else self._group.notes)),
         )
         self._media = MediaClient()
         self._puller = EmbeddingPuller(
@@ -151,30 +184,22 @@ class EngineReplica:
             window_bytes=config.media_window_bytes,
         )
         transfer = KvTransferConfig()
-        self._meeting = TorchMeeting(host=host, device=cache.device, config=transfer)
-        geometry = KvGeometry(
-            num_layers=text.num_hidden_layers,
-            num_kv_heads=text.num_key_value_heads,
-            head_dim=text.head_dim,
-            dtype=self._dtype,
-            device=cache.device,
-        )
+        self._kv_rank = kv_rank(cache, host, transfer)
+        kv_ranks: list[KvRank] = [self._kv_rank, *self._runner.kv_ranks]
         self._sender = KvSender(
             engine=self._engine,
-            cache=cache,
-            geometry=geometry,
+            ranks=kv_ranks,
+            geometry=self._kv_rank.geometry,
             incarnation=self._incarnation,
-            meeting=self._meeting,
             loop=self._loop,
             config=transfer,
         )
         self._receiver = KvReceiver(
             engine=self._engine,
-            cache=cache,
-            geometry=geometry,
+            ranks=kv_ranks,
+            geometry=self._kv_rank.geometry,
             incarnation=self._incarnation,
             identity=self._identity,
-            meeting=self._meeting,
             loop=self._loop,
             config=transfer,
             on_transferred=lambda key, busy_s: self._links.deliver_milestone(key, MilestoneKind.TRANSFERRED, busy_s),
@@ -207,7 +232,7 @@ class EngineReplica:
         self._puller.resupply(key, media)
 
     def load(self) -> LoadReport:
-        return self._engine.load()
+        return replace(self._engine.load(), draining=self._leaves)
 
     # What the engine tells, on the event loop.
 
@@ -273,12 +298,58 @@ class EngineReplica:
         self._progress = (bytes_done, bytes_total)
 
     async def _renew(self) -> None:
-        await self._planner.renew_engine.remote(self._info, self._config.pool, True, self._engine.load())
+        order: RoleOrder | None = await self._planner.renew_engine.remote(
+            self._info, self._config.pool, True, self.load(), self.group_report()
+        )
+        if order is not None and self._role_change is None and not self._closing:
+            self._role_change = asyncio.create_task(self._take_role(order))
+
+    async def _take_role(self, order: RoleOrder) -> None:
+        """Finishes or moves what is here, and serves in the other role. A checkpoint that cannot be read again ends the
+        process, as a failed step does.
+        """
+        info = self._info
+        try:
+            if order.term < self._term or order.epoch != info.epoch or order.role is info.role:
+                return
+            if not order.substitutes:
+                log.error("the planner's order to be %s names nobody who does without: refused", order.role)
+                return
+            self._term = order.term
+            log.warning("becoming %s instead of %s", order.role, info.role)
+            started = time.monotonic()
+            await self._empty(self._config.role_drain_s)
+            while not await asyncio.to_thread(self._engine.wait_idle, MOVE_S):
+                log.warning("attempts still hold blocks after %.0f s", time.monotonic() - started)
+            if self._closing:
+                return
+            await asyncio.wrap_future(self._engine.set_role(order.role))
+            self._info = replace(info, role=order.role, epoch=info.epoch + 1, max_model_len=self._engine.max_model_len)
+            self._leaves = False
+            self._links.tell_load()
+            log.warning("%s since epoch %d, after %.2f s", order.role, self._info.epoch, time.monotonic() - started)
+        finally:
+            self._role_change = None
+        await self._renew()
+
+    async def _empty(self, timeout_s: float) -> None:
+        """Takes nothing new; what is here may finish until the timeout, and then its routers move it."""
+        self._leaves = True
+        self._engine.drain()
+        self._links.tell_load()
+        if not await asyncio.to_thread(self._engine.wait_idle, timeout_s):
+            self._engine.move()
+            await asyncio.to_thread(self._engine.wait_idle, MOVE_S)
+
+    def group_report(self) -> GroupReport | None:
+        """None with one rank."""
+        return self._runner.report()
 
     async def audit(self) -> Audit:
         """What is held for requests. The engine is checked between two steps: a long one must not stop the loop."""
         engine = await asyncio.to_thread(take_audit, dict, self._engine.check_integrity)
-        around = take_audit(self._held, self._check_surroundings)
+        ranks = await asyncio.to_thread(self._runner.held)
+        around = take_audit(lambda: {**self._held(), **ranks}, self._check_surroundings)
         return replace(around, problem=engine.problem or around.problem)
 
     def _held(self) -> dict[str, int]:
@@ -302,16 +373,22 @@ class EngineReplica:
         self._registration.check()
 
     async def close(self) -> None:
-        """Drains: no new attempts, running ones may finish until the drain timeout."""
+        """Drains: no new attempts, running ones may finish until the drain timeout; then their routers move them."""
+        self._closing = True
+        self._leaves = True
+        self._links.tell_load()
         await self._registration.end()
-        self._engine.drain()
-        await asyncio.to_thread(self._engine.wait_idle, self._config.drain_timeout_s)
+        if self._role_change is not None:
+            await asyncio.wait([self._role_change])
+        await self._empty(self._config.drain_timeout_s)
         await self._sender.close()
         await self._receiver.close()
         await self._server.stop(0.5)
         await asyncio.to_thread(self._engine.stop)
+        if self._group is not None:
+            await asyncio.to_thread(self._group.close)
         await self._media.close()
-        self._meeting.close()
+        self._kv_rank.close()
 
 
 class _Sink:
@@ -359,5 +436,6 @@ class _Sink:
 
     def on_fatal(self, error: BaseException) -> None:
         log.critical("a step failed: the engine ends", exc_info=error)
+        time.sleep(LAST_WORDS_S)
         logging.shutdown()
         os._exit(1)

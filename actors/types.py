@@ -448,6 +448,34 @@ class LoadReport:
     """Of these, found in the prefix cache."""
     preemptions: int = 0
     """Sequences that lost their blocks to another since start."""
+    draining: bool = False
+    """It leaves: what it has may finish, nothing new is taken."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GroupReport:
+    """What the ranks of an engine did together. Counts and seconds since the start, but for the skews."""
+
+    ranks: int
+    steps: int
+    """Plans that were run, those without tokens among them."""
+    plan_s: float
+    """From a plan to its last part on its way."""
+    own_s: float
+    """The leader's own parts."""
+    gather_s: float
+    """Waiting for the others' results behind the own part."""
+    text_skew: float
+    """Rows of the busiest rank over the mean of ranks when the load was last taken, mean of layers. 1 is even."""
+    vision_skew: float
+    loads: int
+    """Times the load of the experts was taken."""
+    moves: int
+    """Times experts changed ranks."""
+    moved_experts: int
+    """Of all layers."""
+    move_s: float
+    """The time steps waited for loads and moves."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -490,6 +518,19 @@ class EngineInfo:
         return KvIdentity(
             fingerprint=self.fingerprint, dtype=self.dtype, block_size=self.block_size, switches=self.switches
         )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RoleOrder:
+    """The planner's word that an engine is to take another role."""
+
+    term: int
+    """Of the planner. Engines heed no lower one than they know."""
+    epoch: int
+    """Of the engine when this was decided: in any other the order is void."""
+    role: EngineRole
+    substitutes: tuple[str, ...]
+    """Incarnations of engines that together do without it what is to be done: prefill and decode."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -165,7 +165,7 @@ class Side:
             model.dispatcher, watches = watch, [watch]
             group = GroupRunner(self.rank.runner)
         else:
-            self.group = EngineGroup(ranks, HOST, partial(start_rank, self.threads, config))
+            self.group = EngineGroup([HOST] * ranks, partial(start_rank, self.threads, config))
             self.rank, group = self.group.load(config, role)
             experts: Any = self.rank.runner.need_experts()
             experts.fixed, experts.variable = watches = [Stopwatch(experts.fixed), Stopwatch(experts.variable)]

@@ -136,6 +136,8 @@ def engine_config(config: ClusterConfig, pool: EnginePool) -> EngineReplicaConfi
         dtype=config.dtype,
         compat=config.compat,
         device=_device(engine_claim(pool)),
+        ranks=pool.expert_parallel,
+        rebalance_steps=pool.rebalance_steps,
         max_model_len=config.max_model_len,
         block_size=pool.block_size or BLOCK_SIZE,
         max_num_seqs=pool.max_num_seqs,
@@ -148,11 +150,12 @@ def engine_config(config: ClusterConfig, pool: EnginePool) -> EngineReplicaConfi
         experts=pool.experts,
         cuda_graphs=pool.cuda_graphs,
         drain_timeout_s=config.drain_timeout_s,
+        role_drain_s=config.role_drain_s,
     )
 
 
 def _device(claim: Claim) -> str:
-    return "cuda" if claim["num_gpus"] else "cpu"
+    return "cuda" if claim.num_gpus else "cpu"
 
 
 def _deployment(
@@ -167,11 +170,11 @@ def _deployment(
     return serve.deployment(
         name=name,
         num_replicas=replicas,
-        ray_actor_options=dict(claim),
         max_ongoing_requests=max_ongoing,
         health_check_period_s=HEALTH_PERIOD_S,
         health_check_timeout_s=HEALTH_TIMEOUT_S,
         graceful_shutdown_wait_loop_s=0.1,
         graceful_shutdown_timeout_s=shutdown_s,
         max_constructor_retry_count=CONSTRUCTOR_TRIES,
+        **claim.options,
     )(worker)

@@ -212,6 +212,25 @@ def chat(
 
 
 @app.command()
+def role(
+    engine: Annotated[str, typer.Argument(help="Id of the engine as `ernie status` shows it, or a part of it.")],
+    role: Annotated[str, typer.Argument(help="prefill, decode or colocated.")],
+    url: Annotated[str, typer.Option(help="Base URL of the HTTP API.")] = "http://127.0.0.1:8000",
+    token: Annotated[
+        str | None, typer.Option(help="The cluster's admin token, if it has one.", envvar="ERNIE_ADMIN_TOKEN")
+    ] = None,
+    wait: Annotated[float, typer.Option(help="Seconds to wait until it has the role.", min=0)] = 60.0,
+) -> None:
+    """Gives an engine of a running cluster another role: what it does is finished or goes on elsewhere."""
+    from cluster.cli_role import change_role
+
+    try:
+        typer.echo(change_role(url.rstrip("/"), engine, role, token=token, wait_s=wait))
+    except (OSError, ValueError) as error:
+        _fail(str(error))
+
+
+@app.command()
 def status(url: Annotated[str, typer.Option(help="Base URL of the HTTP API.")] = "http://127.0.0.1:8000") -> None:
     """Shows the pools of a running cluster, their roles and load."""
     import httpx

@@ -19,6 +19,7 @@ from actors.types import EngineRole, MediaOptions
 
 Compat = Literal["original", "transformers"]
 DType = Literal["auto", "bfloat16", "float32", "float64"]
+Placement = Literal["pack", "strict_pack", "spread", "strict_spread"]
 LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR"]
 
 
@@ -52,12 +53,27 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
-class RouterPool(Section):
+class Pool(Section):
+    """What all pools say of where their replicas run."""
+
+    node_labels: dict[str, str] = {}
+    """Only on nodes with these labels. Values as in Ray's label selectors: ``a100``, ``!a100``, ``in(a100, h100)``."""
+
+
+class RouterPool(Pool):
     """Routers: the public face. ``max_active`` requests are admitted at once, the next is refused as overload."""
 
     replicas: Count = 1
     max_active: Count = 1024
     num_cpus: Amount = 0.5
+    suspect_after_s: Seconds = 1.0
+    """A part that is silent for so long gets nothing new."""
+    lost_after_s: Seconds = 3.0
+    """After so long its requests go on elsewhere."""
+    retry_share: Annotated[float, Field(ge=0, le=1)] = 0.2
+    """Work done again because a part was lost, as a share of the requests admitted; more of it waits."""
+    retry_burst: Count = 256
+    """Of it, saved up at most."""
 
     @field_validator("replicas")
     @classmethod
@@ -66,8 +82,14 @@ class RouterPool(Section):
             raise ValueError("more than one router is not built yet")
         return replicas
 
+    @model_validator(mode="after")
+    def _suspicion_comes_first(self) -> Self:
+        if self.suspect_after_s > self.lost_after_s:
+            raise ValueError(f"suspect_after_s {self.suspect_after_s:g} is over lost_after_s {self.lost_after_s:g}")
+        return self
 
-class PreprocessorPool(Section):
+
+class PreprocessorPool(Pool):
     """Preprocessors: media and text to token ids and patches, on CPUs."""
 
     replicas: Count = 1
@@ -78,13 +100,17 @@ class PreprocessorPool(Section):
     """Requests accepted at once, waiting ones included."""
     patch_bytes: Count = 2 << 30
     """Patches kept for pulling; what does not fit waits before it is decoded."""
+    hedge_after_s: Seconds = 2.0
+    """A request that is not answered by then is sent to another preprocessor as well."""
+    timeout_s: Seconds = 60.0
+    """After so long without an answer a request is sent again."""
     limits: ProcessingLimits = ProcessingLimits()
     """What one request may carry, ``allowed_media_domains`` among it."""
     media: MediaOptions = MediaOptions()
     """How pictures and videos are prepared where requests do not say; what is unset is the checkpoint's."""
 
 
-class VisionEncoderPool(Section):
+class VisionEncoderPool(Pool):
     """Vision encoders: patches to embeddings."""
 
     replicas: Count = 1
@@ -118,12 +144,34 @@ class Roles(Section):
         return self.prefill + self.decode + self.colocated
 
 
-class EnginePool(Section):
+class RoleMoves(Section):
+    """When engines of a pool change between prefilling and decoding by themselves."""
+
+    queued_tokens: Count = 16384
+    """Prompt tokens in the queue of a prefill engine, on average, that are too many."""
+    kv_use: Annotated[float, Field(gt=0, le=1)] = 0.8
+    """Share of KV blocks in use on decode engines, on average, that is too much."""
+    idle: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    """Of these bounds, what the other kind of engines may have for one of them to be spared."""
+    hold_s: Amount = 5.0
+    """For how long it must be so."""
+    cooldown_s: Amount = 30.0
+    """From one change to the next."""
+
+
+class EnginePool(Pool):
     """Language-model engines of one shape. One Serve replica is one expert-parallel group."""
 
     name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]{0,30}$")] = "engine"
     roles: Roles
     expert_parallel: Count = 1
+    """Ranks of an engine. Each is a process, holds its share of the experts and claims CPUs and GPUs as below."""
+    placement: Placement = "pack"
+    """How the ranks of one engine lie on nodes: on few, on one, on many, or each on its own."""
+    move_roles: RoleMoves | None = None
+    """Set (``{}`` for the defaults), engines change their roles as the load asks.; else only ``ernie role`` does."""
+    rebalance_steps: Annotated[int, Field(ge=0)] = 1000
+    """Steps after which busy experts may change ranks; 0 leaves them where they are."""
     num_cpus: Amount = 1.0
     num_gpus: Gpus | None = None
     kv_cache_gib: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
@@ -143,13 +191,6 @@ class EnginePool(Section):
     """Sequences that wait in an engine; the next is refused as overload."""
     prefix_caching: bool = True
     """Prompts that begin like earlier ones are not computed again."""
-
-    @field_validator("expert_parallel")
-    @classmethod
-    def _one(cls, expert_parallel: int) -> int:
-        if expert_parallel != 1:
-            raise ValueError("expert parallelism over more than one rank is not built yet")
-        return expert_parallel
 
     @field_validator("name")
     @classmethod
@@ -179,6 +220,13 @@ class EnginePool(Section):
             EngineRole.COLOCATED: self.roles.colocated,
         }
         return {role: count for role, count in counts.items() if count}
+
+
+class Admin(Section):
+    """Who may change a running cluster over HTTP (``POST /admin/role``)."""
+
+    token: Annotated[str, Field(min_length=16)] | None = None
+    """Sent as ``Authorization: Bearer``. Unset, whoever reaches the HTTP port may: for loopback only."""
 
 
 class PoolDefaults(Section):
@@ -225,7 +273,11 @@ class ClusterConfig(Section):
     """Deadline of a request that names none."""
     drain_timeout_s: Seconds = 30.0
     """Time running requests have to finish when the cluster stops."""
+    role_drain_s: Seconds = 5.0
+    """Time what runs on an engine has to finish there when it changes its role; the rest goes on elsewhere."""
 
+    admin: Admin | None = None
+    """Unset, the cluster is not changed over HTTP. ``ernie serve`` sets it while it listens on loopback."""
     host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
     http_port: Port = 8000
     grpc_port: Port = 9000

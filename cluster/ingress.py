@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from ray import serve
 
+from actors.errors import Unavailable
+from actors.types import EngineRole
+from cluster.admin_api import role_route
 from cluster.config import ClusterConfig
 from cluster.generation import GenerationService
 from cluster.grpc_service import InferenceServicer
@@ -15,6 +19,7 @@ from cluster.http_api import build_api
 from cluster.openapi import Route
 from cluster.router.assembly import RouterParts
 from cluster.router.router import Router
+from cluster.serve_errors import own_error
 from cluster.status import cluster_status
 
 
@@ -30,38 +35,52 @@ class Ingress(InferenceServicer):
     ) -> None:
         self._parts = await RouterParts.start(config, planner, preprocessor)
         self._model = config.model_name
+        self._admin = config.admin
+        self._planner = planner
         self.router = self._parts.router
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        async def status(_: GenerationService, request: Request) -> Response:
-            audit = request.query_params.get("audit") == "true"
-            return JSONResponse(await self.status(audit=audit))
+        options = ("audit", "requests")
 
-        audit = {"name": "audit", "in": "query", "schema": {"type": "boolean"}}
+        async def status(_: GenerationService, request: Request) -> Response:
+            asked = {name: request.query_params.get(name) == "true" for name in options}
+            return JSONResponse(await self.status(**asked))
+
         route = Route(
             method="GET",
             path="/status",
             handler=status,
-            summary="What `ernie status` shows; with `audit` also what every part holds for requests.",
+            summary="What `ernie status` shows; with `audit` also what every part holds for requests, with `requests` "
+            "where each of them is.",
             reply=dict[str, object],
-            parameters=(audit,),
+            parameters=tuple({"name": name, "in": "query", "schema": {"type": "boolean"}} for name in options),
         )
-        return build_api(lambda: self.router, (route,))
+        return build_api(lambda: self.router, (route, role_route(self._admin, self._order_role)))
 
-    async def status(self, *, audit: bool = False) -> dict[str, Any]:
-        """What ``ernie status`` shows; with ``audit`` also what every part holds for requests."""
+    async def status(self, *, audit: bool = False, requests: bool = False) -> dict[str, Any]:
+        """What ``ernie status`` shows; with ``audit`` also what every part holds for requests, with ``requests`` where
+        each of them is."""
         status = cluster_status(
             self._parts.fleet.snapshot,
             model=self._model,
             active=self.router.active_count,
             missing=await self.router.not_ready(),
         )
+        if requests:
+            status["requests"] = [dataclasses.asdict(where) for where in self.router.whereabouts()]
         if audit:
             audits = await self._parts.audits()
             status["audits"] = {
                 name: {"held": dict(found.held), "problem": found.problem} for name, found in audits.items()
             }
         return status
+
+    async def _order_role(self, engine: str, role: EngineRole) -> str:
+        try:
+            ordered: str = await self._planner.order_role.remote(engine, role)
+        except Exception as error:
+            raise own_error(error) or Unavailable("the planner does not answer", reason="NO_PLANNER") from None
+        return ordered
 
     async def drain(self, timeout_s: float) -> int:
         """Refuses new requests and waits for running ones; returns how many were still running at the end."""

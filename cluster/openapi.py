@@ -19,7 +19,8 @@ _TEMPLATE = "#/components/schemas/{model}"
 _MEANINGS = {
     200: "What was asked for.",
     400: "A field is wrong: `param` names it.",
-    404: "No such model.",
+    401: "The admin token is missing or another one.",
+    404: "No such model or engine.",
     409: "A request of that name is active, or media changed while it ran.",
     429: "Too much is going on: try again after `retry-after` seconds.",
     499: "The request was cancelled.",

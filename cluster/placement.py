@@ -1,39 +1,69 @@
-"""Where replicas run: what each claims of a node, and the topology as people read it. Pure."""
+"""Where replicas run: what each claims of which nodes, and the topology as people read it. Pure."""
 
 from __future__ import annotations
 
-from typing import TypedDict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from cluster.config import ClusterConfig, EnginePool
 
 PLANNER_CPUS = 0.1
 
 
-class Claim(TypedDict):
-    """Resources of one replica, as Ray names them."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Claim:
+    """Of one replica. With several ``ranks`` each claims so much, in a placement group of the replica."""
 
     num_cpus: float
-    num_gpus: float
+    num_gpus: float = 0.0
+    labels: Mapping[str, str] = field(default_factory=dict)
+    """Nodes must have them."""
+    ranks: int = 1
+    strategy: str = "pack"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """As Serve's ``deployment`` takes them. A replica is the first rank of its placement group."""
+        actor: dict[str, Any] = {"num_cpus": self.num_cpus, "num_gpus": self.num_gpus}
+        if self.ranks == 1:
+            return {"ray_actor_options": actor | ({"label_selector": dict(self.labels)} if self.labels else {})}
+        bundle = {name: amount for name, amount in (("CPU", self.num_cpus), ("GPU", self.num_gpus)) if amount}
+        options: dict[str, Any] = {
+            "ray_actor_options": actor,
+            "placement_group_bundles": [bundle] * self.ranks,
+            "placement_group_strategy": self.strategy.upper(),
+        }
+        if self.labels:
+            options["placement_group_bundle_label_selector"] = [dict(self.labels)] * self.ranks
+        return options
 
 
 def engine_claim(pool: EnginePool) -> Claim:
-    return Claim(num_cpus=pool.num_cpus, num_gpus=pool.num_gpus or 0.0)
+    return Claim(
+        num_cpus=pool.num_cpus,
+        num_gpus=pool.num_gpus or 0.0,
+        labels=pool.node_labels,
+        ranks=pool.expert_parallel,
+        strategy=pool.placement,
+    )
 
 
 def encoder_claim(config: ClusterConfig) -> Claim:
-    return Claim(num_cpus=config.vision_encoder.num_cpus, num_gpus=config.vision_encoder.num_gpus or 0.0)
+    pool = config.vision_encoder
+    return Claim(num_cpus=pool.num_cpus, num_gpus=pool.num_gpus or 0.0, labels=pool.node_labels)
 
 
 def preprocessor_claim(config: ClusterConfig) -> Claim:
-    return Claim(num_cpus=config.preprocessor.num_cpus, num_gpus=0.0)
+    return Claim(num_cpus=config.preprocessor.num_cpus, labels=config.preprocessor.node_labels)
 
 
 def router_claim(config: ClusterConfig) -> Claim:
-    return Claim(num_cpus=config.router.num_cpus, num_gpus=0.0)
+    return Claim(num_cpus=config.router.num_cpus, labels=config.router.node_labels)
 
 
 def planner_claim() -> Claim:
-    return Claim(num_cpus=PLANNER_CPUS, num_gpus=0.0)
+    return Claim(num_cpus=PLANNER_CPUS)
 
 
 def claimed_cpus(config: ClusterConfig) -> float:
@@ -45,19 +75,22 @@ def claimed_cpus(config: ClusterConfig) -> float:
         (encoder_claim(config), config.vision_encoder.replicas),
         *((engine_claim(pool), pool.replicas) for pool in config.pools),
     ]
-    return sum(claim["num_cpus"] * count for claim, count in claims)
+    return sum(claim.num_cpus * claim.ranks * count for claim, count in claims)
 
 
 def lacking_gpus(config: ClusterConfig, gpus: int) -> str:
     """What a settled description claims beyond so many GPUs, by field; empty when all of it fits."""
-    claims = [("vision_encoder.num_gpus", encoder_claim(config)["num_gpus"], config.vision_encoder.replicas)]
+    claims = [("vision_encoder.num_gpus", encoder_claim(config), config.vision_encoder.replicas)]
     claims += [
-        (f"engines.{index}.num_gpus", engine_claim(pool)["num_gpus"], pool.replicas)
-        for index, pool in enumerate(config.pools)
+        (f"engines.{index}.num_gpus", engine_claim(pool), pool.replicas) for index, pool in enumerate(config.pools)
     ]
-    if sum(share * replicas for _, share, replicas in claims) <= gpus:
+    if sum(claim.num_gpus * claim.ranks * replicas for _, claim, replicas in claims) <= gpus:
         return ""
-    told = ", ".join(f"{field} {share:g} x {replicas}" for field, share, replicas in claims if share)
+    told = ", ".join(
+        f"{field} {claim.num_gpus:g} x {_count(replicas, claim.ranks)}"
+        for field, claim, replicas in claims
+        if claim.num_gpus
+    )
     return f"{told}: more GPUs than the {gpus} of this machine"
 
 
@@ -75,10 +108,13 @@ def describe(config: ClusterConfig) -> list[tuple[str, str, str]]:
     return rows
 
 
+def _count(replicas: int, ranks: int) -> str:
+    return f"{replicas}" if ranks == 1 else f"{replicas} x {ranks} ranks"
+
+
 def _device(claim: Claim, dtype: str) -> str:
-    share = claim["num_gpus"]
-    if not share:
-        return f"CPU, {dtype}"
-    if share < 1:
-        return f"{share:.0%} of a GPU, {dtype}"
-    return f"{share:g} GPU{'s' if share > 1 else ''}, {dtype}"
+    share = claim.num_gpus
+    device = f"{share:g} GPU{'s' if share > 1 else ''}" if share >= 1 else f"{share:.0%} of a GPU" if share else "CPU"
+    if claim.ranks > 1:
+        device = f"{claim.ranks} ranks, each {'on ' if not share else ''}{device}"
+    return f"{device}, {dtype}"

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from actors.types import EncoderInfo, EngineInfo, EngineRole, LoadReport
+from actors.types import EncoderInfo, EngineInfo, EngineRole, GroupReport, LoadReport
 
 LEASE_S = 3.0
 """An entry that was not renewed for so long leaves the registry."""
@@ -21,6 +21,8 @@ class EngineEntry:
     pool: str
     ready: bool
     load: LoadReport | None
+    group: GroupReport | None = None
+    """Of an engine with several ranks."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,8 +47,22 @@ class LoadingEntry:
 
     pool: str
     role: EngineRole
-    bytes_done: int = 0
-    bytes_total: int = 0
+    ranks: tuple[tuple[int, int], ...] = ()
+    """(bytes done, bytes in all) of each."""
+
+    @property
+    def progress(self) -> str:
+        """For people; empty before anything is known."""
+        done, total = (sum(column) / 1e9 for column in zip(*self.ranks, strict=True)) if self.ranks else (0, 0)
+        if not total:
+            return ""
+        slowest = min(range(len(self.ranks)), key=lambda rank: self._share(rank))
+        behind = f", rank {slowest} at {self._share(slowest):.0%}" if len(self.ranks) > 1 else ""
+        return f"{done:.2f} of {total:.2f} GB{behind}"
+
+    def _share(self, rank: int) -> float:
+        done, total = self.ranks[rank]
+        return done / total if total else 0.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from typing import Any
 
 from cluster.registry import Snapshot
@@ -40,6 +41,7 @@ def cluster_status(snapshot: Snapshot, *, model: str, active: int, missing: str 
                     "prefix_hit_tokens": entry.load.prefix_hit_tokens,
                     "preemptions": entry.load.preemptions,
                 },
+                "group": None if entry.group is None else asdict(entry.group),
             }
             for entry in snapshot.engines
         ],
@@ -47,8 +49,8 @@ def cluster_status(snapshot: Snapshot, *, model: str, active: int, missing: str 
             {
                 "pool": entry.pool,
                 "role": str(entry.role),
-                "bytes_done": entry.bytes_done,
-                "bytes_total": entry.bytes_total,
+                "ranks": [{"bytes_done": done, "bytes_total": total} for done, total in entry.ranks],
+                "progress": entry.progress,
             }
             for entry in snapshot.loading
         ],
@@ -80,10 +82,9 @@ def rows(status: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str, str]]:
         yield ("vision_encoder", encoder["id"], "encode", encoder["address"], load)
     for engine in sorted(status["engines"], key=lambda item: (item["pool"], item["role"], item["id"])):
         state = engine["address"] if engine["ready"] else f"{engine['address']}, not ready"
-        yield (engine["pool"], engine["id"], engine["role"], state, _load(engine["load"]))
+        yield (engine["pool"], engine["id"], engine["role"], state, _load(engine["load"]) + _group(engine["group"]))
     for engine in status["loading"]:
-        done, total = engine["bytes_done"] / 1e9, engine["bytes_total"] / 1e9
-        yield (engine["pool"], "", engine["role"], f"loading, {done:.1f} of {total:.1f} GB", "")
+        yield (engine["pool"], "", engine["role"], ", ".join(filter(None, ("loading", engine["progress"]))), "")
 
 
 def engine_notes(status: Mapping[str, Any]) -> Iterator[str]:
@@ -95,6 +96,13 @@ def engine_notes(status: Mapping[str, Any]) -> Iterator[str]:
 
 def _by_id(item: Mapping[str, Any]) -> str:
     return str(item["id"])
+
+
+def _group(group: Mapping[str, Any] | None) -> str:
+    if group is None:
+        return ""
+    skew = f"skew {group['text_skew']:.2f} text, {group['vision_skew']:.2f} vision"
+    return f", {group['ranks']} ranks, {skew}, {group['moved_experts']} experts moved"
 
 
 def _load(load: Mapping[str, Any] | None) -> str:

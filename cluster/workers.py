@@ -11,8 +11,10 @@ from actors.config import EngineReplicaConfig, PreprocessorConfig, VisionEncoder
 from actors.engine_replica import EngineReplica
 from actors.preprocessor import Preprocessor
 from actors.processing.config import ProcessingLimits
+from actors.rank_actors import start_actors
 from actors.vision_encoder import VisionEncoder
 from actors.wire.renewal import Registration
+from cluster.metrics import GroupMetrics
 
 
 class PreprocessorReplica(Preprocessor):
@@ -60,12 +62,20 @@ class VisionEncoderReplica(VisionEncoder):
 
 
 class EngineGroupReplica(EngineReplica):
-    """An engine known to the planner by its replica's id; it drains when its replica ends."""
+    """An engine known to the planner by its replica's id, its further ranks actors beside it; it drains when its
+    replica ends."""
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, config: EngineReplicaConfig, planner: Any, host: str | None
     ) -> None:
-        await super().__init__(config, planner, f"{config.pool}-{_replica_id()}", host)
+        self._metrics = GroupMetrics() if config.ranks > 1 else None
+        await super().__init__(config, planner, f"{config.pool}-{_replica_id()}", host, start_actors)
+
+    async def _renew(self) -> None:
+        report = self.group_report()
+        if self._metrics is not None and report is not None:
+            self._metrics.tell(report)
+        await super()._renew()
 
     async def __del__(self) -> None:
         await self.close()

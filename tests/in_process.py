@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
+
+import grpc.aio
 
 from actors.config import EngineReplicaConfig, PreprocessorConfig, VisionEncoderConfig
 from actors.engine_replica import EngineReplica
@@ -24,13 +27,19 @@ HOST = "127.0.0.1"
 
 
 class Handle:
-    """Calls an object of this process as a Serve handle would: ``handle.method.remote(...)`` is awaitable."""
+    """Calls objects of this process, one after the other, as a Serve handle would: ``handle.method.remote(...)`` is
+    awaitable."""
 
-    def __init__(self, target: object) -> None:
-        self._target = target
+    def __init__(self, *targets: object) -> None:
+        self._targets = list(targets)
 
     def __getattr__(self, name: str) -> Any:
-        return _Method(getattr(self._target, name))
+        target = self._targets.pop(0)
+        self._targets.append(target)
+        return _Method(getattr(target, name))
+
+    def drop(self, target: object) -> None:
+        self._targets.remove(target)
 
 
 class _Method:
@@ -46,14 +55,52 @@ class InProcessCluster:
 
     def __init__(self) -> None:
         self.engines: list[EngineReplica] = []
-        self.encoder: VisionEncoder
-        self.preprocessor: Preprocessor
+        self.encoders: list[VisionEncoder] = []
+        self.preprocessors: list[Preprocessor] = []
+        self.planner: Planner
+        self.pool: Handle
+        """Of the preprocessors."""
         self.parts: RouterParts
+        self._renewals: dict[object, asyncio.Task[NoReturn]] = {}
+
+    @property
+    def encoder(self) -> VisionEncoder:
+        (encoder,) = self.encoders
+        return encoder
+
+    @property
+    def preprocessor(self) -> Preprocessor:
+        (preprocessor,) = self.preprocessors
+        return preprocessor
+
+    def keep_known(self, part: object, renew: Callable[[], Awaitable[None]]) -> asyncio.Task[NoReturn]:
+        """Renews a part's lease until it is killed."""
+        self._renewals[part] = task = asyncio.create_task(renew_for_ever(renew))
+        return task
+
+    async def kill(self, part: EngineReplica | VisionEncoder | Preprocessor) -> None:
+        """Ends a part as the death of its process would: connections break, nothing is said, its lease runs out."""
+        if isinstance(part, EngineReplica):
+            self.engines.remove(part)
+            part._registration._task.cancel()
+            await part._server.stop(None)
+            part._config = replace(part._config, drain_timeout_s=0.0)
+            part._planner = part._registration._planner = None
+        else:
+            self._renewals[part].cancel()
+            await _server_of(part).stop(None)
+            if isinstance(part, Preprocessor):
+                self.preprocessors.remove(part)
+                self.pool.drop(part)
+            else:
+                self.encoders.remove(part)
+        await part.close()
 
     async def audits(self) -> dict[str, Audit]:
-        """Of every worker, engines in the order of their roles."""
-        engines = {engine._info.engine_id: await engine.audit() for engine in self.engines}
-        return engines | {"preprocessor": self.preprocessor.audit(), "encoder": self.encoder.audit()}
+        """Of every worker that lives, engines in the order of their roles."""
+        found = {engine._info.engine_id: await engine.audit() for engine in self.engines}
+        found |= {f"preprocessor {index}": part.audit() for index, part in enumerate(self.preprocessors)}
+        return found | {f"encoder {index}": part.audit() for index, part in enumerate(self.encoders)}
 
     async def wait_clean(self, timeout_s: float = 5.0) -> None:
         """Returns when nothing is held anywhere; raises AssertionError naming what still is."""
@@ -72,6 +119,12 @@ class InProcessCluster:
         return found
 
 
+def _server_of(part: VisionEncoder | Preprocessor) -> grpc.aio.Server:
+    server = part._server._server
+    assert server is not None
+    return server
+
+
 @asynccontextmanager
 async def in_process_cluster(
     model_dir: Path,
@@ -80,9 +133,11 @@ async def in_process_cluster(
     compat: str = "original",
     kv_cache_gib: float = 0.02,
     embedding_cache_bytes: int | None = None,
+    encoders: int = 1,
+    preprocessors: int = 1,
     **engine: Any,
 ) -> AsyncIterator[InProcessCluster]:
-    """Starts one preprocessor, one encoder, one router and an engine per role; ends them all.
+    """Starts preprocessors, encoders, one router and an engine per role; ends them all.
 
     ``embedding_cache_bytes``: what the encoder keeps without a lease; its default when None. ``engine``: further fields
     of EngineReplicaConfig.
@@ -99,19 +154,21 @@ async def in_process_cluster(
         planner = Planner.__new__(Planner)
         await planner.__init__(config, term=1)  # type: ignore[func-returns-value,misc]
         stack.callback(planner._expiry.cancel)
-        handle = Handle(planner)
-        cluster.preprocessor = await _made(Preprocessor, PreprocessorConfig(model_dir=str(model_dir)), None, HOST)
-        stack.push_async_callback(cluster.preprocessor.close)
-        encoder_config = VisionEncoderConfig(model_dir=str(model_dir), encoder_id="encoder", dtype=dtype)
-        if embedding_cache_bytes is not None:
-            encoder_config = replace(encoder_config, cache_bytes=embedding_cache_bytes)
-        cluster.encoder = await _made(VisionEncoder, encoder_config, HOST)
-        stack.push_async_callback(cluster.encoder.close)
-        for renew in (
-            lambda: planner.renew_encoder(cluster.encoder.identity, queued_patches=0),
-            lambda: planner.renew_preprocessor(cluster.preprocessor.incarnation, cluster.preprocessor.address),
-        ):
-            stack.callback(asyncio.create_task(renew_for_ever(renew)).cancel)
+        cluster.planner, handle = planner, Handle(planner)
+        for _ in range(preprocessors):
+            part = await _made(Preprocessor, PreprocessorConfig(model_dir=str(model_dir)), None, HOST)
+            cluster.preprocessors.append(part)
+            stack.push_async_callback(part.close)
+            renew = partial(planner.renew_preprocessor, part.incarnation, part.address)
+            stack.callback(cluster.keep_known(part, renew).cancel)
+        for index in range(encoders):
+            encoder_config = VisionEncoderConfig(model_dir=str(model_dir), encoder_id=f"encoder-{index}", dtype=dtype)
+            if embedding_cache_bytes is not None:
+                encoder_config = replace(encoder_config, cache_bytes=embedding_cache_bytes)
+            encoder = await _made(VisionEncoder, encoder_config, HOST)
+            cluster.encoders.append(encoder)
+            stack.push_async_callback(encoder.close)
+            stack.callback(cluster.keep_known(encoder, partial(planner.renew_encoder, encoder.identity, 0)).cancel)
         for _ in roles:
             engine_config = EngineReplicaConfig(
                 model_dir=str(model_dir),
@@ -124,13 +181,19 @@ async def in_process_cluster(
             )
             replica = await _made(EngineReplica, engine_config, handle, None, HOST)
             cluster.engines.append(replica)
-            stack.push_async_callback(replica.close)
-        cluster.parts = await RouterParts.start(config, handle, Handle(cluster.preprocessor))
+            stack.push_async_callback(_close_once, replica, cluster)
+        cluster.pool = Handle(*cluster.preprocessors)
+        cluster.parts = await RouterParts.start(config, handle, cluster.pool)
         stack.push_async_callback(cluster.parts.close)
         async with asyncio.timeout(10):
             while await cluster.parts.router.not_ready() is not None or len(cluster.parts.fleet.engines()) < len(roles):
                 await asyncio.sleep(0.01)
         yield cluster
+
+
+async def _close_once(replica: EngineReplica, cluster: InProcessCluster) -> None:
+    if replica in cluster.engines:
+        await replica.close()
 
 
 async def _made(kind: Any, *args: object) -> Any:

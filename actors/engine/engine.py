@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -66,12 +67,6 @@ class Engine:
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
-        """Raises ValueError for several ranks in a role that transfers KV: only rank 0 could."""
-        if len(runner.block_counts) > 1 and config.role is not EngineRole.COLOCATED:
-            raise ValueError(
-                f"a {config.role.value} engine of {len(runner.block_counts)} ranks: KV transfer of several ranks is "
-                "not built yet, only colocated engines may have more than one"
-            )
         self.config = config
         self.model_config = model_config
         self.rules = rules
@@ -94,6 +89,7 @@ class Engine:
         self._lost: Exception | None = None
         self._told_fatal = False
         self._checks: set[Future[None]] = set()
+        self._role_changes: set[Future[None]] = set()
         self._load = measure(self._scheduler)
         # The step thread's own:
         self._reservations = Reservations(config.retry_after_s)
@@ -124,6 +120,11 @@ class Engine:
         with self._wake:
             self._accepting = False
 
+    def move(self) -> None:
+        """Ends every attempt with reason MOVED: its owner goes on elsewhere. Chunks handed out still need
+        ``transferred``."""
+        self._send(lambda _: self._end_each(Unavailable("the engine leaves", reason="MOVED")))
+
     def wait_idle(self, timeout_s: float | None = None) -> bool:
         """Waits until no attempt is here. False if the time ran out, or the engine stopped with some left."""
         with self._wake:
@@ -136,12 +137,10 @@ class Engine:
         """Takes an attempt. A full queue is told later, by ``on_ended`` with Overloaded.
 
         Raises InvalidRequest or ContextExceeded for what the request gets wrong, AlreadyExists for an active key,
-        Unavailable with reason ENDED for one that ended or was cancelled lately, WRONG_ROLE (also for one whose KV is
-        transferred, where there are several ranks), or DRAINING, Overloaded if too many structures wait to be compiled.
+        Unavailable with reason ENDED for one that ended or was cancelled lately, WRONG_ROLE or DRAINING, Overloaded if
+        too many structures wait to be compiled.
         A structure that cannot be used is told by ``on_ended``.
         """
-        if mode is not AttemptMode.COLOCATED and len(self._scheduler.ranks) > 1:
-            raise Unavailable(f"an engine of several ranks takes no {mode.value} attempt yet", reason="WRONG_ROLE")
         check_request(request, mode, role=self.config.role, model=self.model_config, max_model_len=self.max_model_len)
         now = self._clock()
         constraint = self._constraints.order(request.sampling)
@@ -180,6 +179,22 @@ class Engine:
         A tensor of another shape ends the attempt with InternalError.
         """
         self._send(lambda _: self._take_embedding(key, media_index, unit_index, embedding))
+
+    def set_role(self, role: EngineRole) -> Future[None]:
+        """Takes another role and new attempts again. Only after ``drain``, once no attempt is here.
+
+        The future fails with RuntimeError otherwise, and if the engine ends before. A checkpoint that cannot be read
+        again ends the engine.
+        """
+        future: Future[None] = Future()
+        future.set_running_or_notify_cancel()
+        with self._wake:
+            if self._stopping or self._closed:
+                future.set_exception(RuntimeError("the engine was stopped"))
+            else:
+                self._role_changes.add(future)
+                self._command(lambda _: self._set_role(role, future))
+        return future
 
     # Transfers, prefill side
 
@@ -318,8 +333,7 @@ class Engine:
         for command in commands:
             command(now)
         self._tell()
-        for key in list(self._scheduler.roster.by_key):
-            self._scheduler.end(key, error)
+        self._end_each(error)
         self._tell()
         self._reservations.refuse_all(error.reason, error.message)
         plan = self._scheduler.plan(now)
@@ -327,13 +341,20 @@ class Engine:
             self._runner.run(plan)
         self._close()
 
+    def _end_each(self, error: ServingError) -> None:
+        for key in list(self._scheduler.roster.by_key):
+            self._scheduler.end(key, error)
+
     def _close(self) -> None:
         """The thread's last act: nobody may wait for it any more."""
         with self._wake:
             self._accepting = False
             self._closed = True
             self._load = measure(self._scheduler)
+            changes, self._role_changes = self._role_changes, set()
             self._wake.notify_all()
+        for change in changes:
+            change.set_exception(RuntimeError("the engine has ended"))
         self._run_checks()
 
     def _run_checks(self) -> None:
@@ -347,6 +368,25 @@ class Engine:
                 done.set_exception(error)
             else:
                 done.set_result(None)
+
+    def _set_role(self, role: EngineRole, future: Future[None]) -> None:
+        with self._wake:
+            self._role_changes.discard(future)
+            busy = "it takes attempts" if self._accepting else "attempts are here" if self._keys.active else ""
+        if busy:
+            future.set_exception(RuntimeError(f"an engine cannot change its role while {busy}"))
+            return
+        try:
+            self._runner.set_role(role)
+        except BaseException as error:
+            future.set_exception(error)
+            raise
+        self._scheduler.resize(self._runner.block_counts)
+        with self._wake:
+            self.config = replace(self.config, role=role)
+            self._accepting = not self._stopping
+            self._load = measure(self._scheduler)
+        future.set_result(None)
 
     def _reserve(self, key: SequenceKey, token_count: int, future: Future[Reservation], now: float) -> None:
         with self._wake:

@@ -55,6 +55,8 @@ class ComputedChunk:
     """Prefill: KV of tokens first_token .. first_token + token_count is in the blocks, ready to be sent."""
 
     key: SequenceKey
+    rank: int
+    """Whose blocks they are."""
     index: int
     """Counts from 0."""
     first_token: int

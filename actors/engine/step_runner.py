@@ -9,6 +9,7 @@ from torch import Tensor
 
 from actors.engine.constraints.constraint import TokenConstraint
 from actors.engine.plan import StepPlan, StepResult
+from actors.types import EngineRole
 
 
 class StepRunner(Protocol):
@@ -25,6 +26,10 @@ class StepRunner(Protocol):
 
     def run(self, plan: StepPlan) -> StepResult:
         """Executes a plan on all ranks."""
+        ...
+
+    def set_role(self, role: EngineRole) -> None:
+        """Makes all ranks ready for a role, while no sequence is here; ``block_counts`` are others then."""
         ...
 
     def supply_embedding(self, rank: int, id: int, media_index: int, unit_index: int, embedding: Tensor) -> None:

@@ -45,7 +45,7 @@ from actors.parallel.layout import ExpertShare
 
 logger = logging.getLogger(__name__)
 
-Progress = Callable[[int, int], None]
+Progress = Callable[[int, int], object]
 """Called with (bytes done, bytes in all) while loading."""
 
 ExpertRows = Mapping[str, tuple[int, ...]]

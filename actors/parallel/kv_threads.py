@@ -1,23 +1,26 @@
-"""The data thread of one end of a pair. It alone touches the pair's transport and staging buffer.
+"""The ends of pairs at the rank of this process: each has a thread, which alone touches its transport and its staging
+buffer.
 
-Both classes are driven by an event loop: each call runs on the thread, one at a time, and returns when it is done. A
-``TransportError`` has ended the generation at this end already.
+A ``TransportError`` has ended the generation at this end already.
 """
 
 from __future__ import annotations
 
-import asyncio
+import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import ParamSpec, TypeVar
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
 
 from torch import Tensor
 
+from actors.parallel.kv_ends import Received
 from actors.parallel.kv_transfer import (
     BlockGuard,
     KvCache,
     KvGeometry,
+    Meeting,
     Staging,
     Transport,
     TransportError,
@@ -26,39 +29,71 @@ from actors.parallel.kv_transfer import (
     send_chunk,
 )
 
-_P = ParamSpec("_P")
 _T = TypeVar("_T")
 
 
-class _DataThread:
-    def __init__(self, name: str, cache: KvCache, geometry: KvGeometry) -> None:
+@dataclass(eq=False, slots=True)
+class ThreadWork(Generic[_T]):
+    """Implements ``Work``."""
+
+    future: Future[_T]
+    _stop: threading.Event = field(default_factory=threading.Event)
+
+    def stop(self) -> None:
+        self._stop.set()
+
+
+class LocalKvRank:
+    """The rank of this process: implements ``KvRank``. Closing the meeting and the ends is their owner's."""
+
+    def __init__(self, cache: KvCache, geometry: KvGeometry, meeting: Meeting) -> None:
+        self.geometry = geometry
         self._cache = cache
+        self._meeting = meeting
+
+    @property
+    def address(self) -> str:
+        return self._meeting.address
+
+    def sending_end(self, peer: str) -> SendingThread:
+        return SendingThread(f"kv-send-{peer[:8]}", self._cache, self.geometry, self._meeting)
+
+    def receiving_end(self, peer: str) -> ReceivingThread:
+        return ReceivingThread(f"kv-recv-{peer[:8]}", self._cache, self.geometry, self._meeting)
+
+    def close(self) -> None:
+        """Ends the meeting."""
+        self._meeting.close()
+
+
+class _DataThread:
+    def __init__(self, name: str, cache: KvCache, geometry: KvGeometry, meeting: Meeting) -> None:
+        self._cache = cache
+        self._meeting = meeting
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=name)
         self._staging = Staging(geometry)
         self._transport: Transport | None = None
-        self._generation = 0
+        self._name = ""
 
     @property
     def staging_in_use(self) -> bool:
         return self._staging.in_use
 
-    async def leave(self) -> None:
+    def leave(self) -> Future[None]:
         """Ends the present generation at this end: the peer's calls fail, what was staged is forgotten."""
-        await self._run(self._leave)
+        return self._thread.submit(self._leave)
 
-    async def close(self) -> None:
+    def close(self) -> Future[None]:
         """Leaves and ends the thread, once what it does now is done or has timed out."""
-        await self.leave()
-        self._thread.shutdown()
+        left = self._thread.submit(self._leave)
+        self._thread.shutdown(wait=False)
+        return left
 
-    async def _run(self, work: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, lambda: work(*args, **kwargs))
-
-    def _enter(self, generation: int, build: Callable[[], Transport]) -> Transport:
-        if self._transport is None or generation != self._generation:
+    def _enter(self, name: str, build: Callable[[], Transport]) -> Transport:
+        if self._transport is None or name != self._name:
             self._leave()
             self._transport = build()
-            self._generation = generation
+            self._name = name
         return self._transport
 
     def _leave(self) -> None:
@@ -69,28 +104,18 @@ class _DataThread:
 
 
 class SendingThread(_DataThread):
-    """Gathers and sends."""
+    """Implements ``SendingEnd``."""
 
-    async def send(
-        self,
-        generation: int,
-        connect: Callable[[], Transport],
-        *,
-        block_table: Sequence[int],
-        first: int,
-        tokens: int,
-        guard: BlockGuard,
-    ) -> tuple[list[int], float]:
-        """Sends a chunk, through a transport of ``connect`` when the generation is new. See ``send_chunk``.
+    def send(
+        self, name: str, address: str, *, block_table: Sequence[int], first: int, tokens: int, guard: BlockGuard
+    ) -> ThreadWork[Received]:
+        stop = threading.Event()
 
-        Returns the CRC-32 of each message and the seconds it took.
-        """
-
-        def work() -> tuple[list[int], float]:
+        def work() -> Received:
             started = time.perf_counter()
             try:
                 checksums = send_chunk(
-                    self._enter(generation, connect),
+                    self._enter(name, lambda: self._meeting.connect(address, name, stop)),
                     self._staging,
                     self._cache,
                     block_table=block_table,
@@ -101,47 +126,44 @@ class SendingThread(_DataThread):
             except TransportError:
                 self._leave()
                 raise
-            return checksums, time.perf_counter() - started
+            return Received(checksums, time.perf_counter() - started)
 
-        return await self._run(work)
+        return ThreadWork(self._thread.submit(work), stop)
 
 
 class ReceivingThread(_DataThread):
-    """Receives and scatters. What was received stays staged until ``scatter`` or ``forget``."""
+    """Implements ``ReceivingEnd``."""
 
-    def __init__(self, name: str, cache: KvCache, geometry: KvGeometry) -> None:
-        super().__init__(name, cache, geometry)
+    def __init__(self, name: str, cache: KvCache, geometry: KvGeometry, meeting: Meeting) -> None:
+        super().__init__(name, cache, geometry, meeting)
         self._messages: list[Tensor] = []
 
-    async def receive(self, generation: int, listen: Callable[[], Transport], tokens: int) -> tuple[list[int], float]:
-        """Receives a chunk. Returns the CRC-32 of each message and the seconds it took."""
+    def receive(self, name: str, tokens: int) -> ThreadWork[Received]:
+        stop = threading.Event()
 
-        def work() -> tuple[list[int], float]:
+        def work() -> Received:
             started = time.perf_counter()
             try:
-                transport = self._enter(generation, listen)
+                transport = self._enter(name, lambda: self._meeting.listen(name, stop))
                 self._messages, checksums = receive_chunk(transport, self._staging, tokens)
             except TransportError:
                 self._leave()
                 raise
-            return checksums, time.perf_counter() - started
+            return Received(checksums, time.perf_counter() - started)
 
-        return await self._run(work)
+        return ThreadWork(self._thread.submit(work), stop)
 
-    async def scatter(self, block_table: Sequence[int], first: int, guard: BlockGuard) -> float:
-        """Writes what was received to its places, unless ``guard`` is shut. Returns the seconds it took."""
-
+    def scatter(self, block_table: Sequence[int], first: int, guard: BlockGuard) -> Future[float]:
         def work() -> float:
             started = time.perf_counter()
-            scatter_chunk(self._cache, self._messages, block_table, first, guard)
+            try:
+                scatter_chunk(self._cache, self._messages, block_table, first, guard)
+            finally:
+                self.forget()
             return time.perf_counter() - started
 
-        try:
-            return await self._run(work)
-        finally:
-            self.forget()
+        return self._thread.submit(work)
 
     def forget(self) -> None:
-        """Frees the staging buffer."""
         self._messages = []
         self._staging.release()

@@ -13,6 +13,7 @@ ends; chunks without an acknowledgement go again through the next one.
 
 from __future__ import annotations
 
+import itertools
 import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -77,7 +78,7 @@ class KvCache(Protocol):
 
 
 class Transport(Protocol):
-    """One generation of a pair, one way. Used by one thread. Every call may raise ``TransportError``."""
+    """One generation of a pair of ranks, one way. Used by one thread. Every call may raise ``TransportError``."""
 
     def send(self, tensors: Iterable[Tensor]) -> None:
         """Sends uint8 tensors in order, each posted as it is yielded. Returns when all may be overwritten."""
@@ -90,7 +91,7 @@ class Transport(Protocol):
 
 
 class Meeting(Protocol):
-    """Where the generations of this engine's pairs are built. Used from any thread."""
+    """Where the generations of this rank's pairs are built. Used from any thread."""
 
     @property
     def address(self) -> str:
@@ -111,6 +112,9 @@ def pair_name(prefill_incarnation: str, decode_incarnation: str, generation: int
     return f"{prefill_incarnation}>{decode_incarnation}#{generation}"
 
 
+_guard_numbers = itertools.count(1)
+
+
 class BlockGuard:
     """Keeps data threads off the blocks of one sequence once it has given them up.
 
@@ -118,20 +122,38 @@ class BlockGuard:
     """
 
     def __init__(self) -> None:
+        self.number = next(_guard_numbers)
+        """No other guard of this process has it."""
         self._lock = threading.Lock()
         self._open = True
+        self._borrowers: dict[object, Callable[[], None]] = {}
 
     def use(self, copy: Callable[[], None]) -> bool:
         """Runs ``copy`` if the blocks are still the sequence's; says whether it did."""
         with self._lock:
-            if self._open:
-                copy()
-            return self._open
+            if not self._open:
+                return False
+            copy()
+            return True
+
+    def lend(self, borrower: object, order: Callable[[], None], shut: Callable[[], None]) -> bool:
+        """``use`` for an ``order`` upon which ``borrower`` copies where this guard is not. ``shut`` is called once,
+        after the last order, and must see to it that no copy runs when the blocks are used again.
+        """
+        with self._lock:
+            if not self._open:
+                return False
+            self._borrowers.setdefault(borrower, shut)
+            order()
+            return True
 
     def shut(self) -> None:
-        """After this returns no ``copy`` runs or will run."""
+        """After this returns no ``copy`` runs or will run, and every borrower has been told. Idempotent."""
+        self._open = False  # Before the lock, which is not fair: a data thread could take it for layer after layer.
         with self._lock:
-            self._open = False
+            borrowers, self._borrowers = self._borrowers, {}
+            for shut in borrowers.values():
+                shut()
 
 
 class Staging:

@@ -117,7 +117,11 @@ def skew(load: Sequence[int], layout: ExpertLayout) -> tuple[float, float]:
 
 
 class _Search:
-    """Steepest descent over swaps and moves. ``owner_X``: rank of each expert."""
+    """Steepest descent over swaps and moves. ``owner_X``: rank of each expert.
+
+    The cost is that of the busiest rank of each bank, so only what takes work from one of these can lower it. At equal
+    cost the sum of squares falls, so that two ranks that are busiest together do not end the search.
+    """
 
     def __init__(self, load: Sequence[int], start: ExpertLayout, memory: ExpertMemory, *, exchange_only: bool) -> None:
         experts, self.ranks = start.num_experts, start.ranks
@@ -131,55 +135,60 @@ class _Search:
         self.room: Ints = np.asarray(memory.room, dtype=np.int64) - np.asarray(memory.used(start), dtype=np.int64)
         self.exchange_only = exchange_only
         self.sums_2R: Floats = np.zeros((2, self.ranks))
-        np.add.at(self.sums_2R, (self.bank_X, self.owner_X), self.work_X)
-        within = [np.triu_indices(experts, 1) for _ in range(2)]
-        self.pairs = np.concatenate([np.stack(pair) + bank * experts for bank, pair in enumerate(within)], axis=1)
+        self._add_up()
 
     @property
     def cost(self) -> float:
-        return float(_costs(self.sums_2R[None])[0])
+        return float(self.sums_2R.max(1).sum())
 
     def improve(self) -> Iterator[tuple[Ints, float]]:
         """Owners and cost after each change, until none helps. What is yielded changes with the next step."""
-        cost, squares = self.cost, float(_squares(self.sums_2R[None])[0])
         while True:
-            changes = [self._swaps()] if self.exchange_only else [self._swaps(), self._moves()]
+            changes = [change for bank in range(2) for change in self._changes(bank)]
             expert_P, partner_P, target_P = (np.concatenate(parts) for parts in zip(*changes, strict=True))
             if not len(expert_P):
                 return
-            sums_P2R = self._sums_after(expert_P, partner_P, target_P)
-            costs_P, squares_P = _costs(sums_P2R), _squares(sums_P2R)
-            least = costs_P.min()
-            ties = np.flatnonzero(costs_P <= least + _SAME)
+            gains_P, squares_P = self._gains(expert_P, partner_P, target_P)
+            most = gains_P.max()
+            ties = np.flatnonzero(gains_P >= most - _SAME)
             best = int(ties[squares_P[ties].argmin()])
-            # At equal cost the sum of squares falls, so that two ranks that are busiest together do not end the search.
-            if not (least < cost - _SAME or (least < cost + _SAME and squares_P[best] < squares - _SAME)):
+            if not (most > _SAME or (most > -_SAME and squares_P[best] < -_SAME)):
                 return
             self._apply(int(expert_P[best]), int(partner_P[best]), int(target_P[best]))
-            cost, squares = float(costs_P[best]), float(squares_P[best])
-            yield self.owner_X, cost
+            yield self.owner_X, self.cost
 
-    def _swaps(self) -> tuple[Ints, Ints, Ints]:
-        """Expert, partner and the partner's rank, of every pair of a bank on two ranks."""
-        first, second = self.pairs
-        apart = self.owner_X[first] != self.owner_X[second]
-        first, second = first[apart], second[apart]
-        return first, second, self.owner_X[second]
+    def _changes(self, bank: int) -> Iterator[tuple[Ints, Ints, Ints]]:
+        """Expert, partner (-1: none) and target, for experts of the busiest ranks of a bank."""
+        sums_R = self.sums_2R[bank]
+        is_busiest_X = (self.bank_X == bank) & (sums_R >= sums_R.max() - _SAME)[self.owner_X]
+        expert_B, partner_Y = np.flatnonzero(is_busiest_X), np.flatnonzero(self.bank_X == bank)
+        apart = self.owner_X[expert_B, None] != self.owner_X[None, partner_Y]
+        first, second = np.nonzero(apart & (self.work_X[expert_B, None] > self.work_X[None, partner_Y]))
+        yield expert_B[first], partner_Y[second], self.owner_X[partner_Y[second]]
+        if not self.exchange_only:
+            fits = (self.size_X[expert_B, None] <= self.room) & (self.owner_X[expert_B, None] != np.arange(self.ranks))
+            first, target = np.nonzero(fits)
+            yield expert_B[first], np.full(len(first), -1), target
 
-    def _moves(self) -> tuple[Ints, Ints, Ints]:
-        """Expert, -1 and the target, of every expert and rank with room for it."""
-        fits = (self.size_X[:, None] <= self.room[None]) & (self.owner_X[:, None] != np.arange(self.ranks)[None])
-        expert, target = np.nonzero(fits)
-        return expert, np.full(len(expert), -1), target
+    def _gains(self, expert_P: Ints, partner_P: Ints, target_P: Ints) -> tuple[Floats, Floats]:
+        """What each change takes from the cost, and adds to the sum of squares."""
+        source_P, bank_P = self.owner_X[expert_P], self.bank_X[expert_P]
+        shift_P = self.work_X[expert_P] - np.where(partner_P >= 0, self.work_X[partner_P], 0.0)
+        source_sums_P, target_sums_P = self.sums_2R[bank_P, source_P], self.sums_2R[bank_P, target_P]
+        squares_P = 2 * shift_P * (shift_P + target_sums_P - source_sums_P)
+        others_P = self._most_of_others()[bank_P, source_P, target_P]
+        after_P = np.maximum(others_P, np.maximum(source_sums_P - shift_P, target_sums_P + shift_P))
+        return self.sums_2R.max(1)[bank_P] - after_P, squares_P
 
-    def _sums_after(self, expert_P: Ints, partner_P: Ints, target_P: Ints) -> Floats:
-        back_P = np.where(partner_P >= 0, self.work_X[partner_P], 0.0)
-        gained_P = self.work_X[expert_P] - back_P
-        candidates, bank_P = np.arange(len(expert_P)), self.bank_X[expert_P]
-        sums_P2R: Floats = np.repeat(self.sums_2R[None], len(expert_P), axis=0)
-        sums_P2R[candidates, bank_P, self.owner_X[expert_P]] -= gained_P
-        sums_P2R[candidates, bank_P, target_P] += gained_P
-        return sums_P2R
+    def _most_of_others(self) -> Floats:
+        """[2, R, R]: the most work of a rank other than two."""
+        most: Floats = np.zeros((2, self.ranks, self.ranks))
+        for bank, sums_R in enumerate(self.sums_2R):
+            order = [int(rank) for rank in sums_R.argsort()[:-4:-1]]
+            for rank in reversed(order):
+                is_other = np.arange(self.ranks) != rank
+                most[bank][np.ix_(is_other, is_other)] = sums_R[rank]
+        return most
 
     def _apply(self, expert: int, partner: int, target: int) -> None:
         source = int(self.owner_X[expert])
@@ -189,16 +198,11 @@ class _Search:
         else:
             self.room[source] += self.size_X[expert]
             self.room[target] -= self.size_X[expert]
+        self._add_up()
+
+    def _add_up(self) -> None:
         self.sums_2R[:] = 0
         np.add.at(self.sums_2R, (self.bank_X, self.owner_X), self.work_X)
-
-
-def _costs(sums_P2R: Floats) -> Floats:
-    return np.asarray(sums_P2R.max(2).sum(1))
-
-
-def _squares(sums_P2R: Floats) -> Floats:
-    return np.asarray((sums_P2R**2).sum((1, 2)))
 
 
 def _fitting_layout(experts: int, ranks: int, memory: ExpertMemory) -> ExpertLayout:

@@ -32,6 +32,7 @@ ROLES = {
     EngineRole.DECODE: common_pb2.ENGINE_ROLE_DECODE,
     EngineRole.COLOCATED: common_pb2.ENGINE_ROLE_COLOCATED,
 }
+ROLE_OF = {wire: role for role, wire in ROLES.items()}
 MODES = {
     AttemptMode.COLOCATED: engine_link_pb2.ATTEMPT_MODE_COLOCATED,
     AttemptMode.PREFILL: engine_link_pb2.ATTEMPT_MODE_PREFILL,
@@ -262,6 +263,7 @@ def load_to_proto(report: LoadReport, role: EngineRole, epoch: int) -> engine_li
         prefix_queried_token_count=report.prefix_queried_tokens,
         prefix_hit_token_count=report.prefix_hit_tokens,
         preemption_count=report.preemptions,
+        draining=report.draining,
         role=ROLES[role],
         epoch=epoch,
     )
@@ -281,4 +283,5 @@ def load_from_proto(message: engine_link_pb2.Load) -> LoadReport:
         prefix_queried_tokens=message.prefix_queried_token_count,
         prefix_hit_tokens=message.prefix_hit_token_count,
         preemptions=message.preemption_count,
+        draining=message.draining,
     )

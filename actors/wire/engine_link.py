@@ -58,6 +58,7 @@ class _Session:
         self.router = router
         self.outbox: asyncio.Queue[engine_link_pb2.LinkResponse] = asyncio.Queue()
         self.keys: set[SequenceKey] = set()
+        self.submit_count = 0
         self.heard_at = time.monotonic()
 
     def tell_end(self, key: SequenceKey, error: ServingError) -> None:
@@ -135,6 +136,17 @@ class EngineLinkServicer(engine_link_pb2_grpc.EngineLinkServiceServicer):
             need = engine_link_pb2.MediaNeed(key=convert.key_to_proto(key), embedding_keys=embedding_keys)
             session.outbox.put_nowait(engine_link_pb2.LinkResponse(media_need=need))
 
+    def tell_load(self) -> None:
+        """Tells every router at once what the next heartbeat would."""
+        for session in self._open:
+            session.outbox.put_nowait(engine_link_pb2.LinkResponse(load=self._load(session)))
+
+    def _load(self, session: _Session) -> engine_link_pb2.Load:
+        info = self._info()
+        load = convert.load_to_proto(self._host.load(), info.role, info.epoch)
+        load.submit_count = session.submit_count
+        return load
+
     async def Link(  # type: ignore[override]  # noqa: N802
         self, request_iterator: object, context: Context
     ) -> None:
@@ -211,9 +223,7 @@ class EngineLinkServicer(engine_link_pb2_grpc.EngineLinkServiceServicer):
 
     async def _beat(self, session: _Session) -> None:
         while time.monotonic() - session.heard_at < ROUTER_SILENT_S:
-            info = self._info()
-            load = convert.load_to_proto(self._host.load(), info.role, info.epoch)
-            session.outbox.put_nowait(engine_link_pb2.LinkResponse(load=load))
+            session.outbox.put_nowait(engine_link_pb2.LinkResponse(load=self._load(session)))
             await asyncio.sleep(LOAD_S)
         log.warning("router %s was silent for %.0f s: ending its attempts", session.router, ROUTER_SILENT_S)
 
@@ -233,6 +243,7 @@ class EngineLinkServicer(engine_link_pb2_grpc.EngineLinkServiceServicer):
 
     def _submit(self, submit: engine_link_pb2.Submit, session: _Session) -> None:
         key = convert.key_from_proto(submit.key)
+        session.submit_count += 1
         if key in self._sessions:  # the attempt that runs keeps its session
             session.tell_end(key, AlreadyExists(f"attempt {key} is active already"))
             return

@@ -1,28 +1,32 @@
 """What both ends of KvControl share.
 
-One gRPC stream per pair of engines carries the control of all its transfers; bulk bytes travel beside it through
-``actors.parallel``. A sequence goes
+One gRPC stream per pair of engines, leader to leader, carries the control of all its transfers; bulk bytes travel
+beside it through ``actors.parallel``, straight from the rank that computed them to the one that holds the sequence. A
+sequence goes
 
     Reserve -> Reserved | Refused
     for each chunk: Offer -> Accept(generation) | Decline;  bytes;  Sent(checksums) | SendFailed -> Ack | Nack
     TransferCancel at any time, either way
 
-One chunk of a pair is on the data path at a time; the next may be offered while the last is verified and scattered.
-Every Offer gets one Accept or Decline, and every Accept one Sent or SendFailed: whatever is cancelled meanwhile, both
-ends complete what they promised. All state belongs to the event loop; data threads only copy and wait.
+Two ranks that have met are a *lane* of the pair, with a data path and generations of its own; lanes know nothing of
+each other. One chunk of a lane is on the data path at a time; the next may be offered while the last is verified and
+scattered. Every Offer gets one Accept or Decline, and every Accept one Sent or SendFailed: whatever is cancelled
+meanwhile, both ends complete what they promised. All state belongs to the event loop of the leader; the ends of lanes
+(``KvRank``), in the leader's process or another, only copy and wait.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from actors.engine.scheduling.reservations import Reservation
 from actors.errors import ServingError, Unavailable
-from actors.parallel.kv_transfer import KvCache, KvGeometry, KvTransferConfig, Meeting
+from actors.parallel.kv_ends import KvRank
+from actors.parallel.kv_transfer import KvGeometry, KvTransferConfig
 from actors.types import KvIdentity, SequenceKey
 from actors.wire import convert
 from ernie_serving.internal.v1 import common_pb2
@@ -90,7 +94,7 @@ class TransferCounters:
     chunks: int = 0
     """Acknowledged, whichever way they went."""
     generations: int = 0
-    """Data paths begun."""
+    """Data paths begun, of all lanes."""
     failures: int = 0
     """Sequences given up, cancelled ones not counted."""
 
@@ -99,10 +103,10 @@ class TransferCounters:
 class PairParts:
     """What all pairs of one side share. ``incarnation`` is this engine's."""
 
-    cache: KvCache
+    ranks: Sequence[KvRank]
+    """Of this engine."""
     geometry: KvGeometry
     incarnation: str
-    meeting: Meeting
     config: KvTransferConfig
     counters: TransferCounters
     on_transferred: OnTransferred
@@ -132,6 +136,30 @@ class Outbox(Generic[_MessageT]):
             if message is None:
                 return
             yield message
+
+
+class TaskSet:
+    """What one stream does at the same time; the first of it that ends or fails ends the stream."""
+
+    def __init__(self) -> None:
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._one_ended = asyncio.Event()
+
+    def start(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(lambda _task: self._one_ended.set())
+
+    async def first_end(self) -> None:
+        """Raises what that one raised."""
+        await self._one_ended.wait()
+        for task in self._tasks:
+            if task.done():
+                task.result()
+
+    def cancel(self) -> None:
+        for task in self._tasks:
+            task.cancel()
 
 
 async def read_message(

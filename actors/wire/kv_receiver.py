@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from actors.errors import Unavailable
-from actors.parallel.kv_transfer import KvCache, KvGeometry, KvTransferConfig, Meeting
+from actors.parallel.kv_ends import KvRank
+from actors.parallel.kv_transfer import KvGeometry, KvTransferConfig
 from actors.types import KvIdentity, SequenceKey
 from actors.wire import convert, status
 from actors.wire.kv_control import (
@@ -20,7 +21,8 @@ from actors.wire.kv_control import (
     OnTransferred,
     TransferCounters,
 )
-from actors.wire.kv_receiving_pair import Context, Incoming, ReceiverParts, ReceivingPair
+from actors.wire.kv_receiving_lane import Incoming
+from actors.wire.kv_receiving_pair import Context, ReceiverParts, ReceivingPair
 from ernie_serving.internal.v1 import kv_control_pb2 as pb
 from ernie_serving.internal.v1.kv_control_pb2_grpc import KvControlServiceServicer
 
@@ -36,27 +38,25 @@ class KvReceiver(KvControlServiceServicer):
         self,
         *,
         engine: DecodeEngine,
-        cache: KvCache,
+        ranks: Sequence[KvRank],
         geometry: KvGeometry,
         incarnation: str,
         identity: KvIdentity,
-        meeting: Meeting,
         loop: asyncio.AbstractEventLoop,
         config: KvTransferConfig | None = None,
         on_transferred: OnTransferred = lambda _key, _busy_s: None,
     ) -> None:
-        """``incarnation`` and ``identity``: this engine's. ``on_transferred``: see ``OnTransferred``."""
+        """``incarnation``, ``identity``, ``ranks``: this engine's. ``on_transferred``: see ``OnTransferred``."""
         self.counters = TransferCounters()
         self._loop = loop
         self._config = config or KvTransferConfig()
         self._entries: dict[SequenceKey, Incoming] = {}
         self._parts = ReceiverParts(
             engine=engine,
-            cache=cache,
+            ranks=ranks,
             geometry=geometry,
             incarnation=incarnation,
             identity=identity,
-            meeting=meeting,
             config=self._config,
             counters=self.counters,
             on_transferred=on_transferred,
@@ -74,7 +74,11 @@ class KvReceiver(KvControlServiceServicer):
         return len(self._pairs)
 
     def drop(self, key: SequenceKey) -> None:
-        """The engine gave a reservation up: once this returns nothing writes to its blocks. The sender is told."""
+        """The engine gave a reservation up. The sender is told.
+
+        Once this returns nothing writes to its blocks before the next step of the rank that has them, nor before a
+        later reservation there: see ``RemoteKvRank`` where that is another process.
+        """
         entry = self._entries.get(key)
         if entry is not None:
             entry.guard.shut()

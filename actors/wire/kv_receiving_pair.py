@@ -1,32 +1,22 @@
-"""A decode engine's end of one pair: the stream, the chunk on its way and the thread that receives and scatters."""
+"""A decode engine's end of one pair: the stream and the sequences; their chunks come through its lanes."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import grpc.aio
 
 from actors.engine.scheduling.reservations import Reservation
 from actors.errors import InternalError, ServingError, Unavailable
-from actors.parallel.kv_threads import ReceivingThread
-from actors.parallel.kv_transfer import (
-    BlockGuard,
-    Transport,
-    TransportError,
-    pair_name,
-)
 from actors.types import KvIdentity, SequenceKey
 from actors.wire import convert
 from actors.wire.kv_control import (
-    BROKEN,
     CANCELLED,
-    CHECKSUM,
     DUPLICATE,
     ENGINE_LOST,
     LAYOUT_MISMATCH,
@@ -34,49 +24,21 @@ from actors.wire.kv_control import (
     DecodeEngine,
     Outbox,
     PairParts,
+    TaskSet,
     given_up,
     hello,
     identity_from_proto,
     read_message,
 )
+from actors.wire.kv_receiving_lane import Incoming, ReceivingLane
 from ernie_serving.internal.v1 import kv_control_pb2 as pb
 
 log = logging.getLogger(__name__)
 
+MAX_RANKS = 64
+"""Of a group: each rank that sends costs a thread here."""
+
 Context: TypeAlias = "grpc.aio.ServicerContext[pb.TransferRequest, pb.TransferResponse]"
-
-
-@dataclass(eq=False, slots=True)
-class Incoming:
-    """A sequence from Reserve to its last chunk in place."""
-
-    key: SequenceKey
-    token_count: int
-    pair: ReceivingPair
-    guard: BlockGuard = field(default_factory=BlockGuard)
-    held_tokens: int = 0
-    """Leading tokens that are not sent: their KV is here."""
-    own_blocks: list[int] | None = None
-    """Of the tokens that are; None before the reservation. Held blocks are shared, so nothing here can name them."""
-    placed: dict[int, tuple[int, int]] = field(default_factory=dict)
-    """First token and count of each verified chunk, by index."""
-    last: pb.Sent | None = None
-    busy_s: float = 0.0
-
-    @property
-    def complete(self) -> bool:
-        """All chunks up to the last are in place."""
-        return self.last is not None and len(self.placed) > self.last.chunk
-
-    @property
-    def covered(self) -> bool:
-        """The chunks are the tokens of the prompt that are not held, each once."""
-        end = self.held_tokens
-        for first, count in sorted(self.placed.values()):
-            if first != end:
-                return False
-            end += count
-        return end == self.token_count
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,17 +53,6 @@ class ReceiverParts(PairParts):
     """Runs an action on the event loop, from any thread."""
 
 
-@dataclass(eq=False, slots=True)
-class _Exchange:
-    """One accepted chunk. ``sent`` is None when the sender failed."""
-
-    key: SequenceKey
-    chunk: int
-    generation: int
-    sent: asyncio.Future[pb.Sent | None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
-    stop: threading.Event = field(default_factory=threading.Event)
-
-
 class ReceivingPair:
     """Everything between this engine and one stream of a prefill engine. Lives on the event loop."""
 
@@ -109,29 +60,23 @@ class ReceivingPair:
         self._parts = parts
         self._peer = peer_incarnation
         self._outbox = Outbox(pb.TransferResponse(heartbeat=pb.TransferHeartbeat()), parts.config.heartbeat_s)
-        self._offers: asyncio.Queue[pb.Offer] = asyncio.Queue()
-        self._exchange: _Exchange | None = None
-        self._generation = 0
-        self._thread = ReceivingThread(f"kv-recv-{peer_incarnation[:8]}", parts.cache, parts.geometry)
+        self._lanes: dict[tuple[int, int], ReceivingLane] = {}
+        """By rank there and rank here."""
+        self._tasks = TaskSet()
 
     @property
     def busy_reason(self) -> str | None:
         """What keeps the pair from being idle, for integrity checks."""
-        return "a chunk on its way" if self._exchange is not None or self._thread.staging_in_use else None
+        return "a chunk on its way" if any(lane.busy for lane in self._lanes.values()) else None
 
     async def serve(self, context: Context) -> None:
         """Talks until the stream ends, then fails what is left of it."""
         self._outbox.put(pb.TransferResponse(hello=hello(self._parts.incarnation, self._peer)))
-        tasks = [
-            asyncio.create_task(self._read(context)),
-            asyncio.create_task(self._write(context)),
-            asyncio.create_task(self._work()),
-        ]
+        self._tasks.start(self._read(context))
+        self._tasks.start(self._write(context))
         error: ServingError = Unavailable(f"engine {self._peer} is lost", reason=ENGINE_LOST)
         try:
-            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                task.result()
+            await self._tasks.first_end()
         except ServingError as failure:
             error = failure
         except grpc.aio.BaseError:
@@ -140,13 +85,12 @@ class ReceivingPair:
             log.exception("pair with engine %s failed", self._peer)
             error = InternalError("a KV transfer failed")
         finally:
-            for task in tasks:
-                task.cancel()
+            self._tasks.cancel()
             self._end(error)
 
     def _end(self, error: ServingError) -> None:
-        if self._exchange is not None:
-            self._exchange.stop.set()
+        for lane in self._lanes.values():
+            lane.stop()
         lost = [entry for entry in self._parts.entries.values() if entry.pair is self]
         if lost:
             log.warning("pair with engine %s lost: %s", self._peer, error.message)
@@ -154,8 +98,8 @@ class ReceivingPair:
             self.give_up(entry, error, tell_peer=None)
 
     async def release(self) -> None:
-        """Returns when the thread has ended; the stream must have."""
-        await self._thread.close()
+        """Returns when the lanes have ended; the stream must have."""
+        await asyncio.gather(*(lane.close() for lane in self._lanes.values()))
 
     def give_up(self, entry: Incoming, error: ServingError | None, *, tell_peer: str | None) -> None:
         """Ends a sequence; ``error`` for the engine unless it knows, ``tell_peer`` the reason for the sender."""
@@ -184,7 +128,7 @@ class ReceivingPair:
             case "reserve":
                 self._reserve(request.reserve)
             case "offer":
-                self._offers.put_nowait(request.offer)
+                self._offered(request.offer)
             case "sent":
                 self._answer(request.sent, request.sent)
             case "send_failed":
@@ -195,15 +139,8 @@ class ReceivingPair:
                     self.give_up(entry, given_up(request.cancel.reason), tell_peer=None)
 
     def _answer(self, message: pb.Sent | pb.SendFailed, sent: pb.Sent | None) -> None:
-        """Hands what the sender says of a chunk to its exchange, if that is still under way."""
-        exchange = self._exchange
-        named = (convert.key_from_proto(message.key), message.chunk, message.generation)
-        if exchange is None or named != (exchange.key, exchange.chunk, exchange.generation):
-            return
-        if not exchange.sent.done():
-            exchange.sent.set_result(sent)
-        if sent is None:
-            exchange.stop.set()
+        for lane in self._lanes.values():
+            lane.hear(message, sent)
 
     def _own(self, key: SequenceKey) -> Incoming | None:
         entry = self._parts.entries.get(key)
@@ -244,11 +181,12 @@ class ReceivingPair:
                 log.error("%d of %d tokens of %s cannot be held", held_tokens, entry.token_count, entry.key)
                 self.give_up(entry, InternalError("a KV transfer failed", reason=PROTOCOL), tell_peer=PROTOCOL)
                 return
-            entry.held_tokens, entry.own_blocks = held_tokens, block_table[held_tokens // block_size :]
+            entry.rank, entry.held_tokens = rank, held_tokens
+            entry.own_blocks = block_table[held_tokens // block_size :]
             reserved = pb.Reserved(
                 key=convert.key_to_proto(entry.key),
                 rank=rank,
-                rendezvous_address=parts.meeting.address,
+                rendezvous_address=parts.ranks[rank].address,
                 held_token_count=held_tokens,
             )
             self._outbox.put(pb.TransferResponse(reserved=reserved))
@@ -266,27 +204,43 @@ class ReceivingPair:
 
     # Chunks.
 
-    async def _work(self) -> None:
-        while True:
-            offer = await self._offers.get()
-            entry = self._own(convert.key_from_proto(offer.key))
-            problem = self._problem(entry, offer) if entry is not None else None
-            if entry is not None and problem is not None:
-                log.error("offer of %s refused: %s", entry.key, problem)
-                self.give_up(entry, InternalError("a KV transfer failed", reason=PROTOCOL), tell_peer=PROTOCOL)
-                entry = None
-            if entry is None:
-                decline = pb.Decline(key=offer.key, chunk=offer.chunk)
-                self._outbox.put(pb.TransferResponse(decline=decline))
-                continue
-            await self._take(entry, offer)
-            self._exchange = None
+    def _offered(self, offer: pb.Offer) -> None:
+        entry = self._wanted(offer)
+        if entry is None:
+            self._outbox.put(pb.TransferResponse(decline=pb.Decline(key=offer.key, chunk=offer.chunk)))
+            return
+        lane = self._lanes.get((offer.rank, entry.rank))
+        if lane is None:
+            lane = ReceivingLane(
+                self._parts,
+                self._peer,
+                entry.rank,
+                next_generation=self._parts.next_generation,
+                say=self._outbox.put,
+                wanted=self._wanted,
+                still_wanted=lambda entry: self._own(entry.key) is entry,
+                place=self._place,
+            )
+            self._lanes[offer.rank, entry.rank] = lane
+            self._tasks.start(lane.run())
+        lane.offer(offer)
+
+    def _wanted(self, offer: pb.Offer) -> Incoming | None:
+        entry = self._own(convert.key_from_proto(offer.key))
+        problem = self._problem(entry, offer) if entry is not None else None
+        if entry is not None and problem is not None:
+            log.error("offer of %s refused: %s", entry.key, problem)
+            self.give_up(entry, InternalError("a KV transfer failed", reason=PROTOCOL), tell_peer=PROTOCOL)
+            return None
+        return entry
 
     def _problem(self, entry: Incoming, offer: pb.Offer) -> str | None:
         size = self._parts.geometry.message_bytes(offer.token_count)
         expected = [(layer, size) for layer in range(self._parts.geometry.num_layers)]
         if entry.own_blocks is None:
             return "it came before its reservation"
+        if offer.rank >= MAX_RANKS:
+            return f"no group has a rank {offer.rank}"
         if offer.first_token < entry.held_tokens:
             return f"token {offer.first_token} is one of {entry.held_tokens} that are here already"
         if offer.token_count == 0 or offer.first_token + offer.token_count > entry.token_count:
@@ -296,45 +250,6 @@ class ReceivingPair:
         if [(message.layer, message.byte_count) for message in offer.messages] != expected:
             return "its messages are not the layers of this cache"
         return None
-
-    async def _take(self, entry: Incoming, offer: pb.Offer) -> None:
-        """Sees one accepted chunk through; whatever becomes of the sequence, the bytes are received."""
-        if self._generation == 0:
-            self._generation = self._parts.next_generation()
-            self._parts.counters.generations += 1
-        exchange = _Exchange(entry.key, offer.chunk, self._generation)
-        self._exchange = exchange
-        accept = pb.Accept(key=offer.key, chunk=offer.chunk, generation=exchange.generation)
-        self._outbox.put(pb.TransferResponse(accept=accept))
-        try:
-            checksums, busy_s = await self._thread.receive(
-                exchange.generation, lambda: self._listen(exchange), offer.token_count
-            )
-        except TransportError as error:
-            self._generation = 0
-            if not (exchange.sent.done() and exchange.sent.result() is None):
-                log.warning("generation %d from engine %s failed: %s", exchange.generation, self._peer, error)
-                self._nack(offer, exchange.generation, BROKEN)
-            return
-        sent = await exchange.sent
-        if sent is None:
-            self._generation = 0
-            await self._thread.leave()
-            return
-        self._parts.counters.received_bytes += self._parts.geometry.chunk_bytes(offer.token_count)
-        if entry is not self._own(entry.key):
-            self._thread.forget()
-            return
-        if list(sent.checksums) != checksums:
-            self._thread.forget()
-            self._nack(offer, exchange.generation, CHECKSUM)
-            return
-        scatter_s = await self._thread.scatter(
-            entry.own_blocks or [], offer.first_token - entry.held_tokens, entry.guard
-        )
-        if entry is self._own(entry.key):
-            entry.busy_s += busy_s + scatter_s
-            self._place(entry, offer, sent)
 
     def _place(self, entry: Incoming, offer: pb.Offer, sent: pb.Sent) -> None:
         entry.placed[offer.chunk] = (offer.first_token, offer.token_count)
@@ -350,12 +265,3 @@ class ReceivingPair:
             self.give_up(entry, None, tell_peer=None)
             self._parts.on_transferred(entry.key, entry.busy_s)
             self._parts.engine.kv_arrived(entry.key, entry.last.first_output_id, entry.last.finished)
-
-    def _nack(self, offer: pb.Offer, generation: int, reason: str) -> None:
-        nack = pb.Nack(key=offer.key, chunk=offer.chunk, generation=generation, reason=reason)
-        self._outbox.put(pb.TransferResponse(nack=nack))
-
-    def _listen(self, exchange: _Exchange) -> Transport:
-        """Runs on the data thread."""
-        name = pair_name(self._peer, self._parts.incarnation, exchange.generation)
-        return self._parts.meeting.listen(name, exchange.stop)

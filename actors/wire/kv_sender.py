@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from actors.engine.events import ComputedChunk
 from actors.errors import Unavailable
-from actors.parallel.kv_transfer import KvCache, KvGeometry, KvTransferConfig, Meeting
+from actors.parallel.kv_ends import KvRank
+from actors.parallel.kv_transfer import KvGeometry, KvTransferConfig
 from actors.types import KvIdentity, SequenceKey
 from actors.wire.kv_control import DRAINING, OnTransferred, PrefillEngine, TransferCounters
 from actors.wire.kv_sending_pair import SenderParts, SendingPair
@@ -25,25 +26,23 @@ class KvSender:
         self,
         *,
         engine: PrefillEngine,
-        cache: KvCache,
+        ranks: Sequence[KvRank],
         geometry: KvGeometry,
         incarnation: str,
-        meeting: Meeting,
         loop: asyncio.AbstractEventLoop,
         config: KvTransferConfig | None = None,
         on_transferred: OnTransferred = lambda _key, _busy_s: None,
     ) -> None:
-        """``incarnation``: this engine's. ``on_transferred``: see ``OnTransferred``."""
+        """``incarnation``, ``ranks``: this engine's. ``on_transferred``: see ``OnTransferred``."""
         self.counters = TransferCounters()
         self._engine = engine
         self._loop = loop
         self._config = config or KvTransferConfig()
         self._parts = SenderParts(
             engine=engine,
-            cache=cache,
+            ranks=ranks,
             geometry=geometry,
             incarnation=incarnation,
-            meeting=meeting,
             config=self._config,
             counters=self.counters,
             on_transferred=on_transferred,

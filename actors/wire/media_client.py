@@ -43,11 +43,13 @@ class MediaClient:
 
     Args:
         pull_timeout_s: deadline of one pull.
+        silent_s: a pull during which so long nothing comes is given up: its place is frozen.
         lease_timeout_s: deadline of Renew and Release.
     """
 
-    def __init__(self, *, pull_timeout_s: float = 10.0, lease_timeout_s: float = 1.0) -> None:
+    def __init__(self, *, pull_timeout_s: float = 10.0, silent_s: float = 3.0, lease_timeout_s: float = 1.0) -> None:
         self._pull_timeout_s = pull_timeout_s
+        self._silent_s = silent_s
         self._lease_timeout_s = lease_timeout_s
         self._peers: dict[str, _Peer] = {}
 
@@ -71,9 +73,11 @@ class MediaClient:
             async with self._peer(address) as peer:
                 call = peer.stub.Pull(media_pb2.PullRequest(key=key, lease=lease), timeout=self._pull_timeout_s)
                 try:
-                    return await _assemble(call, max_bytes)
+                    return await _assemble(call, max_bytes, self._silent_s)
                 finally:
                     call.cancel()
+        except TimeoutError:
+            raise MediaMiss(f"{address} is silent") from None
         except TensorMismatch as error:
             log.error("unit %s from %s is damaged: %s", key.hex(), address, error)
             raise MediaMiss(f"damaged at {address}: {error}") from None
@@ -200,10 +204,16 @@ class MediaClient:
 
 
 async def _assemble(
-    call: grpc.aio.UnaryStreamCall[media_pb2.PullRequest, media_pb2.PullResponse], max_bytes: int
+    call: grpc.aio.UnaryStreamCall[media_pb2.PullRequest, media_pb2.PullResponse], max_bytes: int, silent_s: float
 ) -> Patches | torch.Tensor:
+    """Raises TimeoutError after ``silent_s`` without a message."""
     assembler: TensorAssembler | None = None
-    async for response in call:
+    responses = aiter(call)
+    while True:
+        async with asyncio.timeout(silent_s):
+            response = await anext(responses, None)
+        if response is None:
+            break
         if assembler is None:
             assembler = TensorAssembler(response.header, max_bytes)
         assembler.add(response.data)

@@ -26,15 +26,15 @@ from cluster.generation import GenerateCall
 from cluster.router.fleet import Fleet, call_planner
 from cluster.router.leases import LeaseKeeper
 from cluster.router.output import OutputAssembler
+from cluster.router.retry_budget import RetryBudget
 from cluster.router.router import Router
 from cluster.router.sampling import SamplingDefaults, resolve_sampling
 from cluster.router.scores import TokenScorer
 from cluster.router.services import Services
 from cluster.router.stages import EncodeStage, PreprocessStage
+from cluster.router.suspects import Suspects
 
 AUDIT_TIMEOUT_S = 2.0
-LOST_AFTER_S = 3.0
-"""Silence after which an engine counts as lost."""
 
 
 class RouterParts:
@@ -51,8 +51,10 @@ class RouterParts:
         """``planner`` and ``preprocessor``: Serve handles. Reads the tokenizer and generation defaults only."""
         incarnation = secrets.token_hex(4)
         media = MediaClient()
-        fleet = Fleet(call_planner(planner), incarnation, lost_after_s=LOST_AFTER_S)
-        leases = LeaseKeeper(media)
+        silence = {"lost_after_s": config.router.lost_after_s, "suspect_after_s": config.router.suspect_after_s}
+        fleet = Fleet(call_planner(planner), incarnation, **silence)
+        leases = LeaseKeeper(media, **silence)
+        budget = RetryBudget(share=config.router.retry_share, burst=config.router.retry_burst, clock=time.monotonic)
         directory = Path(config.model)
         tokenizer = await asyncio.to_thread(TextTokenizer.from_dir, directory)
         text = ErnieConfig.from_dir(directory).text
@@ -61,8 +63,16 @@ class RouterParts:
         services = Services(
             fleet=fleet,
             leases=leases,
-            preprocess=PreprocessStage(preprocessor, leases),
+            preprocess=PreprocessStage(
+                preprocessor,
+                leases,
+                budget,
+                hedge_after_s=config.preprocessor.hedge_after_s,
+                timeout_s=config.preprocessor.timeout_s,
+            ),
             encode=EncodeStage(media, leases),
+            budget=budget,
+            suspects=Suspects(),
             model_name=config.model_name,
             context_limit=context_limit,
             vocab_size=text.vocab_size,

@@ -11,10 +11,12 @@ from actors.errors import ServingError
 from actors.types import AttemptMode, EngineRequest, MediaSpan, PromptLogprobs, SequenceKey, TokenEvent
 from cluster.policy import Route
 from cluster.router.fleet import Fleet
-from cluster.router.link import AttemptError, AttemptEvent, EngineLink, MediaNeed, Milestone, engine_lost
+from cluster.router.link import AttemptError, AttemptEvent, EngineLink, EngineLost, MediaNeed, Milestone
 
-PEER_CANCELLED = "PEER_CANCELLED"
+_OF_ITS_PEER = frozenset({"ENGINE_LOST", "PEER_CANCELLED"})
+"""What an engine says when the other one is to blame."""
 CAUSE_WAIT_S = 0.5
+"""The death of an engine is known within this time, by its own link."""
 
 
 class AttemptOwner(Protocol):
@@ -33,6 +35,10 @@ class AttemptOwner(Protocol):
     def engine_finished(self) -> bool:
         """The last token came from the engine: it needs no cancelling."""
 
+    @property
+    def decodes(self) -> bool:
+        """The engine that decodes has the whole prompt, and the attempt's first token came."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RouteLinks:
@@ -46,12 +52,12 @@ class RouteLinks:
         """Raises Unavailable when an engine was lost since the route was picked."""
         prefill = fleet.link(route.prefill)
         if prefill is None:
-            raise engine_lost(route.prefill, "link closed")
+            raise EngineLost(route.prefill, "link closed")
         if route.decode is None:
             return cls(prefill=prefill, decode=None)
         decode = fleet.link(route.decode)
         if decode is None:
-            raise engine_lost(route.decode, "link closed")
+            raise EngineLost(route.decode, "link closed")
         return cls(prefill=prefill, decode=decode)
 
 
@@ -102,19 +108,26 @@ class Attempt:
             if tokens and owner.take_tokens(tokens):
                 return
             for event in batch:
-                if isinstance(event, AttemptError):
+                if isinstance(event, AttemptError) and not self._is_over_there(event):
                     raise await self._cause(event.error)
                 if isinstance(event, MediaNeed):
                     self._links.prefill.supply_media(self._key, await owner.make_media_again())
 
+    def _is_over_there(self, event: AttemptError) -> bool:
+        """The engine that prefilled has done its part: its end is no matter any more."""
+        links = self._links
+        return links.decode is not None and event.engine == links.prefill.info.incarnation and self._owner.decodes
+
     async def _cause(self, error: ServingError) -> ServingError:
-        """An engine whose peer gave up says only that; the peer's own error says why and follows at once."""
-        if error.reason != PEER_CANCELLED:
+        """An engine whose peer gave up or was lost says only that; what the peer, or its link, says follows at once."""
+        if self._links.decode is None or isinstance(error, EngineLost) or error.reason not in _OF_ITS_PEER:
             return error
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(CAUSE_WAIT_S):
                 while True:
                     event = await self._events.get()
-                    if isinstance(event, AttemptError) and event.error.reason != PEER_CANCELLED:
+                    if isinstance(event, AttemptError) and (
+                        isinstance(event.error, EngineLost) or event.error.reason not in _OF_ITS_PEER
+                    ):
                         return event.error
         return error

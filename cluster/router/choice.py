@@ -1,18 +1,20 @@
 """One choice of a request: one attempt after the other until it ends, one stream to the client.
 
-An attempt that ends for want of room (``REQUEUE_REASONS``) counts nothing: the choice waits for room with the
-request's arrival and goes on behind the tokens it has, through a prefill engine. What the client has seen stays; the
-output knows every index it took, and a forgotten attempt is not listened to.
+An attempt that ends before the choice does is followed by another (``verdict``): the choice waits, for room, for an
+engine that is replaced or for the retry budget, keeps the request's arrival, and goes on behind the tokens it has,
+through a prefill engine. What the client has seen stays; the output knows every index it took, and a forgotten attempt
+is not listened to.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
 from dataclasses import dataclass, field, replace
 
-from actors.errors import Overloaded, ServingError, Unavailable
+from actors.errors import InternalError, ServingError, Unavailable
 from actors.types import (
     EngineRequest,
     FinishReason,
@@ -25,19 +27,22 @@ from actors.types import (
     service_rank,
 )
 from cluster.generation import ChoiceFinished, Event, GenerateCall
-from cluster.policy import Route, has_room_on, pick_route
+from cluster.policy import EngineView, Route, has_room_on, pick_route
 from cluster.router.attempt import Attempt, RouteLinks
-from cluster.router.link import Milestone
+from cluster.router.link import EngineLost, Milestone
 from cluster.router.output import Ending, OutputAssembler
 from cluster.router.prefix import RequestHashes
 from cluster.router.prompt import PromptKeeper
 from cluster.router.scores import PromptScores
 from cluster.router.services import Services
+from cluster.router.suspects import ChoiceKey
 from cluster.router.timeline import Progress, Timeline
+from cluster.router.verdict import Verdict, judge
 
 log = logging.getLogger(__name__)
 
-REQUEUE_REASONS = frozenset({"NO_BLOCKS", "PREEMPTED"})
+RECHECK_S = 0.5
+"""For a suspect that waits: engines may also become free by coming up."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -75,6 +80,7 @@ class ChoiceRun:
         self.index = index
         self.output: OutputAssembler = state.services.make_output(state.call, state.keeper.prompt.reply.starts_thinking)
         self._state = state
+        self._name = ChoiceKey(state.request_id, index)
         self._ended = False
         self._spans: tuple[MediaSpan, ...] = ()
         self._route: Route | None = None
@@ -85,29 +91,46 @@ class ChoiceRun:
         """Returns when the choice has ended.
 
         Raises:
-            ServingError: an attempt ended for another reason than want of blocks.
+            ServingError: an attempt ended for a reason that another one would meet as well.
         """
-        state = self._state
-        for attempt in itertools.count():
-            key = SequenceKey(state.request_id, attempt, self.index)
-            state.progress.enter(self.index, Stage.QUEUED)
-            try:
-                await self._try(key)
-                break
-            except (Overloaded, Unavailable) as error:
-                if not self._requeues(error, attempt):
-                    raise
-                log.info("%s: %s after %d tokens: waiting for room", key, error.reason, len(self.output.token_ids))
-            state.keeper.need(self.index)
-            await state.services.fleet.wait_for_room(self._token_count, state.rank)
+        state, services = self._state, self._state.services
+        try:
+            for attempt in itertools.count():
+                key = SequenceKey(state.request_id, attempt, self.index)
+                state.progress.enter(self.index, Stage.QUEUED)
+                try:
+                    await self._try(key)
+                    break
+                except ServingError as error:
+                    verdict = judge(error, newcomer=attempt == 0 and self.index == 0)
+                    if verdict is Verdict.TOLD:
+                        raise
+                    log.info("%s: %s after %d tokens", key, error.reason, len(self.output.token_ids))
+                    self._check_poison(error)
+                finally:
+                    services.suspects.rest(self._name)
+                state.keeper.need(self.index)
+                await self._wait(verdict)
+        finally:
+            services.suspects.drop(self._name)
         assert self.output.ending is not None
         self._finish(self.output.ending)
 
-    def _requeues(self, error: ServingError, attempt: int) -> bool:
-        """A full queue turns requests away at their door; one that was let in waits."""
-        if isinstance(error, Overloaded):
-            return attempt > 0 or self.index > 0
-        return error.reason in REQUEUE_REASONS
+    def _check_poison(self, error: ServingError) -> None:
+        """Raises InternalError for a choice under which engines die, one after the other."""
+        if not isinstance(error, EngineLost) or not error.died:
+            return
+        if self._state.services.suspects.accuse(self._name, error.incarnation, len(self.output.token_ids)):
+            log.error("choice %s is refused: a second engine died while it computed it", self._name)
+            raise InternalError("engines died while they computed this request", reason="POISON")
+
+    async def _wait(self, verdict: Verdict) -> None:
+        services = self._state.services
+        match verdict:
+            case Verdict.ROOM:
+                await services.fleet.wait_for_room(self._token_count, self._state.rank)
+            case Verdict.LOST:
+                await asyncio.sleep(services.budget.spend())
 
     def cancel(self) -> None:
         """Tells the client that the choice was cancelled, unless it has ended. ``run`` must have been stopped."""
@@ -117,6 +140,16 @@ class ChoiceRun:
     @property
     def engine_finished(self) -> bool:
         return self.output.engine_finished
+
+    @property
+    def decodes(self) -> bool:
+        got = len(self.output.token_ids) - self._first
+        return got > 1 or (got == 1 and self._transferred)
+
+    @property
+    def route(self) -> Route | None:
+        """Of its last attempt."""
+        return self._route
 
     @property
     def _token_count(self) -> int:
@@ -133,28 +166,46 @@ class ChoiceRun:
 
     async def _try(self, key: SequenceKey) -> None:
         state, fleet = self._state, self._state.services.fleet
-        route = self._pick_route(key.attempt)
+        route = await self._find_route(key.attempt)
         if key.attempt == 0 and fleet.is_behind(state.rank):
             # Others wait since before this one came: what room there is belongs to them.
             await fleet.wait_for_room(self._token_count, state.rank)
-            route = self._pick_route(key.attempt)
+            route = await self._find_route(key.attempt)
         links = RouteLinks.of(fleet, route)
+        engines = [info.incarnation for info in (route.prefill, route.decode) if info is not None]
+        state.services.suspects.begin(self._name, frozenset(engines))
         self._route = route
         self._first = len(self.output.token_ids)
         self._transferred = False
         self.output.begin_attempt()
         await Attempt(self, key, self._request(), links).run()
 
-    def _pick_route(self, attempt: int) -> Route:
-        state = self._state
-        engines = state.services.fleet.engines()
-        known = state.prompt_route
+    async def _find_route(self, attempt: int) -> Route:
+        """Waits for engines while those there were are replaced, and as a suspect for some without another one.
+
+        Raises Unavailable if there never was a path.
+        """
+        fleet, suspects = self._state.services.fleet, self._state.services.suspects
+        while True:
+            views = fleet.engines()
+            allowed = [view for view in views if suspects.may_try(self._name, view.info.incarnation)]
+            route = self._pick_route(allowed, attempt)
+            if route is not None:
+                return route
+            if len(allowed) < len(views):
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(RECHECK_S):
+                        await suspects.changed()
+            elif fleet.had_path:
+                await fleet.wait_for_path()
+            else:
+                raise Unavailable("no prefill and decode path is ready", reason="NO_ENGINE", retry_after_s=1.0)
+
+    def _pick_route(self, engines: list[EngineView], attempt: int) -> Route | None:
+        known = self._state.prompt_route
         if attempt == 0 and known is not None and has_room_on(engines, known, self._lacking(known)):
             return known
-        route = pick_route(engines, self._token_count, RequestHashes(self._request()))
-        if route is None:
-            raise Unavailable("no prefill and decode path is ready", reason="NO_ENGINE", retry_after_s=1.0)
-        return route
+        return pick_route(engines, self._token_count, RequestHashes(self._request()))
 
     def _lacking(self, route: Route) -> int:
         """Tokens that need blocks of their own where the prompt is cached: whole blocks are shared, one more is grown
@@ -188,6 +239,7 @@ class ChoiceRun:
         count = len(self.output.token_ids)
         if count == before:
             return False
+        state.services.suspects.advance(self._name, count)
         if before == 0 and self.index == 0:
             self._tell_prompt()
         assert self._route is not None

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
 from actors.types import EngineInfo
-from cluster.policy import EngineView, admissible
+from cluster.policy import EngineView, admissible, pick_route
 from cluster.registry import EncoderEntry, Snapshot
 from cluster.router.link import EngineLink
 
@@ -35,13 +35,28 @@ class _Waiter:
 class Fleet:
     """Lives on the router's event loop. The last snapshot stays in force while the planner is away."""
 
-    def __init__(self, source: SnapshotSource, router_incarnation: str, *, lost_after_s: float) -> None:
+    def __init__(
+        self,
+        source: SnapshotSource,
+        router_incarnation: str,
+        *,
+        lost_after_s: float,
+        suspect_after_s: float | None = None,
+    ) -> None:
+        """Silence after which an engine counts as lost, and after which it gets nothing new (EngineLink's)."""
         self._source = source
         self._router_incarnation = router_incarnation
         self._lost_after_s = lost_after_s
+        self._suspect_after_s = suspect_after_s
         self._snapshot = Snapshot(term=0, version=-1)
         self._links: dict[str, EngineLink] = {}
         self._waiting: list[_Waiter] = []
+        self._path_came = asyncio.Event()
+        self._path_waiters = 0
+        self._context_limit: int | None = None
+        self.had_path = False
+        """Some engines could once answer a request together: they are replaced when they are lost."""
+        self.had_encoder = False
         self._follow: asyncio.Task[None] | None = None
         self._retries: set[asyncio.Task[None]] = set()
 
@@ -64,22 +79,44 @@ class Fleet:
         return self._snapshot.encoders
 
     def engines(self) -> list[EngineView]:
-        """Engines the planner lists, with a live link, as they last described themselves. One that left may still
-        finish what it has but gets nothing new."""
+        """Engines the planner lists, with a live link, as they last described themselves. One that left, leaves or is
+        suspect may still finish what it has but gets nothing new."""
+        return [view for link, view in self._listed() if link.takes_new]
+
+    @property
+    def has_path(self) -> bool:
+        """Some engines could answer a request together, if those that are only suspect speak again."""
+        return pick_route([view for _, view in self._listed()], 1) is not None
+
+    def _listed(self) -> Iterator[tuple[EngineLink, EngineView]]:
         ready = self._ready()
-        return [
-            EngineView(info=link.info, load=link.load, cached_blocks=link.cached_blocks)
-            for incarnation, link in self._links.items()
-            if incarnation in ready and link.usable and link.load is not None
-        ]
+        for incarnation, link in self._links.items():
+            if incarnation in ready and link.usable and (load := link.claimed_load) is not None:
+                yield link, EngineView(info=link.info, load=load, cached_blocks=link.cached_blocks)
 
     def context_limit(self, bound: int) -> int:
-        """Longest prompt and reply every engine can hold together, at most ``bound``."""
-        return min([bound, *(view.info.max_model_len for view in self.engines())])
+        """Longest prompt and reply every engine can hold together, at most ``bound``; while there is none, what those
+        before could."""
+        lengths = [view.info.max_model_len for view in self.engines()]
+        if lengths:
+            self._context_limit = min(lengths)
+        return bound if self._context_limit is None else min(bound, self._context_limit)
 
     def link(self, info: EngineInfo) -> EngineLink | None:
         link = self._links.get(info.incarnation)
         return link if link is not None and link.usable else None
+
+    async def wait_for_path(self) -> None:
+        """Returns when some engines could take a prompt up."""
+        self._path_waiters += 1
+        try:
+            while not self._takes_new():
+                await self._path_came.wait()
+        finally:
+            self._path_waiters -= 1
+
+    def _takes_new(self) -> bool:
+        return pick_route(self.engines(), 1) is not None
 
     def is_behind(self, rank: float) -> bool:
         """Whether somebody of a lower rank waits for room."""
@@ -99,10 +136,15 @@ class Fleet:
 
     def _wake(self, link: EngineLink) -> None:
         """Wakes the first of those who wait, as far as the engine that just told its load has room for them."""
-        if link.load is None or link.info.incarnation not in self._ready():
+        load = link.claimed_load
+        if load is None or not link.takes_new or link.info.incarnation not in self._ready():
             return
+        if (self._path_waiters or not self.had_path) and self._takes_new():
+            self.had_path = True
+            self._path_came.set()
+            self._path_came = asyncio.Event()
         waiting = [waiter for waiter in self._waiting if not waiter.future.done()]
-        view = EngineView(info=link.info, load=link.load)
+        view = EngineView(info=link.info, load=load)
         for waiter in waiting[: admissible(view, [waiter.token_count for waiter in waiting])]:
             waiter.future.set_result(None)
 
@@ -123,12 +165,13 @@ class Fleet:
 
     def _adopt(self, snapshot: Snapshot) -> None:
         self._snapshot = snapshot
+        self.had_encoder |= bool(snapshot.encoders)
         ready = self._ready()
         for incarnation, info in ready.items():
             known = self._links.get(incarnation)
             if known is None:
                 self._connect(info)
-            elif known.info != info:
+            elif info.epoch >= known.info.epoch:
                 known.info = info
         for incarnation in self._links.keys() - ready.keys():
             link = self._links[incarnation]
@@ -141,6 +184,7 @@ class Fleet:
             info,
             self._router_incarnation,
             lost_after_s=self._lost_after_s,
+            suspect_after_s=self._suspect_after_s,
             on_load=self._wake,
             on_lost=self._lost,
         )

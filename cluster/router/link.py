@@ -1,7 +1,8 @@
 """The router's end of one engine's link: a bidi stream shared by all attempts this router has there.
 
-A link is *lost* when its stream breaks or when nothing arrives for ``lost_after_s``: every attempt on it then gets one
-``EngineLost``. Attempts never share fate otherwise.
+A link is *suspect* when nothing arrived for ``suspect_after_s``: it takes nothing new. It is *lost* when its stream
+breaks or after ``lost_after_s`` of silence: every attempt on it then gets one AttemptError. Attempts never share fate
+otherwise.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import grpc
 import grpc.aio
@@ -35,15 +37,19 @@ from ernie_serving.internal.v1 import engine_link_pb2, engine_link_pb2_grpc
 
 log = logging.getLogger(__name__)
 
+Call: TypeAlias = "grpc.aio.StreamStreamCall[engine_link_pb2.LinkRequest, engine_link_pb2.LinkResponse]"
+
 HEARTBEAT_S = 1.0
+WATCH_S = 0.1
 
 
 @dataclass(frozen=True, slots=True)
 class AttemptError:
-    """The attempt ended without a last token."""
+    """The attempt ended without a last token. ``engine``: incarnation of the one that says so, or that was lost."""
 
     key: SequenceKey
     error: ServingError
+    engine: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,12 +74,43 @@ class MediaNeed:
 AttemptEvent = TokenEvent | AttemptError | Milestone | MediaNeed | PromptLogprobs
 
 
-def engine_lost(info: EngineInfo, why: str) -> Unavailable:
-    return Unavailable(
-        f"engine {info.engine_id} was lost ({why}); send the request again",
-        reason="ENGINE_LOST",
-        retry_after_s=1.0,
-    )
+class EngineLost(Unavailable):
+    """``died``: its process ended for certain and may have had the attempt in its running batch."""
+
+    default_reason = "ENGINE_LOST"
+
+    def __init__(self, info: EngineInfo, why: str, *, died: bool = False) -> None:
+        super().__init__(f"engine {info.engine_id} was lost ({why})", retry_after_s=1.0)
+        self.incarnation = info.incarnation
+        self.died = died
+
+
+@dataclass(slots=True)
+class _Listener:
+    """Who hears of an attempt, and how far this engine has come with it."""
+
+    events: asyncio.Queue[AttemptEvent]
+    mode: AttemptMode
+    computing: bool = False
+    handed_over: bool = False
+
+    def note(self, event: AttemptEvent) -> None:
+        if isinstance(event, TokenEvent):
+            self.handed_over = self.mode is AttemptMode.PREFILL
+            self.computing = not self.handed_over
+        elif isinstance(event, Milestone):
+            self.computing = True
+
+
+@dataclass(frozen=True, slots=True)
+class _Claim:
+    """What a submitted attempt will take of an engine that does not count it yet."""
+
+    number: int
+    """Of the Submit, from 1."""
+    tokens: int
+    computes: bool
+    """The prompt is computed there; otherwise its KV arrives."""
 
 
 class EngineLink:
@@ -85,26 +122,58 @@ class EngineLink:
         router_incarnation: str,
         *,
         lost_after_s: float,
+        suspect_after_s: float | None = None,
         on_load: Callable[[EngineLink], None],
         on_lost: Callable[[EngineLink], None],
     ) -> None:
+        """``suspect_after_s``: a third of ``lost_after_s`` unless given."""
         self.info = info
         self.load: LoadReport | None = None
         self.cached_blocks: set[bytes] = set()
         """Chain hashes of the blocks the engine's prefix cache holds, as last heard."""
         self._router_incarnation = router_incarnation
         self._lost_after_s = lost_after_s
+        self._suspect_after_s = lost_after_s / 3 if suspect_after_s is None else suspect_after_s
         self._on_load = on_load
         self._on_lost = on_lost
         self._outbox: asyncio.Queue[engine_link_pb2.LinkRequest] = asyncio.Queue()
-        self._attempts: dict[SequenceKey, asyncio.Queue[AttemptEvent]] = {}
+        self._attempts: dict[SequenceKey, _Listener] = {}
+        self._claims: dict[SequenceKey, _Claim] = {}
+        self._submit_count = 0
+        self._counted = 0
+        """Submits the engine had taken when it told its load last."""
         self._heard_at = time.monotonic()
         self._task: asyncio.Task[None] | None = None
 
     @property
     def usable(self) -> bool:
-        """Greeted and heard of lately."""
+        """Greeted, and not lost."""
         return self.load is not None and self._task is not None and not self._task.done()
+
+    @property
+    def takes_new(self) -> bool:
+        """Usable, heard of just now, and the engine does not leave."""
+        return (
+            self.load is not None and self.usable and not self.load.draining and self.silent_s <= self._suspect_after_s
+        )
+
+    @property
+    def claimed_load(self) -> LoadReport | None:
+        """The load as it will be: with what this router submitted and the engine has not counted yet."""
+        if self.load is None or not self._claims:
+            return self.load
+        claims = self._claims.values()
+        blocks = sum(-(-claim.tokens // self.load.block_size) for claim in claims)
+        return replace(
+            self.load,
+            free_blocks=max(0, self.load.free_blocks - blocks),
+            queued_tokens=self.load.queued_tokens + sum(claim.tokens for claim in claims if claim.computes),
+        )
+
+    def _drop_claims(self, counted: int) -> None:
+        """An engine in a long step tells a load of before it: what it took since is in the one after, at the latest."""
+        self._claims = {key: claim for key, claim in self._claims.items() if claim.number > self._counted}
+        self._counted = counted
 
     @property
     def silent_s(self) -> float:
@@ -128,7 +197,10 @@ class EngineLink:
         events: asyncio.Queue[AttemptEvent],
     ) -> None:
         """Starts an attempt; everything about it arrives in ``events`` until ``forget``."""
-        self._attempts[key] = events
+        self._attempts[key] = _Listener(events, mode)
+        self._submit_count += 1
+        tokens = len(request.prompt_ids) + len(request.output_ids)
+        self._claims[key] = _Claim(self._submit_count, tokens, computes=mode is not AttemptMode.DECODE)
         submit = engine_link_pb2.Submit(
             key=convert.key_to_proto(key),
             request=convert.request_to_proto(request),
@@ -148,13 +220,14 @@ class EngineLink:
 
     def forget(self, key: SequenceKey, *, cancel: bool) -> None:
         """Stops listening to an attempt and, unless it is over, ends it at the engine."""
+        self._claims.pop(key, None)
         if self._attempts.pop(key, None) is not None and cancel:
             self._outbox.put_nowait(
                 engine_link_pb2.LinkRequest(cancel=engine_link_pb2.Cancel(key=convert.key_to_proto(key)))
             )
 
     async def _run(self) -> None:
-        why = "closed"
+        why, died = "closed", False
         try:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._watch())
@@ -163,45 +236,71 @@ class EngineLink:
             why = str(group.exceptions[0])
         except* grpc.aio.AioRpcError as group:
             error = group.exceptions[0]
-            why = error.details() or error.code().name if isinstance(error, grpc.aio.AioRpcError) else str(error)
+            assert isinstance(error, grpc.aio.AioRpcError)
+            why = error.details() or error.code().name
+            died = error.code() is grpc.StatusCode.UNAVAILABLE
         finally:
-            self.load = None
-            self.cached_blocks.clear()
-            lost = engine_lost(self.info, why)
-            for key, events in self._attempts.items():
-                events.put_nowait(AttemptError(key, lost))
             if self._attempts:
                 log.warning(
                     "link to engine %s lost (%s) with %d attempts", self.info.engine_id, why, len(self._attempts)
                 )
+            batch = self._running_batch() if died else frozenset()
+            for key, listener in self._attempts.items():
+                lost = EngineLost(self.info, why, died=key in batch)
+                listener.events.put_nowait(AttemptError(key, lost, self.info.incarnation))
+            self.load = None
+            self.cached_blocks.clear()
             self._attempts.clear()
             self._on_lost(self)
 
+    def _running_batch(self) -> frozenset[SequenceKey]:
+        """What the engine computed when it was last heard of. If it had begun with nothing then, what it began with
+        was not heard: it may have been anything.
+        """
+        here = {key: listener for key, listener in self._attempts.items() if not listener.handed_over}
+        return frozenset(key for key, listener in here.items() if listener.computing) or frozenset(here)
+
     async def _watch(self) -> None:
         """Sends heartbeats and ends the link when the engine is silent for too long."""
+        beat_at = 0.0
+        period_s = min(WATCH_S, self._lost_after_s / 10)
         while True:
-            await asyncio.sleep(min(HEARTBEAT_S, self._lost_after_s / 3))
+            before = time.monotonic()
+            await asyncio.sleep(period_s)
+            now = time.monotonic()
+            if now - before > self._lost_after_s / 3:
+                # This process stood still: what the engine said meanwhile waits to be read.
+                self._heard_at = max(self._heard_at, now - self._lost_after_s / 2)
             if self.silent_s > self._lost_after_s:
                 raise ConnectionError(f"silent for {self.silent_s:.1f} s")
-            self._outbox.put_nowait(engine_link_pb2.LinkRequest(heartbeat=engine_link_pb2.RouterHeartbeat()))
+            if now >= beat_at:
+                beat_at = now + min(HEARTBEAT_S, self._lost_after_s / 3)
+                self._outbox.put_nowait(engine_link_pb2.LinkRequest(heartbeat=engine_link_pb2.RouterHeartbeat()))
 
     async def _talk(self) -> None:
+        """Writes by ``call.write``: gRPC would leave an iterator of requests behind, waiting, when the call breaks."""
         async with open_channel(self.info.address) as channel:
-            stub = engine_link_pb2_grpc.EngineLinkServiceStub(channel)
-            call = stub.Link(self._requests())
-            async for response in call:
-                self._heard_at = time.monotonic()
-                self._receive(response)
+            stub: engine_link_pb2_grpc.EngineLinkServiceAsyncStub = engine_link_pb2_grpc.EngineLinkServiceStub(channel)
+            call = stub.Link()
+            writing = asyncio.create_task(self._write(call))
+            try:
+                async for response in call:
+                    self._heard_at = time.monotonic()
+                    self._receive(response)
+            finally:
+                writing.cancel()
+                call.cancel()
         raise ConnectionError("the engine closed the stream")
 
-    async def _requests(self) -> AsyncIterator[engine_link_pb2.LinkRequest]:
-        yield engine_link_pb2.LinkRequest(
-            hello=engine_link_pb2.RouterHello(
-                protocol_version=convert.PROTOCOL_VERSION, router_incarnation=self._router_incarnation
-            )
+    async def _write(self, call: Call) -> None:
+        """Until the call is over, of which reading tells."""
+        hello = engine_link_pb2.RouterHello(
+            protocol_version=convert.PROTOCOL_VERSION, router_incarnation=self._router_incarnation
         )
-        while True:
-            yield await self._outbox.get()
+        with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            await call.write(engine_link_pb2.LinkRequest(hello=hello))
+            while True:
+                await call.write(await self._outbox.get())
 
     def _receive(self, response: engine_link_pb2.LinkResponse) -> None:
         match response.WhichOneof("message"):
@@ -211,10 +310,15 @@ class EngineLink:
                     self._deliver(event.key, event)
             case "load":
                 self.load = convert.load_from_proto(response.load)
+                if response.load.epoch > self.info.epoch:  # It is heard here before the planner tells.
+                    role = convert.ROLE_OF[response.load.role]
+                    self.info = replace(self.info, role=role, epoch=response.load.epoch)
+                self._drop_claims(response.load.submit_count)
                 self._on_load(self)
             case "attempt_ended":
                 key = convert.key_from_proto(response.attempt_ended.key)
-                self._deliver(key, AttemptError(key, convert.error_from_proto(response.attempt_ended)))
+                error = convert.error_from_proto(response.attempt_ended)
+                self._deliver(key, AttemptError(key, error, self.info.incarnation))
             case "milestone":
                 key = convert.key_from_proto(response.milestone.key)
                 kind = convert.MILESTONE_OF[response.milestone.kind]
@@ -237,6 +341,7 @@ class EngineLink:
                     )
 
     def _deliver(self, key: SequenceKey, event: AttemptEvent) -> None:
-        events = self._attempts.get(key)
-        if events is not None:
-            events.put_nowait(event)
+        listener = self._attempts.get(key)
+        if listener is not None:
+            listener.note(event)
+            listener.events.put_nowait(event)

@@ -7,18 +7,19 @@ import logging
 from dataclasses import dataclass, field
 
 from actors.errors import MediaChanged, Unavailable
-from actors.types import MediaKind, MediaSpan, PreprocessReply, PreprocessRequest, Stage
+from actors.types import EncoderInfo, MediaKind, MediaSpan, PreprocessReply, PreprocessRequest, Stage
 from cluster.generation import GenerateCall
 from cluster.policy import pick_encoder
 from cluster.router.services import Services
-from cluster.router.stages import MissingPatches
+from cluster.router.stages import MissingPatches, Preprocessed
 from cluster.router.timeline import Progress, Timeline
+from cluster.router.verdict import Verdict, judge
 from cluster.tools import template_form
 
 log = logging.getLogger(__name__)
 
-MEDIA_TRIES = 3
-"""How often media are made before the request fails."""
+RECHECK_S = 0.2
+"""How often a place is looked for while there is none, or the one that was asked leaves."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,6 +96,16 @@ class PromptKeeper:
         assert self._prompt is not None
         return self._prompt
 
+    @property
+    def patch_address(self) -> str | None:
+        """Of the preprocessor that keeps patches for the request now."""
+        return next((address for address, _ in self._leases.patches), None)
+
+    @property
+    def embedding_address(self) -> str | None:
+        """Of the encoder that keeps or makes embeddings for the request now."""
+        return next((address for address, _ in self._leases.embeddings), None)
+
     async def make(self) -> Prompt:
         """Preprocesses and encodes, for all choices.
 
@@ -114,12 +125,8 @@ class PromptKeeper:
         """
         self.need(choice)
         async with self._making:
-            before = self.prompt
-            if before.spans is known:
-                again = await self._make(choice)
-                if (again.reply.prompt_ids, again.reply.media) != (before.reply.prompt_ids, before.reply.media):
-                    raise MediaChanged("media changed while the request was running")
-                self._prompt = again
+            if self.prompt.spans is known:
+                self._prompt = await self._make(choice)
         return self.prompt.spans
 
     def need(self, choice: int) -> None:
@@ -138,32 +145,49 @@ class PromptKeeper:
         self._release(self._leases.embeddings)
 
     async def _make(self, choice: int) -> Prompt:
-        for _ in range(MEDIA_TRIES):
-            reply = await self._preprocess(choice)
+        """Another preprocessor or encoder does what a lost one did, as often as it takes: the deadline ends it."""
+        done: Preprocessed | None = None
+        while True:
             try:
-                return Prompt(reply=reply, spans=await self._encode(reply, choice))
+                if done is None:
+                    done = await self._preprocess(choice)
+                    self._check_same(done.reply)
+                return Prompt(reply=done.reply, spans=await self._encode(done, choice))
             except MissingPatches:
                 log.warning("request %s: patches were gone before they were encoded", self._request_id)
-        raise Unavailable("media were lost again and again", reason="STAGE_LOST", retry_after_s=1.0)
+                done = None
+            except Unavailable as error:
+                verdict = judge(error, newcomer=True)
+                if verdict is Verdict.TOLD:
+                    raise
+                delay_s = self._services.budget.spend() if verdict is Verdict.LOST else RECHECK_S
+                log.warning("request %s: %s: again in %.1f s", self._request_id, error.message, delay_s)
+                await asyncio.sleep(delay_s)
 
-    async def _preprocess(self, choice: int) -> PreprocessReply:
+    def _check_same(self, again: PreprocessReply) -> None:
+        """Raises MediaChanged for another prompt than the one engines know."""
+        if self._prompt is None:
+            return
+        before = self._prompt.reply
+        if (again.prompt_ids, again.media) != (before.prompt_ids, before.media):
+            raise MediaChanged("media changed while the request was running")
+
+    async def _preprocess(self, choice: int) -> Preprocessed:
         self._progress.enter(choice, Stage.PREPROCESS)
-        lease = self._new_lease()
-        reply = await self._services.preprocess.run(
-            preprocess_request(self._call, lease=lease, context_limit=self._services.context_limit())
+        done = await self._services.preprocess.run(
+            preprocess_request(self._call, lease=self._new_lease(), context_limit=self._services.context_limit())
         )
-        self._leases.patches.add((reply.media_address, lease))
-        self._timeline.add_busy(Stage.PREPROCESS, reply.busy_s)
-        return reply
+        self._leases.patches.add((done.reply.media_address, done.lease))
+        self._timeline.add_busy(Stage.PREPROCESS, done.reply.busy_s)
+        return done
 
-    async def _encode(self, reply: PreprocessReply, choice: int) -> tuple[MediaSpan, ...]:
+    async def _encode(self, done: Preprocessed, choice: int) -> tuple[MediaSpan, ...]:
         """Has all media encoded; their patches are given back as soon as that is done."""
+        reply = done.reply
         if not reply.media:
             return ()
         self._progress.enter(choice, Stage.ENCODE)
-        encoder = pick_encoder(self._services.fleet.encoders)
-        if encoder is None:
-            raise Unavailable("no vision encoder is ready", reason="NO_ENCODER", retry_after_s=1.0)
+        encoder = await self._find_encoder()
         lease = self._new_lease()
         self._leases.embeddings.add((encoder.address, lease))
         spans, busy_s = await self._services.encode.run(
@@ -172,6 +196,17 @@ class PromptKeeper:
         self._timeline.add_busy(Stage.ENCODE, busy_s)
         self._release(self._leases.patches)
         return spans
+
+    async def _find_encoder(self) -> EncoderInfo:
+        """Waits for one while those there were are replaced. Raises Unavailable if there never was one."""
+        fleet, leases = self._services.fleet, self._services.leases
+        while True:
+            encoder = pick_encoder([entry for entry in fleet.encoders if not leases.doubts(entry.info.address)])
+            if encoder is not None:
+                return encoder
+            if not fleet.had_encoder:
+                raise Unavailable("no vision encoder is ready", reason="NO_ENCODER", retry_after_s=1.0)
+            await asyncio.sleep(RECHECK_S)
 
     def _release(self, leases: set[tuple[str, str]]) -> None:
         while leases:

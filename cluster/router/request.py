@@ -3,19 +3,20 @@
     QUEUED -> PREPROCESS -> (ENCODE) -> QUEUED -> PREFILL -> (TRANSFER) -> DECODE -> FINISHED
 
 A request owns its prompt, the leases on its media and its choices. Choice 0 begins; the others follow when its prompt
-is computed and find it in the prefix caches of the same engines. Whatever happens - finish, stop, error, cancel,
-deadline, a lost engine - ``run`` ends once and frees everything it holds in every place: attempts on links, leases on
-patches and embeddings. A choice that fails fails the request.
+is computed and find it in the prefix caches of the same engines. A part that is lost is replaced by another one and
+ends no request (``choice``, ``prompt``). Whatever does - finish, stop, error, cancel, deadline - ``run`` ends once and
+frees everything it holds in every place: attempts on links, leases on patches and embeddings. A choice that fails fails
+the request.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from actors.errors import DeadlineExceeded, InternalError, RequestCancelled, ServingError
-from actors.types import EngineRequest
+from actors.types import EngineRequest, Stage
 from cluster.generation import Event, Finished, GenerateCall, Started, Usage
 from cluster.router.choice import ChoiceRun, RequestState
 from cluster.router.prompt import Prompt, PromptKeeper
@@ -24,6 +25,22 @@ from cluster.router.services import Services
 from cluster.router.timeline import Progress, Timeline
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Whereabouts:
+    """Where a running request is now, for people: its first choice, where there are several."""
+
+    request_id: str
+    alias: str | None
+    stage: Stage
+    elapsed_s: float
+    output_tokens: int
+    preprocessor: str | None = None
+    """Addresses of what works for it, or did last."""
+    encoder: str | None = None
+    prefill: str | None = None
+    decode: str | None = None
 
 
 class RequestRun:
@@ -63,6 +80,21 @@ class RequestRun:
         """A task that is cancelled before its first step runs nothing of ``_run``."""
         if task.cancelled():
             self.events.put_nowait(RequestCancelled("the request was cancelled"))
+
+    def whereabouts(self) -> Whereabouts:
+        first = self._choices[0] if self._choices else None
+        route = None if first is None else first.route
+        return Whereabouts(
+            request_id=self.request_id,
+            alias=self._call.request_id,
+            stage=self.timeline.stage,
+            elapsed_s=self.timeline.elapsed_s,
+            output_tokens=0 if first is None else len(first.output.token_ids),
+            preprocessor=self._keeper.patch_address,
+            encoder=self._keeper.embedding_address,
+            prefill=None if route is None else route.prefill.address,
+            decode=None if route is None else (route.decode or route.prefill).address,
+        )
 
     def cancel_by_name(self) -> None:
         """Ends the request from another connection: its own client sees that it was cancelled."""

@@ -19,12 +19,14 @@ from actors.errors import (
     ServingError,
     Unavailable,
 )
+from actors.types import PreprocessReply, PreprocessRequest
 from cluster.generation import Event, Finished, GenerateCall, ModelCard, PromptTokens, Vocabulary
-from cluster.policy import pick_encoder, pick_route
+from cluster.policy import pick_encoder
 from cluster.registry import LoadingEntry
 from cluster.router.prompt import preprocess_request
-from cluster.router.request import RequestRun
+from cluster.router.request import RequestRun, Whereabouts
 from cluster.router.services import Services
+from cluster.router.stages import StageLost
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +68,10 @@ class Router:
     def active_count(self) -> int:
         return len(self._active)
 
+    def whereabouts(self) -> list[Whereabouts]:
+        """Of every request that runs, the oldest first."""
+        return [run.whereabouts() for run in self._active.values()]
+
     async def generate(self, call: GenerateCall) -> AsyncIterator[Event]:
         """See ``GenerationService``; closing the iterator cancels the request everywhere."""
         run, task = self._admit(call)
@@ -88,6 +94,7 @@ class Router:
             raise Overloaded(f"{self._max_active} requests are active: the router's queue is full", retry_after_s=1.0)
         if call.request_id is not None and call.request_id in self._aliases:
             raise AlreadyExists(f"request_id: {call.request_id!r} is active", field="request_id")
+        self._services.budget.admit()
         self._count += 1
         request_id = f"{self._incarnation}-{self._count}"
         run = RequestRun(
@@ -144,7 +151,7 @@ class Router:
         request = preprocess_request(call, lease="", context_limit=self._services.context_limit(), keep_patches=False)
         try:
             async with asyncio.timeout(self._default_timeout_s):
-                reply = await self._services.preprocess.run(request)
+                reply = await self._preprocess(request)
         except TimeoutError:
             raise DeadlineExceeded(f"counting took longer than {self._default_timeout_s:g} s") from None
         return PromptTokens(ids=reply.prompt_ids, media_tokens=sum(item.grid.tokens for item in reply.media))
@@ -152,6 +159,14 @@ class Router:
     @property
     def vocabulary(self) -> Vocabulary:
         return self._services.vocabulary
+
+    async def _preprocess(self, request: PreprocessRequest) -> PreprocessReply:
+        """By another preprocessor when one is lost, as often as it takes."""
+        while True:
+            try:
+                return (await self._services.preprocess.run(request)).reply
+            except StageLost:
+                await asyncio.sleep(self._services.budget.spend())
 
     def models(self) -> tuple[ModelCard, ...]:
         return (
@@ -166,7 +181,7 @@ class Router:
     async def not_ready(self) -> str | None:
         if self._draining:
             return "draining"
-        if pick_route(self._services.fleet.engines(), 1) is None:
+        if not self._services.fleet.has_path:
             return "no prefill and decode path" + "".join(map(_progress, self._services.fleet.snapshot.loading))
         if not self._services.fleet.snapshot.preprocessors:
             return "no preprocessor"
@@ -186,8 +201,9 @@ class Router:
 
     def check_integrity(self) -> None:
         """Raises RuntimeError when something is held for no request."""
-        if not self._active and (self._aliases or self._services.leases.count):
-            raise RuntimeError(f"held by no request: {self._aliases}, {self._services.leases.count} leases")
+        leases, suspects = self._services.leases.count, self._services.suspects.count
+        if not self._active and (self._aliases or leases or suspects):
+            raise RuntimeError(f"held by no request: {self._aliases}, {leases} leases, {suspects} suspects")
 
     def _check_open(self) -> None:
         if self._draining:
@@ -215,5 +231,4 @@ class Router:
 
 
 def _progress(entry: LoadingEntry) -> str:
-    done, total = entry.bytes_done / 1e9, entry.bytes_total / 1e9
-    return f"; {entry.role} engine loading" + (f" {done:.2f} of {total:.2f} GB" if total else "")
+    return f"; {entry.role} engine loading" + (f" {entry.progress}" if entry.progress else "")

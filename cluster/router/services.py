@@ -10,7 +10,9 @@ from cluster.generation import GenerateCall, PositionScores, Vocabulary
 from cluster.router.fleet import Fleet
 from cluster.router.leases import LeaseKeeper
 from cluster.router.output import OutputAssembler
+from cluster.router.retry_budget import RetryBudget
 from cluster.router.stages import EncodeStage, PreprocessStage
+from cluster.router.suspects import Suspects
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -21,6 +23,8 @@ class Services:
     leases: LeaseKeeper
     preprocess: PreprocessStage
     encode: EncodeStage
+    budget: RetryBudget
+    suspects: Suspects
     model_name: str
     context_limit: Callable[[], int]
     """Longest prompt and reply together the engines at hand can hold."""

@@ -1,11 +1,12 @@
-"""The router's calls to preprocessors and vision encoders: deadlines, late answers and lost places."""
+"""The router's calls to preprocessors and vision encoders: deadlines, hedges, late answers and lost places."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray.exceptions
@@ -16,45 +17,121 @@ from actors.types import EncoderInfo, MediaSpan, PreprocessReply, PreprocessRequ
 from actors.wire.media import units_of
 from actors.wire.media_client import MediaClient
 from cluster.router.leases import LeaseKeeper
+from cluster.router.retry_budget import RetryBudget
 
 log = logging.getLogger(__name__)
 
 
-class PreprocessStage:
-    """Calls the preprocessor pool through its Serve handle."""
+class StageLost(Unavailable):
+    """A preprocessor or an encoder died, fell silent or took too long: another one may do the same work."""
 
-    def __init__(self, handle: Any, leases: LeaseKeeper) -> None:
+    default_reason = "STAGE_LOST"
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"{what} was lost", retry_after_s=1.0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Preprocessed:
+    """A prompt and the lease its patches wait under, which is one of the request's and not always the one it named."""
+
+    reply: PreprocessReply
+    lease: str
+
+
+class _Call:
+    """One call of the pool."""
+
+    def __init__(self, handle: Any, request: PreprocessRequest) -> None:
+        self.request = request
+        self._response = handle.preprocess.remote(request)
+        self.answer = asyncio.ensure_future(_answer(self._response))
+
+    def cancel(self) -> None:
+        self._response.cancel()
+
+
+class PreprocessStage:
+    """Calls the preprocessor pool through its Serve handle: with a deadline, and with one hedge, which goes to
+    whichever replica Serve picks then.
+
+    Args:
+        hedge_after_s: silence after which the same is asked once more, if the budget has a retry to spare.
+        timeout_s: after this the call counts as lost.
+    """
+
+    def __init__(
+        self,
+        handle: Any,
+        leases: LeaseKeeper,
+        budget: RetryBudget,
+        *,
+        hedge_after_s: float,
+        timeout_s: float,
+    ) -> None:
         self._handle = handle
         self._leases = leases
+        self._budget = budget
+        self._hedge_after_s = hedge_after_s
+        self._timeout_s = timeout_s
         self._late: set[asyncio.Task[None]] = set()
 
-    async def run(self, request: PreprocessRequest) -> PreprocessReply:
-        """Returns the prompt; its patches, if kept, stay under ``request.lease``, which is held from here on.
+    async def run(self, request: PreprocessRequest) -> Preprocessed:
+        """Returns the prompt; its patches, if kept, stay under the lease that is named, which is held from here on.
 
         Raises:
-            ServingError: what the preprocessor says of the request, or Unavailable when it was lost.
+            StageLost: the preprocessor died or took too long.
+            ServingError: what the preprocessor says of the request.
         """
-        response = self._handle.preprocess.remote(request)
-        answer = asyncio.ensure_future(_answer(response))
+        calls = [_Call(self._handle, request)]
+        winner: _Call | None = None
         try:
-            reply = await asyncio.shield(answer)
-        except asyncio.CancelledError:
-            response.cancel()
-            task = asyncio.get_running_loop().create_task(self._release_late(answer, request))
-            self._late.add(task)
-            task.add_done_callback(self._late.discard)
-            raise
-        if reply.media and request.keep_patches:
-            self._leases.hold(reply.media_address, request.lease)
-        return reply
+            async with asyncio.timeout(self._timeout_s):
+                winner = await self._first_answer(calls)
+        except TimeoutError:
+            log.warning("no preprocessor answered %s within %g s", request.lease, self._timeout_s)
+            raise StageLost("a preprocessor") from None
+        finally:
+            for call in calls:
+                if call is not winner:
+                    self._give_up(call)
+        reply = winner.answer.result()
+        if _keeps(winner.request, reply):
+            self._leases.hold(reply.media_address, winner.request.lease)
+        return Preprocessed(reply=reply, lease=winner.request.lease)
 
-    async def _release_late(self, answer: asyncio.Future[PreprocessReply], request: PreprocessRequest) -> None:
+    async def _first_answer(self, calls: list[_Call]) -> _Call:
+        """The first call that is answered; of calls that are lost, the last. Adds the hedge to ``calls``."""
+        (first,) = calls
+        done, _ = await asyncio.wait([first.answer], timeout=self._hedge_after_s)
+        if not done and self._budget.try_spend():
+            log.warning("no preprocessor answered %s yet: asking once more", first.request.lease)
+            calls.append(_Call(self._handle, replace(first.request, lease=f"{first.request.lease}+")))
+        waiting = list(calls)
+        while True:
+            await asyncio.wait([call.answer for call in waiting], return_when=asyncio.FIRST_COMPLETED)
+            for call in [call for call in waiting if call.answer.done()]:
+                waiting.remove(call)
+                if not waiting or not isinstance(call.answer.exception(), StageLost):
+                    return call
+
+    def _give_up(self, call: _Call) -> None:
+        call.cancel()
+        task = asyncio.get_running_loop().create_task(self._release_late(call))
+        self._late.add(task)
+        task.add_done_callback(self._late.discard)
+
+    async def _release_late(self, call: _Call) -> None:
         """A cancelled call may still have been answered: its patches go back at once."""
         with contextlib.suppress(ServingError, asyncio.CancelledError):
-            reply = await answer
-            if reply.media and request.keep_patches:
-                self._leases.hold(reply.media_address, request.lease)
-                self._leases.release(reply.media_address, request.lease)
+            reply = await call.answer
+            if _keeps(call.request, reply):
+                self._leases.hold(reply.media_address, call.request.lease)
+                self._leases.release(reply.media_address, call.request.lease)
+
+
+def _keeps(request: PreprocessRequest, reply: PreprocessReply) -> bool:
+    return bool(reply.media) and request.keep_patches
 
 
 async def _answer(response: Any) -> PreprocessReply:
@@ -68,13 +145,9 @@ async def _answer(response: Any) -> PreprocessReply:
         raise
     except (ray.exceptions.RayError, ray.serve.exceptions.RayServeException) as error:
         log.warning("a preprocessor was lost: %s", error)
-        raise _stage_lost("a preprocessor") from None
+        raise StageLost("a preprocessor") from None
     assert isinstance(reply, PreprocessReply)
     return reply
-
-
-def _stage_lost(what: str) -> Unavailable:
-    return Unavailable(f"{what} was lost; send the request again", reason="STAGE_LOST", retry_after_s=1.0)
 
 
 def _own(error: ServingError) -> ServingError:
@@ -84,7 +157,7 @@ def _own(error: ServingError) -> ServingError:
 
 
 class MissingPatches(Exception):
-    """The encoder found patches gone: preprocess again."""
+    """The encoder found patches gone, or the place that has them is: preprocess again."""
 
 
 class EncodeStage:
@@ -100,25 +173,18 @@ class EncodeStage:
         """Returns spans with embedding keys, and the encoder's busy seconds. Embeddings stay under ``lease``.
 
         Raises:
-            MissingPatches: some patches are gone.
-            Unavailable: the encoder was lost.
+            MissingPatches: some patches are gone, or their place is silent.
+            StageLost: the encoder died or is silent.
+            ServingError: what the encoder says of the media.
         """
         self._leases.hold(encoder.address, lease)
-        keys: dict[bytes, bytes] = {}
-        busy_s = 0.0
-        answers = self._client.encode(
-            encoder.address, lease=lease, units=units_of(media), patch_address=patch_address, timeout_s=timeout_s
-        )
+        work = self._encode(encoder, media, lease=lease, patch_address=patch_address, timeout_s=timeout_s)
         try:
-            async with contextlib.aclosing(answers):
-                async for answer in answers:
-                    if answer.embedding_key is None:
-                        raise MissingPatches
-                    keys[answer.content_key] = answer.embedding_key
-                    busy_s += answer.busy_s
+            keys, busy_s = await self._unless_lost(work, encoder.address, patch_address)
         except Unavailable as error:
             log.warning("vision encoder %s was lost: %s", encoder.encoder_id, error)
-            raise _stage_lost("a vision encoder") from None
+            self._leases.note_lost(encoder.address)
+            raise StageLost("a vision encoder") from None
         spans = tuple(
             MediaSpan(
                 kind=item.kind,
@@ -130,3 +196,40 @@ class EncodeStage:
             for item in media
         )
         return spans, busy_s
+
+    async def _encode(
+        self, encoder: EncoderInfo, media: Sequence[PromptMedia], *, lease: str, patch_address: str, timeout_s: float
+    ) -> tuple[dict[bytes, bytes], float]:
+        keys: dict[bytes, bytes] = {}
+        busy_s = 0.0
+        answers = self._client.encode(
+            encoder.address, lease=lease, units=units_of(media), patch_address=patch_address, timeout_s=timeout_s
+        )
+        async with contextlib.aclosing(answers):
+            async for answer in answers:
+                if answer.embedding_key is None:
+                    raise MissingPatches
+                keys[answer.content_key] = answer.embedding_key
+                busy_s += answer.busy_s
+        return keys, busy_s
+
+    async def _unless_lost(
+        self, work: Coroutine[Any, Any, tuple[dict[bytes, bytes], float]], encoder_address: str, patch_address: str
+    ) -> tuple[dict[bytes, bytes], float]:
+        """A frozen encoder says nothing, and neither does one that waits for patches of a frozen preprocessor."""
+        encoding = asyncio.create_task(work)
+        encoder_lost = asyncio.create_task(self._leases.wait_lost(encoder_address))
+        patches_lost = asyncio.create_task(self._leases.wait_lost(patch_address))
+        tasks: list[asyncio.Task[Any]] = [encoding, encoder_lost, patches_lost]
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            if encoding.done():
+                return encoding.result()
+            if encoder_lost.done():
+                raise StageLost(f"{encoder_address}, which is silent,")
+            log.warning("%s, which keeps patches, is silent", patch_address)
+            raise MissingPatches
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)

@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +30,11 @@ COMMAND_LIMIT_S = 60.0
 
 
 class LaunchedCluster:
-    """A running ``ernie serve``. ``config`` holds fields of ClusterConfig; ports are free ones."""
+    """A running ``ernie serve``, or several nodes. ``config`` holds fields of ClusterConfig; ports are free ones."""
 
-    def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
+    def __init__(
+        self, folder: Path, config: Mapping[str, Any], command: Sequence[str] = ("-m", "cluster.cli", "serve")
+    ) -> None:
         http_port, grpc_port = free_ports(2)
         self.http_url = f"http://127.0.0.1:{http_port}"
         self.grpc_address = f"127.0.0.1:{grpc_port}"
@@ -49,10 +51,12 @@ class LaunchedCluster:
             "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "proto"), os.environ.get("PYTHONPATH", "")]),
             # Ray would kill actors whenever anybody fills the machine's memory.
             "RAY_memory_monitor_refresh_ms": "0",
+            # Tables are not to be folded.
+            "COLUMNS": "240",
         }
         with self._output.open("wb") as output:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "cluster.cli", "serve", "--config", str(file), "--log-dir", str(self.log_dir)],
+                [sys.executable, *command, "--config", str(file), "--log-dir", str(self.log_dir)],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,

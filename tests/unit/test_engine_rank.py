@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from multiprocessing.process import BaseProcess
@@ -25,6 +27,7 @@ from tests.tiny_model import tiny_checkpoint
 from tests.unit.engine.engine_requests import request
 from tests.unit.engine.group.rank_group import CONTEXT, HOST, PATIENT, start_rank
 from tests.unit.engine.harness import Rig
+from tests.unit.wire.kv_groups import EnginePair, Side
 
 CONFIG = EngineReplicaConfig(
     model_dir=str(tiny_checkpoint()), pool="engine", dtype="float32", kv_cache_gib=0.01, block_size=16
@@ -105,17 +108,49 @@ def rig_of(rank: Rank, **options: Any) -> Rig:
     return Rig(rank.runner.model, **fields, **options)
 
 
-def child_ranks(config: EngineReplicaConfig) -> StartRank:
+def child_ranks(config: EngineReplicaConfig, role: EngineRole = EngineRole.COLOCATED) -> StartRank:
     def start(invitation: Invitation, seat: Seat) -> BaseProcess:
-        main = partial(share_main, seat=seat, config=config)
+        main = partial(share_main, seat=seat, config=config, role=role)
         return start_rank(main, invitation, seat.rank)
 
     return start
 
 
-def share_main(invitation: Invitation, rank: int, seat: Seat, config: EngineReplicaConfig) -> None:
+def share_main(invitation: Invitation, rank: int, seat: Seat, config: EngineReplicaConfig, role: EngineRole) -> None:
     assert seat.rank == rank
-    rank_main(invitation, seat, config, EngineRole.COLOCATED)
+    rank_main(invitation, seat, config, role)
+
+
+def test_groups_that_share_experts_prefill_and_decode_what_one_rank_computes() -> None:
+    """Two of prefill, two of decode, as they are loaded from a checkpoint: only the former hold vision experts."""
+    config = replace(CONFIG, dtype="float64")
+    wanted = [request(range(3 + n, 40 + 2 * n), max_tokens=6, seed=n, temperature=n % 2) for n in range(6)]
+    with rig_of(load_rank(config, EngineRole.COLOCATED)) as rig:
+        outputs = rig.run(*wanted)
+    with contextlib.ExitStack() as stack:
+        sides = []
+        for role in (EngineRole.PREFILL, EngineRole.DECODE):
+            group = EngineGroup([HOST] * 2, child_ranks(config, role), config=PATIENT)
+            stack.callback(group.close)
+            rank, runner = group.load(config, role)
+            assert (rank.runner.model.vision_bank is not None) == role.prefills
+            options = {"config": rank.config, "rules": rank.rules, "cache": rank.runner.cache, "block_size": 16}
+            sides.append(Side(join=joined(rank, runner), options={"model": rank.runner.model, **options}))
+        with EnginePair(*sides) as pair:
+            assert pair.run(*((one, None) for one in wanted)) == outputs
+            assert {there for there, _ in pair.lanes} == {here for _, here in pair.lanes} == {0, 1}
+            pair.assert_clean()
+
+
+def joined(rank: Rank, runner: GroupRunner) -> Callable[[Runner], GroupRunner]:
+    """The group of a loaded rank, around a rig's own runner of it."""
+
+    def join(own: Runner) -> GroupRunner:
+        own.experts = rank.runner.experts
+        runner._runner = own
+        return runner
+
+    return join
 
 
 def test_a_group_of_processes_shares_what_one_rank_loads_and_computes_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,11 +161,15 @@ def test_a_group_of_processes_shares_what_one_rank_loads_and_computes_the_same(m
     with rig_of(alone) as rig:
         outputs = rig.run(*wanted)
     start = child_processes(config, EngineRole.COLOCATED)
-    group = EngineGroup(2, HOST, start, config=PATIENT, balance=BalanceConfig(every_steps=2))
+    group = EngineGroup([HOST] * 2, start, config=PATIENT, balance=BalanceConfig(every_steps=2))
     try:
         rank, runner = group.load(config, EngineRole.COLOCATED)
         assert any(note.endswith("; a share of them on rank 0 of 2") for note in rank.notes)
         assert rank.fingerprint == alone.fingerprint
+        (elsewhere_said,) = group.notes
+        assert elsewhere_said.startswith("rank 1: read 0.00 GB in ") and "the process took at most" in elsewhere_said
+        ((done, total),) = group.loading
+        assert 0 < done == total
         read, all_read = rank.loaded.bytes_read, alone.loaded.bytes_read
         with Checkpoint(config.model_dir) as checkpoint:
             text = checkpoint.config.text
@@ -138,12 +177,7 @@ def test_a_group_of_processes_shares_what_one_rank_loads_and_computes_the_same(m
             elsewhere = len(text.sparse_layers) * text.moe_num_experts // 2 * 3 * inner * text.hidden_size
             assert all_read[name] - read[name] == elsewhere * stored_item_size()  # type: ignore[index]
 
-        def join(own: Runner) -> GroupRunner:
-            own.experts = rank.runner.experts
-            runner._runner = own
-            return runner
-
-        with rig_of(rank, group=join) as rig:
+        with rig_of(rank, group=joined(rank, runner)) as rig:
             assert rig.run(*wanted) == outputs
             assert min(runner.counters.rank_s) > 0
             assert runner.counters.balance is not None and runner.counters.balance.loads > 0
@@ -159,14 +193,14 @@ def stored_item_size() -> int:
 
 def test_a_rank_that_cannot_load_ends_the_group_with_its_reason() -> None:
     broken = replace(CONFIG, kv_cache_gib=1e-9)
-    group = EngineGroup(2, HOST, child_ranks(broken), config=PATIENT)
+    group = EngineGroup([HOST] * 2, child_ranks(broken), config=PATIENT)
     with pytest.raises(RankLost, match=r"(?s)rank 1 is lost: .*kv_cache_gib: 1e-09 holds no KV block"):
         group.load(CONFIG, EngineRole.COLOCATED)
     assert not group.processes[1].is_alive()
 
 
 def test_a_leader_that_cannot_load_takes_its_ranks_along() -> None:
-    group = EngineGroup(2, HOST, child_ranks(CONFIG), config=PATIENT)
+    group = EngineGroup([HOST] * 2, child_ranks(CONFIG), config=PATIENT)
     with pytest.raises(ValueError, match="kv_cache_gib: 1e-09 holds no KV block"):
         group.load(replace(CONFIG, kv_cache_gib=1e-9), EngineRole.COLOCATED)
     assert not group.processes[1].is_alive()
@@ -179,7 +213,7 @@ def test_a_process_that_ends_before_it_came_is_noticed() -> None:
         return process
 
     with pytest.raises(RuntimeError, match=r"the processes of ranks \[1\] died at once"):
-        EngineGroup(2, HOST, start, config=PATIENT)
+        EngineGroup([HOST] * 2, start, config=PATIENT)
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,8 @@ import time
 from typing import Any
 
 import pytest
-import torch
 
-from actors.errors import AlreadyExists, InternalError, Unavailable
+from actors.errors import AlreadyExists, InternalError
 from actors.types import AttemptMode, EngineRequest, EngineRole, Message, MessageRole, SamplingParams, SequenceKey
 from actors.wire.audit import fetch_audit
 from cluster.generation import Finished, GenerateCall
@@ -86,28 +85,6 @@ async def test_media_that_are_gone_when_pulled_are_made_again(monkeypatch: pytes
         assert isinstance(await _last(cluster.parts.router.generate(CALL)), Finished)
         assert len(asked) > 1
         await cluster.wait_clean(1.0)
-
-
-async def test_an_encoder_that_dies_under_a_pull_ends_the_request(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is the only one: until it is replaced there is nowhere to make the media again."""
-    async with in_process_cluster(tiny_checkpoint(), EngineRole.PREFILL, EngineRole.DECODE) as cluster:
-        prefill = cluster.engines[0]
-        pull, server = prefill._media.pull_embedding, cluster.encoder._server._server
-        assert server is not None
-
-        async def pull_from_a_dead_one(*args: Any, **shape: Any) -> torch.Tensor:
-            await server.stop(None)
-            return await pull(*args, **shape)
-
-        monkeypatch.setattr(prefill._media, "pull_embedding", pull_from_a_dead_one)
-        async with asyncio.timeout(3):
-            with pytest.raises(Unavailable) as caught:
-                await _last(cluster.parts.router.generate(CALL))
-        assert caught.value.reason == "STAGE_LOST"
-        for engine in cluster.engines:
-            async with asyncio.timeout(1):
-                while not (await engine.audit()).clean:
-                    await asyncio.sleep(0.01)
 
 
 async def test_a_second_submit_leaves_the_first_attempt_alone() -> None:

@@ -69,7 +69,6 @@ class Arena:
             raise ValueError("this arena was planned without a vision bank")
         return self.bytes[self.plan.bank_offset : self.plan.bank_offset + self.plan.bank_bytes]
 
-    def block_storage(self, *, with_bank: bool) -> Tensor:
-        """uint8 view of all KV blocks: those before the bank, or with ``with_bank=False`` those of the tail as well."""
-        count = self.plan.blocks_beside_bank if with_bank else self.plan.blocks_without_bank
-        return self.bytes[: count * self.plan.block_bytes]
+    def block_storage(self) -> Tensor:
+        """uint8 view of all KV blocks, those of the tail among them."""
+        return self.bytes[: self.plan.blocks_without_bank * self.plan.block_bytes]

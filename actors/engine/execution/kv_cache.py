@@ -42,7 +42,7 @@ class KvLayout:
 
 
 class KvCache:
-    """Views of the blocks in ``storage``; who may use which block is the BlockPool's business."""
+    """Views of the blocks in ``storage``; which there are at present, and whose, is the BlockPool's business."""
 
     def __init__(self, layout: KvLayout, storage: Tensor) -> None:
         """``storage``: uint8, contiguous, a whole number of blocks. Raises ValueError for anything else."""

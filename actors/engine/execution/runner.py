@@ -7,6 +7,8 @@ runs the model all the same, with T = 0, when other ranks have tokens: they meet
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -22,15 +24,25 @@ from actors.engine.execution.forms import AttentionForm
 from actors.engine.execution.kv_cache import KvCache
 from actors.engine.execution.residents import Known, Residents
 from actors.engine.execution.step_batch import Chunk, StepBatch, StepLayout, build_batch
+from actors.engine.execution.vision_tail import FillBank, VisionTail
 from actors.engine.plan import RankPlan, StepResult, StepShape
 from actors.engine.sampling.sampler import Sampler
 from actors.ernie.attention import Attention
 from actors.ernie.config import ErnieConfig, Rules
 from actors.ernie.text import LanguageModel
-from actors.types import TokenLogprobs
+from actors.types import EngineRole, TokenLogprobs
 
 PROMPT_LOGPROB_ROWS = 256
 """Rows of logits at once: a row of a large vocabulary has 400 KB."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RoleChange:
+    """What a rank needs to change its role."""
+
+    tail: VisionTail
+    fill: FillBank
+    """From the files, once more."""
 
 
 class Runner:
@@ -46,9 +58,10 @@ class Runner:
         attention: AttentionForm = AttentionForm.PAGED,
         graphs: DecodeGraphs | None = None,
         experts: ExpertSteps | None = None,
+        roles: RoleChange | None = None,
     ) -> None:
         """``graphs`` runs the steps that only decode, as far as it has a batch size for them. ``experts``: where the
-        model holds a share of them; graphs do not go with it.
+        model holds a share of them; graphs do not go with it. ``roles``: None keeps the role it was loaded for.
         """
         if experts is not None and graphs is not None:
             raise ValueError("decode graphs of a group of ranks are not built")
@@ -58,6 +71,7 @@ class Runner:
         self.attention = attention
         self.graphs = graphs
         self.experts = experts
+        self.roles = roles
         self.sampler = Sampler(
             config.im_patch_id, vocab_size=config.text.vocab_size, eos_token_ids=config.eos_token_ids
         )
@@ -66,13 +80,24 @@ class Runner:
 
     @property
     def block_count(self) -> int:
-        """KV blocks there are."""
-        return self.cache.block_count
+        """KV blocks there are at present."""
+        return self.cache.block_count if self.roles is None else self.roles.tail.block_count
 
     @property
     def resident_count(self) -> int:
         """Sequences with any memory here."""
         return len({*self._residents.ids, *self._embeddings.ids, *self.sampler.sequence_ids})
+
+    def set_role(self, role: EngineRole) -> None:
+        """Reads the vision experts, or gives their room to KV blocks. Between steps, with nothing in the blocks of the
+        tail. Raises ValueError where the role is fixed, OSError or ValueError if the checkpoint cannot be read again.
+        """
+        if self.roles is None:
+            raise ValueError("the role of this rank is fixed")
+        if role.prefills:
+            self.roles.tail.hold_bank(self.roles.fill)
+        else:
+            self.roles.tail.hold_blocks()
 
     def need_experts(self) -> ExpertSteps:
         """Raises ValueError where all experts are here."""

@@ -14,8 +14,24 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from actors.engine.group.channel import ChannelBroken, GroupConfig, RankChannel
-from actors.engine.group.messages import Done, End, Failed, FromRank, Ready, ToRank
+from actors.engine.group.kv_messages import KvAnswer, KvOrder
+from actors.engine.group.kv_remote import RemoteKvRank
+from actors.engine.group.messages import (
+    AskHeld,
+    Done,
+    End,
+    Failed,
+    FromRank,
+    Held,
+    Loading,
+    Ready,
+    RoleSet,
+    SetRole,
+    ToRank,
+)
+from actors.parallel.kv_transfer import TransportError
 from actors.parallel.world import WorldError
+from actors.types import EngineRole
 
 
 class RankLost(RuntimeError):
@@ -34,14 +50,19 @@ class Followers:
         self._config = config
         self._changed = threading.Condition()
         # Guarded by _changed:
-        self._ready: dict[int, int] = {}
+        self._loading: dict[int, Loading] = {}
+        self._ready: dict[int, Ready] = {}
         self._done: dict[int, Done] = {}
+        self._roles_set: dict[int, int] = {}
         self._lost: RankLost | None = None
         self._on_lost: Callable[[Exception], None] | None = None
         self._closed = False
         self._step: tuple[int, float] | None = None
         """Number of the step under way and when it hangs."""
         self._own_done = False
+        self._held: dict[int, Mapping[str, int]] = {}
+        self._asking = threading.Lock()
+        self._kv_ranks = {rank: RemoteKvRank(partial(self._order, rank)) for rank in sorted(connections)}
         self._channels = {
             rank: RankChannel(
                 connection,
@@ -75,7 +96,52 @@ class Followers:
         with self._changed:
             self._changed.wait_for(lambda: self._lost is not None or len(self._ready) == len(self._channels))
             self._check()
-            return tuple(self._ready[rank] for rank in self._channels)
+            return tuple(self._ready[rank].block_count for rank in self._channels)
+
+    @property
+    def loading(self) -> tuple[tuple[int, int], ...]:
+        """(bytes done, bytes in all) of each rank, as it said last."""
+        with self._changed:
+            said = [self._loading.get(rank, Loading(0, 0)) for rank in self._channels]
+        return tuple((one.bytes_done, one.bytes_total) for one in said)
+
+    @property
+    def notes(self) -> dict[int, tuple[str, ...]]:
+        """What the ranks that are ready say of themselves."""
+        with self._changed:
+            return {rank: ready.notes for rank, ready in self._ready.items()}
+
+    @property
+    def kv_ranks(self) -> tuple[RemoteKvRank, ...]:
+        """The KV of each rank."""
+        return tuple(self._kv_ranks.values())
+
+    def ask_held(self) -> list[Mapping[str, int]]:
+        """What each rank keeps for sequences, once it has done what it was told before. Raises RankLost."""
+        with self._asking:
+            for rank in self._channels:
+                self.send(rank, AskHeld())
+            with self._changed:
+                self._changed.wait_for(
+                    lambda: self._closed or self._lost is not None or len(self._held) == len(self._channels)
+                )
+                self._check()
+                held, self._held = self._held, {}
+            return [held[rank] for rank in sorted(held)]
+
+    def set_role(self, role: EngineRole) -> None:
+        """Tells the ranks; ``wait_role`` waits until they have it. Raises RankLost."""
+        with self._changed:
+            self._roles_set = {}
+        for rank in self._channels:
+            self.send(rank, SetRole(role))
+
+    def wait_role(self) -> tuple[int, ...]:
+        """KV blocks of each rank in its new role. Raises RankLost."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._lost is not None or len(self._roles_set) == len(self._channels))
+            self._check()
+            return tuple(self._roles_set[rank] for rank in self._channels)
 
     def send(self, rank: int, message: ToRank) -> int:
         """The number of bytes. Raises RankLost."""
@@ -125,6 +191,7 @@ class Followers:
         with self._changed:
             self._closed = True
             lost = self._lost
+            self._changed.notify_all()
         self._over.set()
         for channel in self._channels.values():
             if lost is None:
@@ -134,13 +201,35 @@ class Followers:
                     pass  # It is gone already.
         for channel in self._channels.values():
             channel.close()
+        for kv_rank in self._kv_ranks.values():
+            kv_rank.lose("the group has ended")
         self._watchdog.join()
+
+    def _order(self, rank: int, order: KvOrder) -> None:
+        try:
+            self._channels[rank].send(order)
+        except ChannelBroken as error:
+            raise TransportError(f"rank {rank} is lost: {error}") from error
 
     def _take(self, rank: int, message: FromRank) -> None:
         match message:
-            case Ready(block_count):
+            case KvAnswer():
+                self._kv_ranks[rank].take(message)
+            case Held(counts):
                 with self._changed:
-                    self._ready[rank] = block_count
+                    self._held[rank] = counts
+                    self._changed.notify_all()
+            case Loading():
+                with self._changed:
+                    self._loading[rank] = message
+            case Ready():
+                self._kv_ranks[rank].address = message.kv_address
+                with self._changed:
+                    self._ready[rank] = message
+                    self._changed.notify_all()
+            case RoleSet(block_count):
+                with self._changed:
+                    self._roles_set[rank] = block_count
                     self._changed.notify_all()
             case Done():
                 with self._changed:
@@ -165,6 +254,8 @@ class Followers:
             self._changed.notify_all()
         for channel in self._channels.values():
             channel.hang_up()
+        for kv_rank in self._kv_ranks.values():
+            kv_rank.lose(str(lost))
         if on_lost is not None:
             on_lost(lost)
 

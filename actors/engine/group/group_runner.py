@@ -7,7 +7,8 @@ rank r           receive        |  its part  | ==send==>
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -17,10 +18,12 @@ from actors.engine.constraints.constraint import TokenConstraint, mask_words
 from actors.engine.execution.runner import Runner
 from actors.engine.group.balance import BalanceCounters, Balancer
 from actors.engine.group.followers import Followers
+from actors.engine.group.kv_remote import RemoteKvRank
 from actors.engine.group.messages import Embedding, Part
 from actors.engine.group.remote_constraints import RemoteConstraints
 from actors.engine.plan import StepPlan, StepResult
 from actors.parallel.world import WorldError
+from actors.types import EngineRole, GroupReport
 
 
 @dataclass(kw_only=True, slots=True)
@@ -72,14 +75,57 @@ class GroupRunner:
         """Of sequences not introduced yet: where they will live is not known."""
         self._remote = RemoteConstraints(mask_words(runner.config.text.vocab_size))
 
+    def report(self) -> GroupReport | None:
+        """None with one rank. Any thread."""
+        if self._followers is None:
+            return None
+        counters, balance = self.counters, self.counters.balance or BalanceCounters()
+        return GroupReport(
+            ranks=len(self.block_counts),
+            steps=counters.steps,
+            plan_s=counters.plan_s,
+            own_s=counters.own_s,
+            gather_s=counters.gather_s,
+            text_skew=balance.text_skew,
+            vision_skew=balance.vision_skew,
+            loads=balance.loads,
+            moves=balance.moves,
+            moved_experts=balance.moved_experts,
+            move_s=balance.move_s,
+        )
+
     @property
     def tracked_count(self) -> int:
         """Sequences it keeps anything of, on whichever rank; 0 with one rank."""
         return len(self._homes.keys() | self._early.keys())
 
+    @property
+    def kv_ranks(self) -> tuple[RemoteKvRank, ...]:
+        """The KV of ranks 1 .. size - 1, for transfers."""
+        return () if self._followers is None else self._followers.kv_ranks
+
+    def held(self) -> Mapping[str, int]:
+        """What the other ranks keep for sequences, by name, in all; 0 when nothing is to be done. Waits for the step
+        under way; not for the step thread. Raises RankLost.
+        """
+        counts: Counter[str] = Counter()
+        for one in () if self._followers is None else self._followers.ask_held():
+            counts.update(one)
+        return dict(counts)
+
     def watch(self, on_lost: Callable[[Exception], None]) -> None:
         if self._followers is not None:
             self._followers.watch(on_lost)
+
+    def set_role(self, role: EngineRole) -> None:
+        """Ranks read their experts at the same time. Raises RankLost, and what ``Runner.set_role`` raises."""
+        if self._followers is None:
+            self._runner.set_role(role)
+            self.block_counts = (self._runner.block_count,)
+            return
+        self._followers.set_role(role)
+        self._runner.set_role(role)
+        self.block_counts = (self._runner.block_count, *self._followers.wait_role())
 
     def supply_embedding(self, rank: int, id: int, media_index: int, unit_index: int, embedding: Tensor) -> None:
         """Raises RankLost."""

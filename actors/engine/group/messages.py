@@ -8,8 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from actors.engine.group.kv_messages import KvAnswer, KvOrder
 from actors.engine.plan import RankPlan, StepResult
 from actors.parallel.layout import ExpertPlacement
+from actors.types import EngineRole
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,10 +27,22 @@ class Hello:
 
 
 @dataclass(frozen=True, slots=True)
+class Loading:
+    """Rank, now and then before it is ready."""
+
+    bytes_done: int
+    bytes_total: int
+
+
+@dataclass(frozen=True, slots=True)
 class Ready:
     """Rank, once: it is loaded."""
 
     block_count: int
+    kv_address: str
+    """``host:port`` where KV for this rank is brought."""
+    notes: tuple[str, ...]
+    """What it says of itself, for people."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +67,18 @@ class Done:
 
 
 @dataclass(frozen=True, slots=True)
+class AskHeld:
+    """Leader, between two parts: what is kept there?"""
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """Rank: counts by name, of what it keeps for sequences; all 0 when idle."""
+
+    counts: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
 class TakeLoad:
     """Leader, between two parts: all ranks take the load of the experts. No answer."""
 
@@ -62,6 +88,20 @@ class MoveExperts:
     """Leader, between two parts: all ranks exchange experts. No answer."""
 
     wanted: ExpertPlacement
+
+
+@dataclass(frozen=True, slots=True)
+class SetRole:
+    """Leader, between two parts: see ``Runner.set_role``."""
+
+    role: EngineRole
+
+
+@dataclass(frozen=True, slots=True)
+class RoleSet:
+    """Rank: it is done, and has so many KV blocks."""
+
+    block_count: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,5 +139,5 @@ class Embedding:
         return torch.frombuffer(bytearray(self.content), dtype=torch.uint8).view(self.dtype).view(self.shape)
 
 
-ToRank = Part | Embedding | TakeLoad | MoveExperts | End | Tick
-FromRank = Hello | Ready | Done | Failed | Tick
+ToRank = Part | Embedding | TakeLoad | MoveExperts | SetRole | AskHeld | KvOrder | End | Tick
+FromRank = Hello | Loading | Ready | Done | Held | RoleSet | KvAnswer | Failed | Tick

@@ -9,13 +9,33 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from typing import NamedTuple
 
 from actors.engine.execution.runner import Runner
 from actors.engine.group.channel import RankChannel
+from actors.engine.group.kv_messages import KvOrder
+from actors.engine.group.kv_orders import KvOrders
 from actors.engine.group.meeting import Invitation, join
-from actors.engine.group.messages import Done, Embedding, End, Failed, MoveExperts, Part, Ready, TakeLoad, ToRank
+from actors.engine.group.messages import (
+    AskHeld,
+    Done,
+    Embedding,
+    End,
+    Failed,
+    Held,
+    Loading,
+    MoveExperts,
+    Part,
+    Ready,
+    RoleSet,
+    SetRole,
+    TakeLoad,
+    ToRank,
+)
 from actors.engine.group.remote_constraints import SentConstraint
 from actors.engine.plan import StepResult
+from actors.ernie.weights import Progress
+from actors.parallel.kv_threads import LocalKvRank
 from actors.parallel.world import WorldError
 
 log = logging.getLogger(__name__)
@@ -24,20 +44,34 @@ LEADER_LOST = 70
 """Exit status of a rank whose leader is gone, with no word."""
 
 
-def follow(invitation: Invitation, rank: int, load: Callable[[], Runner]) -> None:
-    """Joins the group, loads, and computes parts of steps until the leader ends the group.
+class Loaded(NamedTuple):
+    runner: Runner
+    notes: tuple[str, ...]
+    """What the rank says of itself, for people."""
+
+
+def follow(
+    invitation: Invitation, rank: int, load: Callable[[Progress], Loaded], kv_rank: Callable[[Runner], LocalKvRank]
+) -> None:
+    """Joins the group, loads, and computes parts of steps until the leader ends the group; meanwhile sends and receives
+    KV as the leader orders, by ``kv_rank`` of what was loaded.
 
     The connection comes first: whatever happens while ranks load, each knows whether the leader is there. When the
     leader is lost the process ends at once, whatever it is doing: it may be in a collective that nobody else is in.
 
-    Closes the runner at the end. Raises whatever ``load`` or a step raises, after the leader was told and before any
+    Closes both at the end. Raises whatever ``load`` or a step raises, after the leader was told and before any
     other rank learns of it.
     """
 
     inbox: queue.SimpleQueue[ToRank] = queue.SimpleQueue()
     dismissed, finished = threading.Event(), threading.Event()
+    orders: KvOrders | None = None
 
     def hear(message: ToRank) -> None:
+        if isinstance(message, KvOrder):
+            assert orders is not None, "nothing is ordered of a rank that is not ready"
+            orders.take(message)
+            return
         if isinstance(message, End):
             dismissed.set()
         inbox.put(message)
@@ -53,14 +87,17 @@ def follow(invitation: Invitation, rank: int, load: Callable[[], Runner]) -> Non
     channel.start()
     runner: Runner | None = None
     try:
-        runner = load()
-        channel.send(Ready(runner.block_count))
-        _compute(runner, inbox, channel)
+        runner, notes = load(lambda done, total: channel.send(Loading(done, total)))
+        orders = KvOrders(kv_rank(runner), channel.send)
+        channel.send(Ready(runner.block_count, orders.address, notes))
+        _compute(runner, orders, inbox, channel)
     except BaseException as error:
         channel.send(_failed(error))
         raise
     finally:
         finished.set()
+        if orders is not None:
+            orders.close()
         if runner is not None:
             runner.close()
         channel.close()
@@ -72,7 +109,7 @@ def _failed(error: BaseException) -> Failed:
     return Failed("".join(traceback.format_exception(error)).strip())
 
 
-def _compute(runner: Runner, inbox: queue.SimpleQueue[ToRank], channel: RankChannel) -> None:
+def _compute(runner: Runner, orders: KvOrders, inbox: queue.SimpleQueue[ToRank], channel: RankChannel) -> None:
     constraints: dict[int, SentConstraint] = {}
     while True:
         match inbox.get():
@@ -86,6 +123,11 @@ def _compute(runner: Runner, inbox: queue.SimpleQueue[ToRank], channel: RankChan
                 runner.need_experts().take_load()
             case MoveExperts(wanted):
                 runner.need_experts().move(wanted)
+            case SetRole(role):
+                runner.set_role(role)
+                channel.send(RoleSet(runner.block_count))
+            case AskHeld():
+                channel.send(Held({"rank_sequences": runner.resident_count, **orders.held()}))
             case End():
                 return
             case other:

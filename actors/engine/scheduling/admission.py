@@ -23,7 +23,7 @@ class Admission:
         self._config = config
         self._ranks = ranks
         self._roster = roster
-        self._max_model_len = max_model_len
+        self.max_model_len = max_model_len
         self._refused: tuple[int, tuple[int | None, ...]] | None = None
 
     def next(self) -> Sequence | None:
@@ -75,7 +75,7 @@ class Admission:
             AttemptMode.COLOCATED: 1,
             AttemptMode.DECODE: max(1, self._config.reserve_margin_tokens),
         }
-        return min(len(sequence.tokens) + margins[sequence.mode], self._max_model_len)
+        return min(len(sequence.tokens) + margins[sequence.mode], self.max_model_len)
 
 
 def _first_state(sequence: Sequence) -> SequenceState:

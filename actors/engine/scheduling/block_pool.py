@@ -58,6 +58,25 @@ class BlockPool:
         """Of the free blocks, those whose content can still be found."""
         return len(self._cached)
 
+    def resize(self, total: int) -> None:
+        """Blocks from ``total`` on are no more, and what they held is forgotten; or there are new ones, empty.
+
+        Raises ValueError if one that would go is used.
+        """
+        gone = range(total, self.total)
+        used = [block for block in gone if self._references[block]]
+        if total < 1 or used:
+            raise ValueError(f"a pool cannot have {total} blocks: {f'block {used[0]} is used' if used else 'too few'}")
+        for block in gone:
+            if block in self._cached:
+                del self._cached[block]
+                self._forget(block)
+        self._empty = [*range(total - 1, self.total - 1, -1), *(block for block in self._empty if block < total)]
+        more = max(0, total - self.total)
+        self._references = self._references[:total] + [0] * more
+        self._hashes = self._hashes[:total] + [None] * more
+        self.total = total
+
     # References
 
     def allocate(self, count: int) -> list[int]:
@@ -136,6 +155,10 @@ class BlockPool:
 
     def _evict(self) -> int:
         block, _ = self._cached.popitem(last=False)
+        self._forget(block)
+        return block
+
+    def _forget(self, block: int) -> None:
         hash = self._hashes[block]
         assert hash is not None, f"block {block} is cached without a name"
         self._hashes[block] = None
@@ -144,7 +167,6 @@ class BlockPool:
             del self._stored[hash]
         else:
             self._removed[hash] = None
-        return block
 
     def check_integrity(self, holders: Iterable[Sequence[int]]) -> None:
         """Raises AssertionError unless ``holders`` account for exactly the references given out, every free block is

@@ -26,8 +26,10 @@ def next_chunk(sequence: Sequence, token: int | None = None) -> ComputedChunk | 
     count = max(0, sequence.computed - first)
     if count == 0 and token is None:
         return None
+    assert sequence.rank is not None, "what is computed lies on a rank"
     chunk = ComputedChunk(
         key=sequence.key,
+        rank=sequence.rank,
         index=sequence.chunk_count,
         first_token=first,
         token_count=count,

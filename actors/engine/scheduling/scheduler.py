@@ -56,7 +56,7 @@ class Scheduler:
         self.ranks = tuple(RankState(number, pool, config.block_size) for number, pool in enumerate(pools))
         self.eos_ids = eos_ids
         self.im_patch_id = im_patch_id
-        self.max_model_len = min(config.max_model_len, *(pool.total * config.block_size for pool in pools))
+        self.max_model_len = self._longest()
         self.roster = Roster(self.ranks)
         self.step = 0
         self.preemptions = 0
@@ -67,7 +67,16 @@ class Scheduler:
         self._timers = Timers()
         self._events: list[ev.Event] = []
 
+    def _longest(self) -> int:
+        return min(self.config.max_model_len, *(rank.pool.total * self.config.block_size for rank in self.ranks))
+
     # Commands
+
+    def resize(self, block_counts: Listed[int]) -> None:
+        """Each rank has so many blocks from now on. Raises ValueError if one that would go is used."""
+        for rank, count in zip(self.ranks, block_counts, strict=True):
+            rank.pool.resize(count)
+        self.max_model_len = self._admission.max_model_len = self._longest()
 
     def submit(self, sequence: Sequence, now: float) -> None:
         """Takes a new attempt whose request was validated. A full queue ends it with Overloaded."""

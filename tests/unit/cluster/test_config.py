@@ -32,6 +32,7 @@ def made(**values: Any) -> ClusterConfig:
         ({"model": "m", "max_model_len": 1}, "f: max_model_len: Input should be greater"),
         ({"model": "m", "default_timeout_s": float("inf")}, "f: default_timeout_s: Input should be a finite number"),
         ({"model": "m", "router": {"num_cpus": float("inf")}}, "f: router.num_cpus: Input should be a finite number"),
+        ({"model": "m", "router": {"suspect_after_s": 4}}, "f: router: suspect_after_s 4 is over lost_after_s 3"),
         (
             {"model": "m", "engines": [COLOCATED | {"kv_cache_gib": float("inf")}]},
             "f: engines.0.kv_cache_gib: Input should be a finite number",
@@ -54,10 +55,8 @@ def made(**values: Any) -> ClusterConfig:
         ({"model": "m", "engines": [{"roles": {"decode": 2}}]}, "f: engines: no engine is to prefill"),
         ({"model": "m", "engines": [COLOCATED, COLOCATED]}, "f: engines: two pools are called engine"),
         ({"model": "m", "engines": [COLOCATED | {"name": "router"}]}, "f: engines.0.name: 'router' is the name of"),
-        (
-            {"model": "m", "engines": [COLOCATED | {"expert_parallel": 2}]},
-            "f: engines.0.expert_parallel: expert parallelism over more than one rank is not built yet",
-        ),
+        ({"model": "m", "engines": [COLOCATED | {"placement": "tight"}]}, "f: engines.0.placement: Input should be"),
+        ({"model": "m", "engines": [COLOCATED | {"expert_parallel": 0}]}, "f: engines.0.expert_parallel: Input should"),
         (
             {"model": "m", "engines": [COLOCATED | {"max_num_seqs": 65, "max_batched_tokens": 64}]},
             "f: engines.0: max_num_seqs 65 is over max_batched_tokens 64",
@@ -83,7 +82,7 @@ def test_without_a_gpu_prefill_and_decode_are_split() -> None:
     assert pool.role_counts() == {EngineRole.PREFILL: 1, EngineRole.DECODE: 1}
     assert pool.replicas == 2
     assert config.dtype == "float32"
-    assert engine_claim(pool)["num_gpus"] == encoder_claim(config)["num_gpus"] == 0
+    assert engine_claim(pool).num_gpus == encoder_claim(config).num_gpus == 0
     assert pool.block_size == 16
 
 
@@ -92,7 +91,7 @@ def test_one_gpu_is_shared_by_a_colocated_engine_and_the_encoder() -> None:
     (pool,) = config.pools
     assert pool.role_counts() == {EngineRole.COLOCATED: 1}
     assert config.dtype == "bfloat16"
-    assert engine_claim(pool)["num_gpus"] + encoder_claim(config)["num_gpus"] == 1
+    assert engine_claim(pool).num_gpus + encoder_claim(config).num_gpus == 1
     assert pool.block_size == 256
 
 
@@ -104,8 +103,8 @@ def test_more_gpus_split_and_the_encoder_fits_beside_a_prefill_engine_only(
     prefill, decode = config.pools
     assert prefill.role_counts() == {EngineRole.PREFILL: prefills}
     assert decode.role_counts() == {EngineRole.DECODE: decodes}
-    share = encoder_claim(config)["num_gpus"]
-    assert engine_claim(prefill)["num_gpus"] + share <= 1 < engine_claim(decode)["num_gpus"] + share
+    share = encoder_claim(config).num_gpus
+    assert engine_claim(prefill).num_gpus + share <= 1 < engine_claim(decode).num_gpus + share
 
 
 def test_what_is_written_wins_over_what_would_be_picked() -> None:
@@ -118,7 +117,7 @@ def test_what_is_written_wins_over_what_would_be_picked() -> None:
         ),
         gpus=8,
     )
-    assert (config.dtype, config.model_name, encoder_claim(config)["num_gpus"]) == ("float64", "ernie", 1)
+    assert (config.dtype, config.model_name, encoder_claim(config).num_gpus) == ("float64", "ernie", 1)
     assert [(pool.name, pool.num_gpus, pool.block_size) for pool in config.pools] == [("all", 2, 8)]
     assert resolve(config, gpus=0) == config
 

@@ -93,8 +93,8 @@ def test_a_starting_engine_that_goes_silent_gives_its_role_back() -> None:
     registry = Registry(term=1)
     wanted = {P: 1, D: 1}
     registry.assign("a", "pool", wanted, now=0.0)
-    registry.renew_loading("a", LoadingEntry(pool="pool", role=P, bytes_done=3, bytes_total=9), now=1.0)
-    assert [(entry.role, entry.bytes_done) for entry in registry.snapshot().loading] == [(P, 3)]
+    registry.renew_loading("a", LoadingEntry(pool="pool", role=P, ranks=((3, 9),)), now=1.0)
+    assert [(entry.role, entry.ranks) for entry in registry.snapshot().loading] == [(P, ((3, 9),))]
     assert registry.expire(now=LEASE_S) == []
     assert registry.expire(now=LEASE_S + 1.0) == ["a"]
     assert registry.assign("b", "pool", wanted, now=LEASE_S + 1.0) is P

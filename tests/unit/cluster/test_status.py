@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
-from actors.types import EncoderInfo, EngineInfo, EngineRole, LoadReport
+from actors.types import EncoderInfo, EngineInfo, EngineRole, GroupReport, LoadReport
 from cluster.registry import EncoderEntry, EngineEntry, LoadingEntry, PreprocessorEntry, Snapshot
 from cluster.status import cluster_status, engine_notes, rows, summary
 
@@ -34,10 +35,30 @@ LOAD = LoadReport(
     prefix_hit_tokens=50,
     preemptions=4,
 )
+GROUP = replace(
+    ENGINE, engine_id="group-1", incarnation="i4", address="10.0.0.4:4", role=EngineRole.COLOCATED, notes=()
+)
+REPORT = GroupReport(
+    ranks=4,
+    steps=9,
+    plan_s=0.1,
+    own_s=2.0,
+    gather_s=0.2,
+    text_skew=1.5,
+    vision_skew=1.25,
+    loads=2,
+    moves=1,
+    moved_experts=6,
+    move_s=0.3,
+)
+GB = 10**9
 SNAPSHOT = Snapshot(
     term=1,
     version=4,
-    engines=(EngineEntry(info=ENGINE, pool="engine", ready=True, load=LOAD),),
+    engines=(
+        EngineEntry(info=ENGINE, pool="engine", ready=True, load=LOAD),
+        EngineEntry(info=GROUP, pool="engine", ready=True, load=LOAD, group=REPORT),
+    ),
     encoders=(
         EncoderEntry(
             info=EncoderInfo(encoder_id="e1", incarnation="i2", address="10.0.0.2:2", fingerprint="f", dtype="float32"),
@@ -45,7 +66,11 @@ SNAPSHOT = Snapshot(
         ),
     ),
     preprocessors=(PreprocessorEntry(incarnation="0123456789", address="10.0.0.3:3"),),
-    loading=(LoadingEntry(pool="engine", role=EngineRole.PREFILL, bytes_done=10**9, bytes_total=57 * 10**9),),
+    loading=(
+        LoadingEntry(pool="engine", role=EngineRole.PREFILL, ranks=((12 * GB, 30 * GB), (3 * GB, 30 * GB))),
+        LoadingEntry(pool="engine", role=EngineRole.DECODE, ranks=((0, 0), (0, 0))),
+        LoadingEntry(pool="engine", role=EngineRole.DECODE, ranks=((GB, 57 * GB),)),
+    ),
 )
 
 
@@ -56,12 +81,22 @@ def test_every_worker_has_a_row() -> None:
         ("vision_encoder", "e1", "encode", "10.0.0.2:2", "5 patches queued"),
         (
             "engine",
+            "group-1",
+            "colocated",
+            "10.0.0.4:4",
+            "2 running, 3 waiting, 1 reserved, KV 10/100, prefix hits 25%, 4 preempted, "
+            "4 ranks, skew 1.50 text, 1.25 vision, 6 experts moved",
+        ),
+        (
+            "engine",
             "engine-1",
             "decode",
             "10.0.0.1:1",
             "2 running, 3 waiting, 1 reserved, KV 10/100, prefix hits 25%, 4 preempted",
         ),
-        ("engine", "", "prefill", "loading, 1.0 of 57.0 GB", ""),
+        ("engine", "", "prefill", "loading, 15.00 of 60.00 GB, rank 1 at 10%", ""),
+        ("engine", "", "decode", "loading", ""),
+        ("engine", "", "decode", "loading, 1.00 of 57.00 GB", ""),
     ]
     assert list(engine_notes(status)) == ["decode engine-1: KV arena of 1 GiB", "decode engine-1: experts: loop"]
     assert summary(status) == "m: not ready: no prefill engine, 2 requests active"

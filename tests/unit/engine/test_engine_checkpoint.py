@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,10 +11,13 @@ import torch
 
 from actors.engine.execution.arena import Arena, ArenaPlan, arena_bytes
 from actors.engine.execution.kv_cache import KvCache
+from actors.engine.execution.runner import RoleChange, Runner
+from actors.engine.execution.vision_tail import VisionTail
+from actors.engine.group.group_runner import GroupRunner
 from actors.ernie.bank import vision_bank_bytes
 from actors.ernie.config import ErnieConfig, Rules
 from actors.ernie.text import LanguageModel
-from actors.ernie.weights import Checkpoint, load_language, load_vision
+from actors.ernie.weights import Checkpoint, load_language, load_vision, load_vision_bank
 from actors.types import EngineRequest, Grid, MediaKind
 from tests.tiny_model import tiny_checkpoint
 from tests.unit.engine.harness import Rig, kv_layout, request, span
@@ -34,11 +38,17 @@ def make_rig(checkpoint: Checkpoint, *, with_bank: bool, **options: Any) -> tupl
     probe = kv_layout(LanguageModel(config.text, dtype=torch.float64, device="meta"), BLOCK_SIZE)
     size = arena_bytes(BLOCKS, probe.block_bytes, bank_bytes)
     arena = Arena(ArenaPlan(size_bytes=size, block_bytes=probe.block_bytes, bank_bytes=bank_bytes))
-    model = load_language(
-        checkpoint, config, dtype=torch.float64, bank_storage=arena.bank_storage() if with_bank else None
-    )
-    cache = KvCache(probe, arena.block_storage(with_bank=with_bank))
-    return Rig(model, config=config, cache=cache, block_size=BLOCK_SIZE, **options), arena
+    model = load_language(checkpoint, config, dtype=torch.float64)
+    roles = RoleChange(tail=VisionTail(arena, model), fill=partial(load_vision_bank, checkpoint))
+    if with_bank:
+        roles.tail.hold_bank(roles.fill)
+
+    def join(runner: Runner) -> GroupRunner:
+        runner.roles = roles
+        return GroupRunner(runner)
+
+    cache = KvCache(probe, arena.block_storage())
+    return Rig(model, config=config, cache=cache, block_size=BLOCK_SIZE, group=join, **options), arena
 
 
 def image_and_video(checkpoint: Checkpoint, config: ErnieConfig) -> tuple[EngineRequest, Embeddings]:
@@ -75,8 +85,8 @@ def test_media_prompt_from_a_checkpoint(checkpoint: Checkpoint, rules: Rules) ->
 def test_decode_engine_uses_the_tail_as_blocks(checkpoint: Checkpoint) -> None:
     with_bank, arena = make_rig(checkpoint, with_bank=True)
     without, _ = make_rig(checkpoint, with_bank=False)
-    assert with_bank.cache.block_count == arena.plan.blocks_beside_bank == BLOCKS
-    assert without.cache.block_count == arena.plan.blocks_without_bank > BLOCKS
+    assert with_bank.runner.block_count == arena.plan.blocks_beside_bank == BLOCKS
+    assert without.runner.block_count == arena.plan.blocks_without_bank > BLOCKS
     wanted = request([7, 8, 9], max_tokens=20)
     with with_bank, without:
         assert with_bank.run(wanted) == without.run(wanted)

@@ -7,7 +7,7 @@ from tests.unit.parallel.group_steps import ALL_KINDS, one_rank_fails, other_for
 from tests.unit.parallel.ranks import run_ranks, values
 
 
-@pytest.mark.parametrize(("ranks", "steps"), [(2, 200), (4, 150)])
+@pytest.mark.parametrize(("ranks", "steps"), [(2, 200), (4, 150), (8, 30)])
 def test_random_steps_equal_one_rank_that_holds_all_experts(ranks: int, steps: int) -> None:
     found = values(run_ranks(ranks, random_steps, steps, 17 + ranks))
     assert max(rank["worst"] for rank in found) < 1e-9

@@ -15,6 +15,7 @@ from torch import Tensor
 from actors.engine.events import ComputedChunk
 from actors.engine.scheduling.reservations import Reservation
 from actors.errors import ServingError, Unavailable
+from actors.parallel.kv_threads import LocalKvRank
 from actors.parallel.kv_transfer import KvGeometry, KvTransferConfig, Meeting, Transport
 from actors.parallel.torch_pairs import TorchMeeting
 from actors.types import KvIdentity, SequenceKey
@@ -204,6 +205,7 @@ class PrefillSide:
             self.sender.push(
                 ComputedChunk(
                     key=key,
+                    rank=0,
                     index=index,
                     first_token=bounds[index],
                     token_count=bounds[index + 1] - bounds[index],
@@ -235,11 +237,10 @@ async def decode_side(
     busy: dict[SequenceKey, float] = {}
     receiver = KvReceiver(
         engine=engine,
-        cache=cache,
+        ranks=[LocalKvRank(cache, geometry, meeting)],
         geometry=geometry,
         incarnation=name,
         identity=IDENTITY,
-        meeting=meeting,
         loop=asyncio.get_running_loop(),
         config=config,
         on_transferred=busy.__setitem__,
@@ -273,10 +274,9 @@ async def prefill_side(
     busy: dict[SequenceKey, float] = {}
     sender = KvSender(
         engine=engine,
-        cache=cache,
+        ranks=[LocalKvRank(cache, geometry, meeting)],
         geometry=geometry,
         incarnation=name,
-        meeting=meeting,
         loop=asyncio.get_running_loop(),
         config=config,
         on_transferred=busy.__setitem__,

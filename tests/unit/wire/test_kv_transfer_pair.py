@@ -11,6 +11,7 @@ from actors.engine.events import ComputedChunk
 from actors.parallel.kv_transfer import KvTransferConfig
 from actors.types import KvIdentity
 from tests.unit.wire.kv_engines import IDENTITY, decode_side, geometry_of, key_of, prefill_side, same_bytes
+from tests.unit.wire.media_places import wait_until
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
@@ -67,6 +68,7 @@ async def test_token_zero_that_ends_the_reply_is_told() -> None:
         prefill.sender.push(
             ComputedChunk(
                 key=key,
+                rank=0,
                 index=0,
                 first_token=0,
                 token_count=3,
@@ -173,5 +175,5 @@ async def test_threads_end_with_their_sides() -> None:
     async with decode_side() as decode, prefill_side() as prefill:
         await prefill.send(key_of(1), decode, [1], [0, 4])
         await prefill.engine.hears("transferred", key_of(1))
-    names = [thread.name for thread in threading.enumerate() if thread.name.startswith("kv-")]
-    assert not names and threading.active_count() <= before + 1
+    await wait_until(lambda: not [thread for thread in threading.enumerate() if thread.name.startswith("kv-")])
+    assert threading.active_count() <= before + 1

@@ -998,6 +998,8 @@ class Load(_message.Message):
     PREFIX_QUERIED_TOKEN_COUNT_FIELD_NUMBER: _builtins.int
     PREFIX_HIT_TOKEN_COUNT_FIELD_NUMBER: _builtins.int
     PREEMPTION_COUNT_FIELD_NUMBER: _builtins.int
+    DRAINING_FIELD_NUMBER: _builtins.int
+    SUBMIT_COUNT_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     """Steps since start: frozen while the step thread is stuck."""
     running_count: _builtins.int
@@ -1026,6 +1028,10 @@ class Load(_message.Message):
     """Of these, found in the prefix cache."""
     preemption_count: _builtins.int
     """Sequences that lost their blocks to another since start."""
+    draining: _builtins.bool
+    """It leaves: what it has may finish, nothing new is taken."""
+    submit_count: _builtins.int
+    """Submits taken from this router on this link."""
     def __init__(
         self,
         *,
@@ -1043,10 +1049,12 @@ class Load(_message.Message):
         prefix_queried_token_count: _builtins.int = ...,
         prefix_hit_token_count: _builtins.int = ...,
         preemption_count: _builtins.int = ...,
+        draining: _builtins.bool = ...,
+        submit_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "cached_block_count", b"cached_block_count", "epoch", b"epoch", "free_block_count", b"free_block_count", "preemption_count", b"preemption_count", "prefix_hit_token_count", b"prefix_hit_token_count", "prefix_queried_token_count", b"prefix_queried_token_count", "queued_token_count", b"queued_token_count", "reserved_count", b"reserved_count", "role", b"role", "running_count", b"running_count", "step", b"step", "total_block_count", b"total_block_count", "waiting_count", b"waiting_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "cached_block_count", b"cached_block_count", "draining", b"draining", "epoch", b"epoch", "free_block_count", b"free_block_count", "preemption_count", b"preemption_count", "prefix_hit_token_count", b"prefix_hit_token_count", "prefix_queried_token_count", b"prefix_queried_token_count", "queued_token_count", b"queued_token_count", "reserved_count", b"reserved_count", "role", b"role", "running_count", b"running_count", "step", b"step", "submit_count", b"submit_count", "total_block_count", b"total_block_count", "waiting_count", b"waiting_count"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -341,12 +341,15 @@ class Offer(_message.Message):
     FIRST_TOKEN_FIELD_NUMBER: _builtins.int
     TOKEN_COUNT_FIELD_NUMBER: _builtins.int
     MESSAGES_FIELD_NUMBER: _builtins.int
+    RANK_FIELD_NUMBER: _builtins.int
     chunk: _builtins.int
     """Counts from 0."""
     first_token: _builtins.int
     """First token."""
     token_count: _builtins.int
     """Number of tokens."""
+    rank: _builtins.int
+    """Rank of the sender's group whose cache the chunk is in."""
     @_builtins.property
     def key(self) -> _common_pb2.SequenceKey:
         """The attempt."""
@@ -363,10 +366,11 @@ class Offer(_message.Message):
         first_token: _builtins.int = ...,
         token_count: _builtins.int = ...,
         messages: _abc.Iterable[Global___LayerMessage] | None = ...,
+        rank: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["key", b"key"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "first_token", b"first_token", "key", b"key", "messages", b"messages", "token_count", b"token_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "first_token", b"first_token", "key", b"key", "messages", b"messages", "rank", b"rank", "token_count", b"token_count"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -384,7 +388,7 @@ class Accept(_message.Message):
     chunk: _builtins.int
     """The chunk."""
     generation: _builtins.int
-    """Generation of the pair to use; a new one is built when it changes."""
+    """Generation of the pair of ranks to use; a new one is built when it changes."""
     @_builtins.property
     def key(self) -> _common_pb2.SequenceKey:
         """The attempt."""

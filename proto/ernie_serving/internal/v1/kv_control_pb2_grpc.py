@@ -26,7 +26,8 @@ if _version_not_supported:
 
 
 class KvControlServiceStub(object):
-    """Served by decode engines to prefill engines. Bulk bytes travel beside it, over a torch.distributed pair.
+    """Served by the leaders of decode engines to those of prefill engines. Bulk bytes travel beside it, from rank to rank, over
+    a torch.distributed pair of the two.
     """
 
     def __init__(self, channel):
@@ -43,11 +44,12 @@ class KvControlServiceStub(object):
 
 
 class KvControlServiceServicer(object):
-    """Served by decode engines to prefill engines. Bulk bytes travel beside it, over a torch.distributed pair.
+    """Served by the leaders of decode engines to those of prefill engines. Bulk bytes travel beside it, from rank to rank, over
+    a torch.distributed pair of the two.
     """
 
     def Transfer(self, request_iterator, context):
-        """One stream per pair of engines. All transfers of the pair share it, in order.
+        """One stream per pair of engines. All transfers of the pair share it; those between two ranks are in order.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -70,7 +72,8 @@ def add_KvControlServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class KvControlService(object):
-    """Served by decode engines to prefill engines. Bulk bytes travel beside it, over a torch.distributed pair.
+    """Served by the leaders of decode engines to those of prefill engines. Bulk bytes travel beside it, from rank to rank, over
+    a torch.distributed pair of the two.
     """
 
     @staticmethod

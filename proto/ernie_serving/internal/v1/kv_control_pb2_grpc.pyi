@@ -27,25 +27,31 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class KvControlServiceStub:
-    """Served by decode engines to prefill engines. Bulk bytes travel beside it, over a torch.distributed pair."""
+    """Served by the leaders of decode engines to those of prefill engines. Bulk bytes travel beside it, from rank to rank, over
+    a torch.distributed pair of the two.
+    """
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> KvControlServiceAsyncStub: ...
     Transfer: _grpc.StreamStreamMultiCallable[_kv_control_pb2.TransferRequest, _kv_control_pb2.TransferResponse]
-    """One stream per pair of engines. All transfers of the pair share it, in order."""
+    """One stream per pair of engines. All transfers of the pair share it; those between two ranks are in order."""
 
 @_typing.type_check_only
 class KvControlServiceAsyncStub(KvControlServiceStub):
-    """Served by decode engines to prefill engines. Bulk bytes travel beside it, over a torch.distributed pair."""
+    """Served by the leaders of decode engines to those of prefill engines. Bulk bytes travel beside it, from rank to rank, over
+    a torch.distributed pair of the two.
+    """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Transfer: _aio.StreamStreamMultiCallable[_kv_control_pb2.TransferRequest, _kv_control_pb2.TransferResponse]  # type: ignore[assignment]
-    """One stream per pair of engines. All transfers of the pair share it, in order."""
+    """One stream per pair of engines. All transfers of the pair share it; those between two ranks are in order."""
 
 class KvControlServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Served by decode engines to prefill engines. Bulk bytes travel beside it, over a torch.distributed pair."""
+    """Served by the leaders of decode engines to those of prefill engines. Bulk bytes travel beside it, from rank to rank, over
+    a torch.distributed pair of the two.
+    """
 
     @_abc_1.abstractmethod
     def Transfer(
@@ -53,6 +59,6 @@ class KvControlServiceServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_kv_control_pb2.TransferRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_kv_control_pb2.TransferResponse], _abc.AsyncIterator[_kv_control_pb2.TransferResponse]]:
-        """One stream per pair of engines. All transfers of the pair share it, in order."""
+        """One stream per pair of engines. All transfers of the pair share it; those between two ranks are in order."""
 
 def add_KvControlServiceServicer_to_server(servicer: KvControlServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

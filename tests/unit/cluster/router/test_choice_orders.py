@@ -28,10 +28,13 @@ from actors.types import (
 )
 from cluster.generation import ChoiceFinished, Delta, Event, Finished, GenerateCall, PromptScored, Started
 from cluster.policy import EngineView
-from cluster.router.link import AttemptError, AttemptEvent, Milestone
+from cluster.router.link import AttemptError, AttemptEvent, EngineLost, Milestone
 from cluster.router.request import RequestRun
+from cluster.router.retry_budget import RetryBudget
 from cluster.router.sampling import SamplingDefaults, resolve_sampling
 from cluster.router.services import Services
+from cluster.router.stages import Preprocessed
+from cluster.router.suspects import Suspects
 from tests.doubles import ByteVocabulary
 from tests.unit.cluster.router.world import CALL, SCORE, endings, logprobs_of, make_output, text_of
 
@@ -61,6 +64,8 @@ class Engines:
     split: bool
     reply_length: int
     preemptions: int
+    losses: int = 0
+    """Of an engine that prefills, after it has told its token."""
     heard: dict[SequenceKey, asyncio.Queue[AttemptEvent]] = field(default_factory=dict)
     running: dict[SequenceKey, Running] = field(default_factory=dict)
     cancelled: list[SequenceKey] = field(default_factory=list)
@@ -84,9 +89,14 @@ class Engines:
         preempted = self.preemptions > 0 and self.rng.random() < 0.5
         if preempted:
             self.preemptions -= 1
-            reason = self.rng.choice(["PREEMPTED", "NO_BLOCKS"])
+            reason = self.rng.choice(["PREEMPTED", "NO_BLOCKS", "MOVED", "ENGINE_LOST", "DRAINING"])
             kept = self.rng.randrange(len(tokens))
-            tokens = [*tokens[:kept], AttemptError(key, Unavailable("no blocks", reason=reason))]
+            role = EngineRole.COLOCATED
+            if self.split:
+                role = EngineRole.DECODE if kept else EngineRole.PREFILL
+            lost = reason == "ENGINE_LOST"
+            error = EngineLost(engine(role), "killed") if lost else Unavailable("gone", reason=reason)
+            tokens = [*tokens[:kept], AttemptError(key, error, role)]
         begin: list[AttemptEvent] = [Milestone(key, MilestoneKind.PREFILL_STARTED, 0.0, 16)]
         if request.sampling.prompt_logprobs is not None:
             begin += [
@@ -96,6 +106,9 @@ class Engines:
         if self.split and not isinstance(tokens[0], AttemptError):
             arrived = Milestone(key, MilestoneKind.TRANSFERRED, 0.25)
             streams = [begin + tokens[:1], [arrived, *tokens[1:]]]
+            if self.losses and self.rng.random() < 0.5:
+                self.losses -= 1
+                streams[0].append(AttemptError(key, EngineLost(engine(EngineRole.PREFILL), "killed"), "prefill"))
         else:
             streams = [begin + tokens]
         self.break_stream(streams[-1])
@@ -114,6 +127,21 @@ class Engines:
         event = stream.pop(0)
         if (queue := self.heard.get(attempt.key)) is not None:
             queue.put_nowait(event)
+
+
+def engine(role: EngineRole) -> EngineInfo:
+    return EngineInfo(
+        engine_id=role,
+        incarnation=role,
+        address=role,
+        role=role,
+        epoch=1,
+        fingerprint="f",
+        dtype="float64",
+        block_size=16,
+        switches="",
+        max_model_len=64,
+    )
 
 
 class Link:
@@ -141,24 +169,7 @@ class FleetDouble:
     def __init__(self, engines: Engines, roles: tuple[EngineRole, ...]) -> None:
         self.engines_double = engines
         load = LoadReport(step=0, running=0, waiting=0, free_blocks=9, total_blocks=9, block_size=16, queued_tokens=0)
-        self.views = [
-            EngineView(
-                info=EngineInfo(
-                    engine_id=role,
-                    incarnation=role,
-                    address=role,
-                    role=role,
-                    epoch=1,
-                    fingerprint="f",
-                    dtype="float64",
-                    block_size=16,
-                    switches="",
-                    max_model_len=64,
-                ),
-                load=load,
-            )
-            for role in roles
-        ]
+        self.views = [EngineView(info=engine(role), load=load) for role in roles]
 
     def engines(self) -> list[EngineView]:
         return self.views
@@ -181,10 +192,11 @@ class FleetDouble:
 
 
 class PreprocessDouble:
-    async def run(self, request: object) -> PreprocessReply:
-        return PreprocessReply(
+    async def run(self, request: object) -> Preprocessed:
+        reply = PreprocessReply(
             prompt_ids=PROMPT, media=(), starts_thinking=False, media_address="p", incarnation="p", busy_s=0.0
         )
+        return Preprocessed(reply=reply, lease="")
 
 
 class NoLeases:
@@ -201,6 +213,8 @@ def services(engines: Engines) -> Services:
     }
     return Services(
         **parts,
+        budget=RetryBudget(share=0.2, burst=64, clock=lambda: 0.0),
+        suspects=Suspects(),
         model_name="tiny",
         context_limit=lambda: 64,
         vocab_size=100,
@@ -254,6 +268,7 @@ async def test_whatever_the_order_each_choice_is_told_whole_and_once(n: int, spl
         rng = random.Random(seed)
         length = rng.randint(1, 6)
         engines = Engines(rng=rng, split=split, reply_length=length, preemptions=rng.randint(0, 5))
+        engines.losses = rng.randint(0, 3)
         call = replace(CALL, n=n, return_token_ids=True, logprobs=1, prompt_logprobs=1, return_timings=True)
         events, _ = await play(engines, call)
         expected = [[drawn(choice, index) for index in range(length)] for choice in range(n)]
@@ -358,7 +373,7 @@ async def test_one_choice_that_fails_fails_the_request_and_stops_the_others(spli
             key = engines.submitted[-1][0]
             if key.choice == 1:
                 at = rng.randrange(len(stream))
-                stream[at:] = [AttemptError(key, InvalidRequest("no", field="structure"))]
+                stream[at:] = [AttemptError(key, InvalidRequest("no", field="structure"), "")]
 
         engines.break_stream = fail
         with pytest.raises(InvalidRequest, match="no"):

@@ -66,6 +66,26 @@ async def test_a_reply_through_prefill_and_decode() -> None:
         assert prefill.cancels.empty() and decode.cancels.empty()
 
 
+async def test_it_tells_where_every_request_is() -> None:
+    async with world(EngineRole.PREFILL, EngineRole.DECODE) as w:
+        prefill, decode = w.engines
+        w.stages.media = (IMAGE,)
+        w.stages.gate.clear()
+        task = w.ask(replace(CALL, request_id="mine"))
+        await eventually(lambda: w.router.active_count == 1)
+        await asyncio.sleep(0)
+        (where,) = w.router.whereabouts()
+        assert (where.alias, where.stage, where.prefill) == ("mine", Stage.PREPROCESS, None)
+        w.stages.gate.set()
+        key, *_ = await prefill.taken()
+        (where,) = w.router.whereabouts()
+        assert (where.request_id, where.stage, where.encoder) == (key.request_id, Stage.QUEUED, "enc:1")
+        assert (where.prefill, where.decode) == (prefill.info.address, decode.info.address)
+        prefill.say(key, 0, 0, finish=FinishReason.LENGTH)
+        await task
+        assert w.router.whereabouts() == []
+
+
 async def test_a_stop_string_ends_the_reply_and_the_attempt() -> None:
     async with world(EngineRole.COLOCATED) as w:
         (engine,) = w.engines
@@ -131,19 +151,6 @@ async def test_the_deadline_ends_a_request_everywhere() -> None:
         assert await w.engines[0].cancelled() == key
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-async def test_a_lost_engine_ends_the_request_as_unavailable(victim: int) -> None:
-    async with world(EngineRole.PREFILL, EngineRole.DECODE) as w:
-        task = w.ask()
-        key, *_ = await w.engines[0].taken()
-        w.engines[0].say(key, 0, 0)
-        await w.engines[victim].server.stop(None)
-        with pytest.raises(Unavailable, match="lost") as caught:
-            await task
-        assert caught.value.reason == "ENGINE_LOST"
-        assert await w.engines[1 - victim].cancelled() == key
-
-
 async def test_the_error_of_the_engine_that_failed_first_is_the_one_told() -> None:
     async with world(EngineRole.PREFILL, EngineRole.DECODE) as w:
         prefill, decode = w.engines
@@ -152,18 +159,18 @@ async def test_the_error_of_the_engine_that_failed_first_is_the_one_told() -> No
         await decode.taken()
         decode.links.deliver_end(key, Unavailable("the other engine gave up", reason="PEER_CANCELLED"))
         await asyncio.sleep(0.05)
-        prefill.links.deliver_end(key, Unavailable("lost", reason="STAGE_LOST"))
-        with pytest.raises(Unavailable) as caught:
+        prefill.links.deliver_end(key, InternalError("broken", reason="BROKEN"))
+        with pytest.raises(InternalError) as caught:
             await task
-        assert caught.value.reason == "STAGE_LOST"
+        assert caught.value.reason == "BROKEN"
 
 
 async def test_an_engine_that_left_the_registry_gets_nothing_new() -> None:
     async with world(EngineRole.COLOCATED) as w:
         w.fleet._adopt(Snapshot(term=1, version=2))
-        with pytest.raises(Unavailable) as caught:
-            await w.ask()
-        assert caught.value.reason == "NO_ENGINE"
+        with pytest.raises(DeadlineExceeded):
+            await w.ask(replace(CALL, timeout_s=0.1))
+        assert w.engines[0].submits.empty()
 
 
 async def test_the_context_is_what_every_engine_can_hold() -> None:
@@ -288,6 +295,22 @@ async def test_a_defect_of_ours_shows_no_details(monkeypatch: pytest.MonkeyPatch
 async def test_tokens_are_counted_without_keeping_anything() -> None:
     async with world(EngineRole.COLOCATED) as w:
         assert len((await w.router.tokenize(CALL)).ids) == 3
+
+
+async def test_preprocessors_and_encoders_that_are_lost_are_asked_elsewhere() -> None:
+    """What preprocessing gave is kept while encoders are lost; only losses draw on the retry budget."""
+    async with world(EngineRole.COLOCATED) as w:
+        w.stages.media, w.stages.losses, w.stages.encoder_losses, w.stages.misses = (IMAGE,), 2, 2, 1
+        budget = w.router._services.budget
+        budget._clock = lambda since=budget._since: since  # type: ignore[misc]
+        task = w.ask()
+        key, *_ = await w.engines[0].taken()
+        w.engines[0].say(key, 0, END, finish=FinishReason.STOP)
+        await task
+        assert (w.stages.preprocessed, w.stages.encoded) == (2, 4)
+        assert budget.saved == 64 - 4
+        w.stages.losses = 3
+        assert await w.router.count_tokens(None, CALL.messages, CALL.thinking) == (3, 1)
 
 
 async def test_counting_has_a_deadline_too() -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
+from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,7 +16,8 @@ from actors.errors import InvalidRequest, ServingError, Unavailable
 from actors.types import EncoderInfo, Grid, MediaKind, PreprocessReply, PreprocessRequest, PromptMedia
 from actors.wire.media_client import MediaClient
 from cluster.router.leases import LeaseKeeper
-from cluster.router.stages import EncodeStage, PreprocessStage
+from cluster.router.retry_budget import RetryBudget
+from cluster.router.stages import EncodeStage, MissingPatches, PreprocessStage
 from tests.in_process import Handle
 
 IMAGE = PromptMedia(kind=MediaKind.IMAGE, offset=0, grid=Grid(1, 2, 2), content_keys=(b"c" * 32,))
@@ -55,6 +59,25 @@ class Preprocessor:
         return self.outcome
 
 
+class Pool:
+    """A Serve handle of several: each call goes to the next."""
+
+    def __init__(self, *replicas: Preprocessor) -> None:
+        self._next = itertools.cycle(replicas)
+        self.requests: list[PreprocessRequest] = []
+
+    async def preprocess(self, request: PreprocessRequest) -> PreprocessReply:
+        self.requests.append(request)
+        return await next(self._next).preprocess(request)
+
+
+def stage_of(
+    pool: Any, leases: LeaseKeeper, *, hedge_after_s: float = 5.0, timeout_s: float = 10.0, burst: float = 8
+) -> PreprocessStage:
+    budget = RetryBudget(share=0.0, burst=burst, clock=lambda: 0.0)
+    return PreprocessStage(Handle(pool), leases, budget, hedge_after_s=hedge_after_s, timeout_s=timeout_s)
+
+
 def request(**fields: Any) -> PreprocessRequest:
     return PreprocessRequest(lease="r-1#1", messages=(), max_prompt_tokens=10, **fields)
 
@@ -62,7 +85,8 @@ def request(**fields: Any) -> PreprocessRequest:
 @pytest.mark.parametrize(("kept", "count"), [(True, 1), (False, 0)])
 async def test_only_patches_that_are_kept_are_held(kept: bool, count: int) -> None:
     leases = LeaseKeeper(Places())
-    assert await PreprocessStage(Handle(Preprocessor()), leases).run(request(keep_patches=kept)) == REPLY
+    done = await stage_of(Preprocessor(), leases).run(request(keep_patches=kept))
+    assert (done.reply, done.lease) == (REPLY, "r-1#1")
     assert leases.count == count
 
 
@@ -70,16 +94,103 @@ async def test_patches_of_a_late_answer_are_released() -> None:
     places, preprocessor = Places(), Preprocessor()
     preprocessor.go.clear()
     leases = LeaseKeeper(places)
-    run = asyncio.create_task(PreprocessStage(Handle(preprocessor), leases).run(request()))
+    run = asyncio.create_task(stage_of(preprocessor, leases).run(request()))
     await preprocessor.called.wait()
     run.cancel()
     with pytest.raises(asyncio.CancelledError):
         await run
     preprocessor.go.set()
-    async with asyncio.timeout(5):
-        while not places.released:
-            await asyncio.sleep(0.005)
+    await eventually(lambda: places.released)
     assert places.released == [("pre:1", "r-1#1")] and leases.count == 0
+
+
+ELSEWHERE = replace(REPLY, media_address="pre:2", incarnation="q")
+
+
+async def eventually(condition: Any) -> None:
+    async with asyncio.timeout(5):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+async def test_a_hedge_takes_over_and_the_late_answer_is_released() -> None:
+    places, slow, quick = Places(), Preprocessor(), Preprocessor(ELSEWHERE)
+    slow.go.clear()
+    leases, pool = LeaseKeeper(places), Pool(slow, quick)
+    done = await stage_of(pool, leases, hedge_after_s=0.01).run(request())
+    assert (done.reply, done.lease) == (ELSEWHERE, "r-1#1+")
+    assert [asked.lease for asked in pool.requests] == ["r-1#1", "r-1#1+"]
+    slow.go.set()
+    await eventually(lambda: places.released)
+    assert places.released == [("pre:1", "r-1#1")] and leases.count == 1
+
+
+async def test_the_first_answer_may_still_win_and_a_lost_one_does_not() -> None:
+    slow, hedge = Preprocessor(), Preprocessor(ray.exceptions.ActorDiedError())
+    slow.go.clear()
+    run = asyncio.create_task(stage_of(Pool(slow, hedge), LeaseKeeper(Places()), hedge_after_s=0.01).run(request()))
+    await hedge.called.wait()
+    await asyncio.sleep(0.02)
+    assert not run.done()
+    slow.go.set()
+    assert (await run).lease == "r-1#1"
+
+
+async def test_no_hedge_without_a_retry_to_spare() -> None:
+    slow, quick = Preprocessor(), Preprocessor(ELSEWHERE)
+    slow.go.clear()
+    run = asyncio.create_task(
+        stage_of(Pool(slow, quick), LeaseKeeper(Places()), hedge_after_s=0.01, burst=0).run(request())
+    )
+    await slow.called.wait()
+    await asyncio.sleep(0.03)
+    assert not quick.called.is_set()
+    slow.go.set()
+    assert (await run).reply == REPLY
+
+
+async def test_no_answer_in_time_is_a_loss() -> None:
+    slow = Preprocessor()
+    slow.go.clear()
+    with pytest.raises(Unavailable) as caught:
+        await stage_of(slow, LeaseKeeper(Places()), hedge_after_s=0.01, timeout_s=0.05).run(request())
+    assert caught.value.reason == "STAGE_LOST"
+    slow.go.set()
+
+
+class Frozen(Places):
+    """Places of which some do not answer; the encoder says nothing either."""
+
+    def __init__(self, silent: str) -> None:
+        super().__init__()
+        self._silent = silent
+
+    async def renew(self, address: str, leases: list[str]) -> list[str]:
+        if address == self._silent:
+            raise Unavailable("no answer", reason="STAGE_LOST")
+        return []
+
+    async def encode(self, address: str, **_: object) -> AsyncIterator[Any]:
+        await asyncio.Event().wait()
+        yield
+
+
+@pytest.mark.parametrize(("silent", "raised"), [("enc:1", Unavailable), ("pre:1", MissingPatches)])
+async def test_a_frozen_place_is_given_up(
+    silent: str, raised: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cluster.router.leases.RENEW_S", 0.01)
+    places = Frozen(silent)
+    leases = LeaseKeeper(places, lost_after_s=0.2, suspect_after_s=0.05)
+    leases.start()
+    leases.hold("pre:1", "r-1#1")
+    encoder = EncoderInfo(encoder_id="v", incarnation="v", address="enc:1", fingerprint="f", dtype="float64")
+    with pytest.raises(raised):
+        await EncodeStage(places, leases).run(  # type: ignore[arg-type]
+            encoder, (IMAGE,), lease="r-1#2", patch_address="pre:1", timeout_s=5
+        )
+    assert leases.doubts(silent) and not leases.doubts("enc:1" if silent == "pre:1" else "pre:1")
+    await leases.close()
 
 
 @pytest.mark.parametrize(
@@ -91,7 +202,7 @@ async def test_patches_of_a_late_answer_are_released() -> None:
     ],
 )
 async def test_errors_of_a_preprocessor(outcome: Exception, expected: type[ServingError], reason: str) -> None:
-    stage = PreprocessStage(Handle(Preprocessor(outcome)), LeaseKeeper(Places()))
+    stage = stage_of(Preprocessor(outcome), LeaseKeeper(Places()))
     with pytest.raises(expected) as caught:
         await stage.run(request())
     assert caught.value.reason == reason
@@ -102,7 +213,8 @@ async def test_a_lost_encoder_is_told_without_its_address() -> None:
     client = MediaClient()
     encoder = EncoderInfo(encoder_id="v", incarnation="v", address="127.0.0.1:1", fingerprint="f", dtype="float64")
     stage = EncodeStage(client, LeaseKeeper(Places()))
-    with pytest.raises(Unavailable, match="a vision encoder was lost; send the request again") as caught:
+    with pytest.raises(Unavailable, match="a vision encoder was lost") as caught:
         await stage.run(encoder, (IMAGE,), lease="r-1#2", patch_address="pre:1", timeout_s=5)
     assert "127.0.0.1" not in caught.value.message and caught.value.retry_after_s is not None
     await client.close()
+    assert stage._leases.doubts(encoder.address)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -38,12 +39,14 @@ from cluster.registry import EncoderEntry, EngineEntry, PreprocessorEntry, Snaps
 from cluster.router.fleet import Fleet
 from cluster.router.leases import LeaseKeeper
 from cluster.router.output import OutputAssembler
+from cluster.router.retry_budget import RetryBudget
 from cluster.router.router import Router
 from cluster.router.sampling import SamplingDefaults, resolve_sampling
 from cluster.router.scores import TokenScorer
 from cluster.router.services import Services
-from cluster.router.stages import MissingPatches
-from ernie_serving.internal.v1 import engine_link_pb2_grpc
+from cluster.router.stages import MissingPatches, Preprocessed, StageLost
+from cluster.router.suspects import Suspects
+from ernie_serving.internal.v1 import engine_link_pb2, engine_link_pb2_grpc
 from tests.doubles import ByteVocabulary
 
 CALL = GenerateCall(messages=(Message(role=MessageRole.USER, parts=(TextPart(text="hi"),)),), max_tokens=8)
@@ -106,12 +109,27 @@ def logprobs_of(token_id: int) -> TokenLogprobs:
     return TokenLogprobs(token_id=token_id, logprob=-0.5, rank=1, top=((token_id, -0.5), (0, -2.0)))
 
 
+class HeldBack(asyncio.Queue):  # type: ignore[type-arg]
+    """An outbox from which nothing is taken until it is let go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.let_go = asyncio.Event()
+
+    async def get(self) -> engine_link_pb2.LinkResponse:
+        await self.let_go.wait()
+        message: engine_link_pb2.LinkResponse = await super().get()
+        return message
+
+
 class ScriptedEngine:
     """An engine whose tokens the test sends."""
 
     def __init__(self, name: str, role: EngineRole) -> None:
         self.server = make_server()
         self.free_blocks = 100
+        self.draining = False
+        self._held_back: list[HeldBack] = []
         self.info = EngineInfo(
             engine_id=name,
             incarnation=f"{name}-1",
@@ -149,7 +167,20 @@ class ScriptedEngine:
             total_blocks=100,
             block_size=16,
             queued_tokens=0,
+            draining=self.draining,
         )
+
+    def freeze(self) -> None:
+        """On its present links it says nothing from now on, not even that it lives; what it would have said waits."""
+        for session in self.links._open:
+            former, session.outbox = session.outbox, HeldBack()
+            former.put_nowait(engine_link_pb2.LinkResponse())  # takes the writer on to the new one
+            self._held_back.append(session.outbox)
+
+    def thaw(self) -> None:
+        """Says what it would have said."""
+        for outbox in self._held_back:
+            outbox.let_go.set()
 
     async def taken(self) -> tuple[SequenceKey, EngineRequest, AttemptMode]:
         return await asyncio.wait_for(self.submits.get(), 5)
@@ -194,9 +225,12 @@ class Stages:
         self.media: tuple[PromptMedia, ...] = ()
         self.prompt_ids: tuple[int, ...] = (5, 6, 7)
         self.error: Exception | None = None
+        self.losses = 0
+        """Preprocessors that are lost before one answers."""
         self.gate = asyncio.Event()
         self.gate.set()
         self.misses = 0
+        self.encoder_losses = 0
         self.preprocessed = 0
         self.encoded = 0
         self.leases: set[tuple[str, str]] = set()
@@ -205,15 +239,18 @@ class Stages:
     async def run(self, *args, **kwargs):  # type: ignore[no-untyped-def]
         return await (self._preprocess(*args) if len(args) == 1 else self._encode(*args, **kwargs))
 
-    async def _preprocess(self, request: PreprocessRequest) -> PreprocessReply:
+    async def _preprocess(self, request: PreprocessRequest) -> Preprocessed:
         await self.gate.wait()
         if self.error is not None:
             raise self.error
+        if self.losses:
+            self.losses -= 1
+            raise StageLost("a preprocessor")
         self.preprocessed += 1
-        if self.media:
+        if self.media and request.keep_patches:
             self.keeper.hold("pre:1", request.lease)
             self.leases.add(("pre:1", request.lease))
-        return PreprocessReply(
+        reply = PreprocessReply(
             prompt_ids=self.prompt_ids,
             media=self.media,
             starts_thinking=False,
@@ -221,6 +258,7 @@ class Stages:
             incarnation="p",
             busy_s=0.25,
         )
+        return Preprocessed(reply=reply, lease=request.lease)
 
     async def _encode(
         self, encoder: EncoderInfo, media: tuple[PromptMedia, ...], *, lease: str, patch_address: str, timeout_s: float
@@ -231,6 +269,9 @@ class Stages:
         if self.misses:
             self.misses -= 1
             raise MissingPatches
+        if self.encoder_losses:
+            self.encoder_losses -= 1
+            raise StageLost("a vision encoder")
         return tuple(
             MediaSpan(
                 kind=item.kind,
@@ -253,6 +294,18 @@ class World:
     def __init__(self, router: Router, stages: Stages, fleet: Fleet, *engines: ScriptedEngine) -> None:
         self.router, self.stages, self.fleet = router, stages, fleet
         self.engines = engines
+        self.replacements: list[ScriptedEngine] = []
+
+    async def replace(self, engine: ScriptedEngine) -> ScriptedEngine:
+        """Another engine of the same role in its place, as Serve would start one."""
+        replacement = ScriptedEngine(f"{engine.info.engine_id}-again", engine.info.role)
+        await replacement.server.start()
+        self.replacements.append(replacement)
+        known = self.fleet.snapshot
+        kept = tuple(entry for entry in known.engines if entry.info.incarnation != engine.info.incarnation)
+        entry = EngineEntry(info=replacement.info, pool="p", ready=True, load=None)
+        self.fleet._adopt(dataclasses.replace(known, engines=(*kept, entry)))
+        return replacement
 
     def ask(self, call: GenerateCall = CALL) -> asyncio.Task[list[Event]]:
         async def collect() -> list[Event]:
@@ -290,9 +343,11 @@ async def world(
     encoders: bool = True,
     preprocessors: bool = True,
     default_timeout_s: float = 60,
+    lost_after_s: float = 3.0,
 ) -> AsyncIterator[World]:
     stages = Stages()
     engines = [ScriptedEngine(f"e{i}", role) for i, role in enumerate(roles)]
+    replacements: list[ScriptedEngine] = []
     for engine in engines:
         await engine.server.start()
     encoder = EncoderInfo(encoder_id="v", incarnation="v1", address="enc:1", fingerprint="f", dtype="float64")
@@ -309,13 +364,15 @@ async def world(
             await asyncio.sleep(timeout_s)
         return snapshot
 
-    fleet = Fleet(planner, "r", lost_after_s=3.0)
+    fleet = Fleet(planner, "r", lost_after_s=lost_after_s)
     keeper = stages.keeper = LeaseKeeper(stages)
     services = Services(
         fleet=fleet,
         leases=keeper,
         preprocess=stages,  # type: ignore[arg-type]
         encode=stages,  # type: ignore[arg-type]
+        budget=RetryBudget(share=0.2, burst=64, clock=time.monotonic),
+        suspects=Suspects(),
         model_name="tiny",
         context_limit=lambda: fleet.context_limit(64),
         vocab_size=100,
@@ -345,12 +402,14 @@ async def world(
     keeper.start()
     try:
         await eventually(lambda: len(fleet.engines()) == len(engines))
-        yield World(router, stages, fleet, *engines)
+        w = World(router, stages, fleet, *engines)
+        replacements = w.replacements
+        yield w
         await eventually(lambda: router.active_count == 0)
         await eventually(lambda: not stages.leases)
         router.check_integrity()
     finally:
         await fleet.close()
         await keeper.close()
-        for engine in engines:
+        for engine in (*engines, *replacements):
             await engine.server.stop(None)

@@ -23,16 +23,12 @@ def test_bank_lies_in_the_tail_and_becomes_blocks() -> None:
     assert plan.blocks_beside_bank == plan.bank_offset // 1000
     assert plan.blocks_without_bank == 100
     arena = Arena(plan)
-    bank, beside, everything = (
-        arena.bank_storage(),
-        arena.block_storage(with_bank=True),
-        arena.block_storage(with_bank=False),
-    )
+    bank, blocks = arena.bank_storage(), arena.block_storage()
     bank.fill_(7)
-    assert not beside.any()
-    assert everything.any()
-    assert beside.data_ptr() == everything.data_ptr() == arena.bytes.data_ptr()
-    assert (beside.numel(), everything.numel(), bank.numel()) == (plan.blocks_beside_bank * 1000, 100_000, 30_000)
+    beside = blocks[: plan.blocks_beside_bank * 1000]
+    assert not beside.any() and blocks[len(beside) :].any()
+    assert blocks.data_ptr() == arena.bytes.data_ptr()
+    assert (blocks.numel(), bank.numel()) == (100_000, 30_000)
 
 
 def test_arena_bytes_is_enough_and_no_block_more() -> None:

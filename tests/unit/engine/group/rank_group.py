@@ -22,10 +22,13 @@ from actors.engine.group.channel import GroupConfig
 from actors.engine.group.followers import Followers
 from actors.engine.group.group_runner import GroupRunner
 from actors.engine.group.meeting import Invitation, Meeting
-from actors.engine.group.rank_process import follow
+from actors.engine.group.rank_process import Loaded, follow
 from actors.engine.plan import RankPlan, StepPlan, StepResult
+from actors.engine_rank import kv_rank
 from actors.ernie.config import ErnieConfig, Rules
 from actors.ernie.text import LanguageModel
+from actors.ernie.weights import Progress
+from actors.parallel.kv_threads import LocalKvRank
 from tests.small_models import language_model, text_config
 from tests.unit.engine.harness import ernie_config, kv_layout
 
@@ -35,7 +38,7 @@ PATIENT = GroupConfig(silence_s=30.0, step_timeout_s=120.0, join_timeout_s=120.0
 
 CONTEXT = multiprocessing.get_context("forkserver")
 """Its server imports torch once: a rank's process starts in no time."""
-CONTEXT.set_forkserver_preload(["torch", "actors.engine.group.rank_process"])
+CONTEXT.set_forkserver_preload(["torch", "actors.engine_rank"])
 
 
 def small_model() -> tuple[LanguageModel, ErnieConfig]:
@@ -89,9 +92,10 @@ class RankLoader:
     block_size: int = 4
     fault: Fault | None = None
 
-    def load(self, rank: int) -> Runner:
+    def load(self, rank: int, progress: Progress) -> Loaded:
+        progress(1, 2)
         model, config = self.model()
-        return self.runner(rank, model, config)
+        return Loaded(self.runner(rank, model, config), (f"rank {rank} is here",))
 
     def runner(self, rank: int, model: LanguageModel, config: ErnieConfig, **options: Any) -> Runner:
         cache = KvCache.allocate(kv_layout(model, self.block_size), self.blocks, model.device)
@@ -102,7 +106,10 @@ class RankLoader:
 
     def main(self, invitation: Invitation, rank: int) -> None:
         """Of a rank's process."""
-        follow(invitation, rank, partial(self.load, rank))
+        follow(invitation, rank, partial(self.load, rank), self.kv_rank)
+
+    def kv_rank(self, runner: Runner) -> LocalKvRank:
+        return kv_rank(runner.cache, HOST)
 
 
 def start_rank(

@@ -10,8 +10,7 @@ import torch
 
 from actors.engine.execution.runner import Runner
 from actors.engine.group.messages import Embedding
-from actors.errors import Unavailable
-from actors.types import AttemptMode, EngineRole, Grid, MediaKind, SequenceKey
+from actors.types import AttemptMode, Grid, MediaKind, SequenceKey
 from tests.unit.engine.constraints import structures as st
 from tests.unit.engine.engine_requests import IMAGE, Wanted, chats, key, media_request, request, span
 from tests.unit.engine.group.rank_group import RankGroup, RankLoader, WatchedGroup
@@ -184,15 +183,11 @@ def test_constraints_hold_on_every_rank() -> None:
             assert rig.sink.preempted
 
 
-def test_an_engine_that_transfers_kv_has_one_rank(pair: RankGroup) -> None:
-    for role in (EngineRole.PREFILL, EngineRole.DECODE):
-        with pytest.raises(ValueError, match=f"a {role.value} engine of 2 ranks: KV transfer of several ranks"):
-            Rig(group=pair.join, role=role)
-    with Rig(group=pair.join) as rig:
-        for mode in (AttemptMode.PREFILL, AttemptMode.DECODE):
-            with pytest.raises(Unavailable) as caught:
-                rig.submit(0, request([5]), mode=mode)
-            assert caught.value.reason == "WRONG_ROLE"
+def test_ranks_tell_how_far_they_are_and_what_they_are() -> None:
+    with RankGroup(3) as group:
+        assert len(group.followers.wait_ready()) == 2
+        assert group.followers.loading == ((1, 2), (1, 2))
+        assert group.followers.notes == {1: ("rank 1 is here",), 2: ("rank 2 is here",)}
 
 
 def test_a_plan_for_another_number_of_ranks_is_refused(pair: RankGroup) -> None:

@@ -62,3 +62,23 @@ def test_random_histories_keep_count(steps: list[tuple[str, int]]) -> None:
     for blocks in held:
         pool.release(blocks)
     assert pool.free == pool.total
+
+
+def test_blocks_that_go_are_forgotten_and_new_ones_are_empty() -> None:
+    pool = BlockPool(4)
+    blocks = pool.allocate(4)
+    for block in blocks[:3]:
+        pool.publish(block, bytes([block]))
+    pool.take_changes()
+    pool.release(blocks[1:])
+    pool.resize(2)
+    pool.check_integrity([[0]])
+    assert (pool.total, pool.free, pool.cached) == (2, 1, 1)
+    assert pool.take_changes() == ((), (b"\x02",))
+    with pytest.raises(ValueError, match="cannot have 0 blocks: block 0 is used"):
+        pool.resize(0)
+    pool.resize(5)
+    pool.check_integrity([[0]])
+    assert pool.free == 4 and pool.lookup([b"\x00", b"\x01"]) == [0, 1]
+    assert pool.allocate(3) == [2, 3, 4]
+    pool.check_integrity([[0], [0, 1], [2, 3, 4]])

@@ -27,9 +27,16 @@ def test_prefill_reserves_first_and_hands_over_chunk_by_chunk() -> None:
     table = tuple(sequence.blocks)
     assert len(table) == 5
     assert bench.of(ev.ComputedChunk) == [
-        ev.ComputedChunk(key=key("a"), index=0, first_token=0, token_count=16, block_table=table, last=False),
+        ev.ComputedChunk(key=key("a"), rank=0, index=0, first_token=0, token_count=16, block_table=table, last=False),
         ev.ComputedChunk(
-            key=key("a"), index=1, first_token=16, token_count=4, block_table=table, last=True, first_output_id=9
+            key=key("a"),
+            rank=0,
+            index=1,
+            first_token=16,
+            token_count=4,
+            block_table=table,
+            last=True,
+            first_output_id=9,
         ),
     ]
     assert sequence.state is SequenceState.HANDED_OVER

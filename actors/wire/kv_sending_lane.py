@@ -1,0 +1,210 @@
+"""A prefill engine's end of one lane: chunks go from one of its ranks to one rank of a decode engine, one by one."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+
+from actors.engine.events import ComputedChunk
+from actors.parallel.kv_ends import Received, Work
+from actors.parallel.kv_transfer import BlockGuard, TransportError, pair_name
+from actors.types import SequenceKey
+from actors.wire import convert
+from actors.wire.kv_control import PairParts
+from ernie_serving.internal.v1 import kv_control_pb2 as pb
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(eq=False, slots=True)
+class Outgoing:
+    """A sequence from Reserve to the Ack of its last chunk."""
+
+    key: SequenceKey
+    guard: BlockGuard = field(default_factory=BlockGuard)
+    rank: int = 0
+    """Of the decode engine, which holds it."""
+    rendezvous: str = ""
+    unacked: dict[int, Chunk] = field(default_factory=dict)
+    last_pushed: bool = False
+    busy_s: float = 0.0
+
+
+@dataclass(eq=False, slots=True)
+class Chunk:
+    """A chunk until its Ack. ``generation`` is that of the exchange under way, 0 when there is none."""
+
+    computed: ComputedChunk
+    entry: Outgoing
+    generation: int = 0
+    sends: int = 0
+    rejections: int = 0
+    broken: bool = False
+    work: Work[Received] | None = None
+
+    def stop(self) -> None:
+        """Ends the waiting of the exchange under way."""
+        if self.work is not None:
+            self.work.stop()
+
+
+class SendingLane:
+    """Lives on the event loop. Its pair decides which sequences there are, and what becomes of them."""
+
+    def __init__(
+        self,
+        parts: PairParts,
+        peer: str,
+        rank: int,
+        *,
+        say: Callable[[pb.TransferRequest], None],
+        wanted: Callable[[Outgoing], bool],
+        declined: Callable[[Outgoing], None],
+        given_up: Callable[[SendingLane], None],
+    ) -> None:
+        """``rank``: this engine's. ``wanted``: whether a sequence is still sent. ``given_up``: the data path broke too
+        often.
+        """
+        self._parts = parts
+        self._peer = peer
+        self._say = say
+        self._wanted = wanted
+        self._declined = declined
+        self._given_up = given_up
+        self._ready: asyncio.Queue[Chunk] = asyncio.Queue()
+        self._current: Chunk | None = None
+        self._answer: asyncio.Future[pb.TransferResponse] | None = None
+        self._breaks = 0
+        self._generation = 0
+        self._end = parts.ranks[rank].sending_end(peer)
+
+    @property
+    def idle(self) -> bool:
+        return self._current is None
+
+    @property
+    def busy(self) -> bool:
+        return self._current is not None or self._end.staging_in_use
+
+    def push(self, chunk: Chunk) -> None:
+        self._ready.put_nowait(chunk)
+
+    def takes_answer(self, key: SequenceKey, index: int, response: pb.TransferResponse) -> bool:
+        """An Accept or Decline; False if it answers no offer of this lane."""
+        current = self._current
+        if current is None or self._answer is None or self._answer.done():
+            return False
+        if (current.computed.key, current.computed.index) != (key, index):
+            return False
+        self._answer.set_result(response)
+        return True
+
+    def acked(self) -> None:
+        """The data path works."""
+        self._breaks = 0
+
+    def again(self, chunk: Chunk) -> None:
+        """The receiver did not get what was sent."""
+        chunk.generation = 0
+        self._ready.put_nowait(chunk)
+
+    def broke(self, chunk: Chunk) -> None:
+        """The receiver has left the generation that ``chunk`` went through, or goes through."""
+        if chunk is self._current:
+            chunk.broken = True
+            chunk.stop()
+        else:
+            self._broke(chunk)
+
+    async def run(self) -> None:
+        """Sends until it is cancelled."""
+        while True:
+            chunk = await self._ready.get()
+            if not self._wanted(chunk.entry):
+                continue
+            self._current = chunk
+            try:
+                await self._exchange(chunk)
+            finally:
+                chunk.stop()
+                chunk.work = None
+                self._current = None
+
+    def close(self) -> Awaitable[None]:
+        """Done when the end is; ``run`` must have ended."""
+        return asyncio.wrap_future(self._end.close())
+
+    async def _exchange(self, chunk: Chunk) -> None:
+        computed, entry = chunk.computed, chunk.entry
+        key = convert.key_to_proto(computed.key)
+        self._answer = asyncio.get_running_loop().create_future()
+        self._say(pb.TransferRequest(offer=self._offer(computed)))
+        answer = await self._answer
+        self._answer = None
+        if answer.WhichOneof("message") == "decline":
+            self._declined(entry)
+            return
+        chunk.generation, chunk.broken = answer.accept.generation, False
+        if chunk.generation != self._generation:
+            self._generation = chunk.generation
+            self._parts.counters.generations += 1
+        chunk.work = self._end.send(
+            pair_name(self._parts.incarnation, self._peer, chunk.generation),
+            entry.rendezvous,
+            block_table=computed.block_table,
+            first=computed.first_token,
+            tokens=computed.token_count,
+            guard=entry.guard,
+        )
+        try:
+            sent = await asyncio.wrap_future(chunk.work.future)
+        except TransportError as error:
+            log.warning("generation %d to engine %s failed: %s", chunk.generation, self._peer, error)
+            failed = pb.SendFailed(key=key, chunk=computed.index, generation=chunk.generation)
+            self._say(pb.TransferRequest(send_failed=failed))
+            self._broke(chunk)
+            return
+        if chunk.broken:
+            self._broke(chunk)
+            return
+        self._count(chunk, sent.seconds)
+        done = pb.Sent(
+            key=key,
+            chunk=computed.index,
+            generation=chunk.generation,
+            checksums=sent.checksums,
+            last=computed.last,
+            first_output_id=computed.first_output_id or 0,
+            finished=computed.finished,
+        )
+        self._say(pb.TransferRequest(sent=done))
+
+    def _offer(self, computed: ComputedChunk) -> pb.Offer:
+        size = self._parts.geometry.message_bytes(computed.token_count)
+        return pb.Offer(
+            key=convert.key_to_proto(computed.key),
+            chunk=computed.index,
+            first_token=computed.first_token,
+            token_count=computed.token_count,
+            messages=[pb.LayerMessage(layer=n, byte_count=size) for n in range(self._parts.geometry.num_layers)],
+            rank=computed.rank,
+        )
+
+    def _count(self, chunk: Chunk, busy_s: float) -> None:
+        counters = self._parts.counters
+        size = self._parts.geometry.chunk_bytes(chunk.computed.token_count)
+        chunk.entry.busy_s += busy_s
+        counters.sent_bytes += size
+        counters.resent_bytes += size if chunk.sends else 0
+        chunk.sends += 1
+
+    def _broke(self, chunk: Chunk) -> None:
+        """A generation ended under ``chunk``; the receiver will name another one when it accepts the next offer."""
+        self._breaks += 1
+        if self._breaks >= self._parts.config.break_limit:
+            self._breaks = 0
+            self._given_up(self)
+        elif self._wanted(chunk.entry):
+            self.again(chunk)

@@ -1,0 +1,68 @@
+"""Breaks the router of a chaos run as ERNIE_CHAOS_MUTANT says (see ``tests/chaos/mutants.py``).
+
+no_resume   a lost part ends the request
+no_dedupe   an attempt that is over goes on being heard, and tokens known already are taken again
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import os
+import sys
+from types import ModuleType
+
+
+def no_resume(module: ModuleType) -> None:
+    module.judge = lambda error, newcomer: module.Verdict.TOLD  # type: ignore[attr-defined]
+
+
+def no_dedupe(module: ModuleType) -> None:
+    """A resumed attempt begins anew, and whatever it says is taken."""
+    request = module.ChoiceRun._request  # type: ignore[attr-defined]
+    push = module.OutputAssembler.push  # type: ignore[attr-defined]
+
+    def from_the_start(self):  # type: ignore[no-untyped-def]
+        return module.replace(request(self), output_ids=())  # type: ignore[attr-defined]
+
+    def all_of_them(self, events):  # type: ignore[no-untyped-def]
+        base = len(self.token_ids) if events and events[0].index == 0 and self.token_ids else None
+        if base is not None:
+            self._shift = base
+        shift = getattr(self, "_shift", 0)
+        return push(self, [module.replace(event, index=event.index + shift) for event in events])  # type: ignore[attr-defined]
+
+    module.ChoiceRun._request = from_the_start  # type: ignore[attr-defined]
+    module.OutputAssembler.push = all_of_them  # type: ignore[attr-defined]
+
+
+MUTATIONS = {
+    "no_resume": ("cluster.router.choice", no_resume),
+    "no_dedupe": ("cluster.router.choice", no_dedupe),
+}
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    """Mutates one module right after its import."""
+
+    def __init__(self, name, mutate):  # type: ignore[no-untyped-def]
+        self._name, self._mutate = name, mutate
+
+    def find_spec(self, fullname, path=None, target=None):  # type: ignore[no-untyped-def]
+        if fullname != self._name:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.machinery.PathFinder.find_spec(fullname, path)
+        assert spec is not None and spec.loader is not None
+        execute, mutate = spec.loader.exec_module, self._mutate
+
+        def exec_module(module: ModuleType) -> None:
+            execute(module)
+            mutate(module)
+
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+if (wanted := os.environ.get("ERNIE_CHAOS_MUTANT")) is not None:
+    sys.meta_path.insert(0, _Finder(*MUTATIONS[wanted]))
