@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 import threading
 from collections.abc import Iterator
@@ -23,9 +24,10 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
+from actors.errors import Unavailable
 from actors.types import EngineRole
 from cluster.http_api import build_api
-from tests.doubles import SCORED, ScriptedService
+from tests.doubles import SCORED, SCRIPT, ScriptedService
 from tests.in_process import in_process_cluster
 from tests.tiny_model import tiny_checkpoint
 from tests.unit.cluster.test_completions import SCORED as COMPLETIONS_SCORED
@@ -123,6 +125,39 @@ async def test_replies_are_as_described(
     if body is not None and status == 200:
         schema = operation["requestBody"]["content"]["application/json"]["schema"]
         jsonschema.Draft202012Validator(schema | {"components": document["components"]}).validate(body)
+
+
+STREAMS: list[tuple[tuple[Any, ...], str, dict[str, Any]]] = [
+    (SCORED, "/v1/chat/completions", {"n": 2, "logprobs": True, "prompt_logprobs": 1, "return_token_ids": True}),
+    (CALLS, "/v1/chat/completions", {"stream_options": {"include_usage": True}, "return_timings": True}),
+    ((*CALLS[:3], Unavailable("lost")), "/v1/chat/completions", {}),
+    (COMPLETIONS_SCORED, "/v1/completions", {"n": 2, "logprobs": 1, "echo": True, "return_token_ids": True}),
+    (SCRIPT, "/v1/completions", {"stream_options": {"include_usage": True}, "return_timings": True}),
+    ((*SCRIPT[:3], Unavailable("lost")), "/v1/completions", {}),
+    (CALLS, "/v1/responses", {}),
+    ((*CALLS[:3], Unavailable("lost")), "/v1/responses", {}),
+]
+"""Scripts of the service, and what is asked for."""
+PROMPTS = {
+    "/v1/chat/completions": {"messages": ASK},
+    "/v1/completions": {"prompt": "hi"},
+    "/v1/responses": {"input": "hi"},
+}
+
+
+@pytest.mark.parametrize(("script", "path", "fields"), STREAMS, ids=lambda value: str(value)[:40])
+async def test_stream_events_are_as_described(script: tuple[Any, ...], path: str, fields: dict[str, Any]) -> None:
+    async with plain(ScriptedService(script=script)) as client:
+        document = (await client.get("/openapi.json")).json()
+        text = (await client.post(path, json=PROMPTS[path] | fields | {"stream": True})).text
+    content = document["paths"][path]["post"]["responses"]["200"]["content"]["text/event-stream"]
+    data = content["itemSchema"]["properties"]["data"]["anyOf"][1]["contentSchema"]
+    schema = jsonschema.Draft202012Validator(data | {"components": document["components"]})
+    events = [line.removeprefix("data: ") for line in text.splitlines() if line.startswith("data: ")]
+    assert len(events) > 2
+    for event in events:
+        if event != "[DONE]":
+            schema.validate(json.loads(event))
 
 
 @contextmanager
