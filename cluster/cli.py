@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from cluster.bench.cli import bench
+from cluster.cli_checkpoint import checkpoint_app
 from cluster.eval.cli import eval_app
 
 if TYPE_CHECKING:
@@ -24,7 +25,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-checkpoint_app = typer.Typer(help="Makes checkpoints.", no_args_is_help=True)
 app.add_typer(checkpoint_app, name="checkpoint")
 app.add_typer(eval_app, name="eval")
 
@@ -41,8 +41,13 @@ def serve(
     model_argument: Annotated[
         str | None, typer.Argument(metavar="MODEL", help="The same as --model.", show_default=False)
     ] = None,
-    model: Annotated[str | None, typer.Option(help="Checkpoint directory, nano or random; nano when unset.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Checkpoint directory, name on a hub, nano or random; nano when unset.")
+    ] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file; options given here win over it.")] = None,
+    revision: Annotated[
+        str | None, typer.Option(help="Branch, tag or commit of a model named by its repository.")
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, bfloat16, float32 or float64.")] = None,
     compat: Annotated[str | None, typer.Option(help="original or transformers: whose rules to follow.")] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on; 127.0.0.1 when unset.")] = None,
@@ -52,6 +57,9 @@ def serve(
     grpc_port: Annotated[int | None, typer.Option(help="Port of the gRPC API; 9000 when unset.")] = None,
     allowed_media_domains: Annotated[
         list[str] | None, typer.Option(help="Host media may be fetched from; repeat for more.")
+    ] = None,
+    allowed_media_networks: Annotated[
+        list[str] | None, typer.Option(help="Private network that allowed hosts may lie in; repeat for more.")
     ] = None,
     max_model_len: Annotated[int | None, typer.Option(help="Longest prompt and reply together.")] = None,
     served_model_name: Annotated[str | None, typer.Option(help="Name clients ask for.")] = None,
@@ -102,6 +110,7 @@ def serve(
         _fail(f"model: {model_argument} and --model {model} differ: give one")
     options: dict[str, Any] = {
         "model": model or model_argument,
+        "revision": revision,
         "dtype": dtype,
         "compat": compat,
         "host": host,
@@ -128,7 +137,7 @@ def serve(
     )
     for notice in others.notices():
         typer.secho(notice, fg=typer.colors.YELLOW)
-    settings = _config(config, options, allowed_media_domains, others)
+    settings = _config(config, options, allowed_media_domains, allowed_media_networks, others)
     try:
         with running_cluster(settings, typer.echo, log_dir=log_dir) as signals:
             url = http_url(settings)
@@ -263,62 +272,26 @@ def status(url: Annotated[str, typer.Option(help="Base URL of the HTTP API.")] =
 app.command()(bench)
 
 
-@checkpoint_app.command("random")
-def checkpoint_random(
-    directory: Annotated[Path, typer.Argument(help="New or empty directory.")],
-    preset: Annotated[str, typer.Option(help="tiny, mid or 28b.")] = "tiny",
-    seed: Annotated[int, typer.Option(help="Same seed, same weights.")] = 0,
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
-    naming: Annotated[str, typer.Option(help="hf or baidu: names of the tensors.")] = "hf",
-    style: Annotated[str, typer.Option(help="pt or thinking: whose chat template.")] = "pt",
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", help="text_config.hidden_size=192; repeat for more.")
-    ] = None,
-    write: Annotated[
-        bool | None, typer.Option("--write/--no-write", help="Unset: all but 28b, whose shapes are counted only.")
-    ] = None,
-) -> None:
-    """Writes a complete checkpoint of the real format with random weights."""
-    from actors.checkpoint import parse_overrides, write_random_checkpoint
-
-    if naming not in ("hf", "baidu"):
-        _fail(f"--naming: {naming!r} is not one of hf, baidu")
-    if style not in ("pt", "thinking"):
-        _fail(f"--style: {style!r} is not one of pt, thinking")
-    try:
-        summary = write_random_checkpoint(
-            directory,
-            preset,
-            seed=seed,
-            dtype=dtype,
-            naming="hf" if naming == "hf" else "baidu",
-            style="pt" if style == "pt" else "thinking",
-            overrides=parse_overrides(set_ or []),
-            write=write,
-        )
-    except (ValueError, OSError) as error:
-        _fail(str(error))
-    size = f"{summary.parameters / 1e6:,.1f} M parameters, {summary.nbytes / 1e6:,.1f} MB"
-    if summary.directory is None:
-        typer.echo(f"{preset}: {size}; nothing was written, --write does")
-    else:
-        typer.echo(f"{summary.directory}: {size}")
-
-
 def _config(
-    file: Path | None, options: dict[str, Any], domains: list[str] | None, others: ServeOptions | None = None
+    file: Path | None,
+    options: dict[str, Any],
+    domains: list[str] | None,
+    networks: list[str] | None = None,
+    others: ServeOptions | None = None,
 ) -> ClusterConfig:
     from cluster.builtin import locate
     from cluster.config import parse, read_file
+    from cluster.hub import locate_checkpoint
     from cluster.model_check import check_model
     from cluster.serve_options import section
 
     try:
         values = read_file(file) if file is not None else {}
         values |= {name: value for name, value in options.items() if value is not None}
-        if domains is not None:
-            names = [name for item in domains for name in item.split(",") if name]
-            section(values, "preprocessor", "limits")["allowed_media_domains"] = names
+        for name, items in (("allowed_media_domains", domains), ("allowed_media_networks", networks)):
+            if items is not None:
+                given = [one for item in items for one in item.split(",") if one]
+                section(values, "preprocessor", "limits")[name] = given
         if others is not None:
             others.apply(values)
         settings = parse(values, str(file or "options"))
@@ -326,8 +299,7 @@ def _config(
             typer.secho(ABOUT[settings.model], fg=typer.colors.YELLOW)
             settings = locate(settings)
         else:
-            # Absolute: workers run in other directories.
-            settings = settings.model_copy(update={"model": str(Path(settings.model).expanduser().resolve())})
+            settings, _ = locate_checkpoint(settings, typer.echo)
         check_model(settings)
         return settings
     except (ValueError, OSError) as error:

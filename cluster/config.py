@@ -246,11 +246,14 @@ class PoolDefaults(Section):
 
 
 class ClusterConfig(Section):
-    """Everything. ``model`` is a built-in model's name, or a checkpoint directory at the same path on every node."""
+    """Everything. ``model`` is a built-in model's name, a checkpoint directory at the same path on every node, or the
+    name of a repository on a hub, which every node fetches for itself (``cluster/hub.py``)."""
 
     model: Annotated[str, Field(min_length=1)] = NANO
+    revision: Annotated[str, Field(min_length=1)] | None = None
+    """Branch, tag or commit of a repository on a hub."""
     served_model_name: Annotated[str, Field(min_length=1)] | None = None
-    """Name clients ask for. The last part of ``model`` when unset."""
+    """Name clients ask for. Unset: the last part of a directory, the whole name of a repository."""
     dtype: DType = "auto"
     """``auto`` is bfloat16 on GPUs and float32 elsewhere."""
     compat: Compat = "original"

@@ -1,4 +1,10 @@
-"""Encoded pictures to units: decode, orient, convert to RGB, resize, cut into patches."""
+"""Encoded pictures to units: decode, orient, convert to RGB, resize, cut into patches.
+
+Where references differ or say nothing: 16-bit grey keeps its high byte, as in the original; transparency is laid over
+white, as in both; the EXIF orientation is applied, as transformers' loader does and the original does not; CMYK is
+converted as Pillow does, which takes JPEGs of four channels for inverted, as Adobe writes them; an animation shows its
+first frame.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +13,7 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, TiffImagePlugin
 
 from actors.errors import InvalidRequest, MediaTooLarge, MediaUnreadable
 from actors.processing.config import MAX_ASPECT_RATIO, RESIZE_FACTOR, ImageConfig, ProcessingLimits, VideoConfig
@@ -95,6 +101,28 @@ def smart_resize(height: int, width: int, bounds: PixelBounds) -> tuple[int, int
     return new_height, new_width
 
 
+def to_bytes(image: Image.Image) -> Image.Image:
+    """A loaded picture with 8 bits a channel: of deep grey ones the high byte. Others pass as they are.
+
+    Raises ValueError for values whose range no file tells: 32-bit integers and floats.
+    """
+    portable = image.format == "PPM" and image.mode == "I"
+    if not (portable or image.mode.startswith("I;16")):
+        if image.mode in ("I", "F"):
+            raise ValueError("values of 32 bits have no known range; need 8 or 16 bits a channel")
+        return image
+    tags = getattr(image, "tag_v2", {})
+    bits = tags.get(TiffImagePlugin.BITSPERSAMPLE, (16,))[0]
+    values = np.asarray(image)
+    grey = (values >> (bits - 8)).astype(np.uint8)
+    if tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0:
+        grey = 255 - grey
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int):
+        grey[values == transparent] = 255
+    return Image.fromarray(grey)
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
     """RGB with transparency laid over white, as transformers' image processor does.
 
@@ -111,14 +139,18 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return flat
 
 
-def upright(image: Image.Image) -> Image.Image:
-    """Turned or mirrored as the EXIF orientation of a loaded picture says; damaged EXIF counts as none."""
+def _orientation(image: Image.Image) -> int:
+    """EXIF orientation of a loaded picture; damaged EXIF counts as none."""
     try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation)
+        found = image.getexif().get(ExifTags.Base.Orientation)
     except Exception:
         # Tag parsing fails in as many ways as there are writers; the pixels are fine without it.
-        return image
-    turn = _TURNS.get(orientation) if isinstance(orientation, int) else None
+        return 1
+    return found if isinstance(found, int) else 1
+
+
+def _turned(image: Image.Image, orientation: int) -> Image.Image:
+    turn = _TURNS.get(orientation)
     return image if turn is None else image.transpose(turn)
 
 
@@ -135,9 +167,12 @@ def decode_image(content: bytes, limits: ProcessingLimits, field: str) -> Image.
                 )
             check_aspect(height, width, field)
             if image.tile and image.tile[0][0] in _SLOW_DECODERS:
-                raise MediaUnreadable("PPM pictures are read in binary form with 8 or 16 bits only", field=field)
+                raise MediaUnreadable(
+                    "PPM pictures are read in binary form only, with 8 bits, or 16 of grey", field=field
+                )
             image.load()
-            return to_rgb(upright(image))
+            orientation = _orientation(image)
+            return to_rgb(_turned(to_bytes(image), orientation))
     except InvalidRequest:
         raise
     except Image.DecompressionBombError as error:

@@ -68,10 +68,11 @@ class Processor:
         limits: ProcessingLimits | None = None,
         *,
         media: MediaOptions | None = None,
-        built_in_template: str = "pt",
+        built_in_template: str | None = None,
         fetcher: MediaFetcher | None = None,
     ) -> None:
-        """``media`` goes over the directory's own settings, ``built_in_template`` is used when it has no template.
+        """``media`` goes over the directory's own settings. ``built_in_template`` is used when it has no template; by
+        default the one of -Thinking where the directory, or the repository it is a snapshot of, is named so.
 
         Raises ValueError naming the file for a directory that cannot be served.
         """
@@ -104,11 +105,13 @@ class Processor:
         self.template = ChatTemplate.from_dir(
             model_dir,
             placeholders={kind: [text for text, k in kinds.items() if k is kind] for kind in MediaKind},
-            built_in=built_in_template,
+            built_in=built_in_template or ("thinking" if _named_thinking(model_dir) else "pt"),
         )
         self._forbidden = media_strings(self.tokenizer, self.tokens)
         self._videos = VideoDecoder(model_dir, self.video_config, self.limits)
-        self._fetcher = fetcher or MediaFetcher(self.limits.allowed_media_domains, self.limits.media_timeout_s)
+        self._fetcher = fetcher or MediaFetcher(
+            self.limits.allowed_media_domains, self.limits.media_timeout_s, self.limits.allowed_media_networks
+        )
 
     def close(self) -> None:
         """Closes connections to media hosts."""
@@ -220,8 +223,15 @@ class Processor:
     def _single_token(self, token_id: int, key: str) -> str:
         text = self.tokenizer.token_text(token_id)
         if text is None or self.tokenizer.encode(text) != [token_id]:
-            raise ValueError(f"config.json: {key} {token_id} is not a token of its own in tokenizer.json")
+            raise ValueError(f"config.json: {key} {token_id} is not a token of its own in the tokenizer")
         return text
+
+
+def _named_thinking(model_dir: Path) -> bool:
+    """A snapshot in the hub's cache lies two folders below that of its repository."""
+    path = model_dir.resolve()
+    repository = path.parents[1].name if path.parent.name == "snapshots" else path.name
+    return "thinking" in repository.lower()
 
 
 def _check_length(length: int, limit: int, field: str = "messages") -> None:

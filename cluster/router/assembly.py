@@ -23,6 +23,7 @@ from actors.wire.audit import Audit, fetch_audit, take_audit
 from actors.wire.media_client import MediaClient
 from cluster.config import ClusterConfig
 from cluster.generation import GenerateCall
+from cluster.hub import local_directory
 from cluster.router.fleet import Fleet, call_planner
 from cluster.router.leases import LeaseKeeper
 from cluster.router.output import OutputAssembler
@@ -55,7 +56,7 @@ class RouterParts:
         fleet = Fleet(call_planner(planner), incarnation, **silence)
         leases = LeaseKeeper(media, **silence)
         budget = RetryBudget(share=config.router.retry_share, burst=config.router.retry_burst, clock=time.monotonic)
-        directory = Path(config.model)
+        directory = Path(await asyncio.to_thread(local_directory, config.model))
         tokenizer = await asyncio.to_thread(TextTokenizer.from_dir, directory)
         text = ErnieConfig.from_dir(directory).text
         score = TokenScorer(cache(tokenizer.token_bytes))

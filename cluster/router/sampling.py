@@ -58,6 +58,8 @@ class SamplingDefaults:
             if values.get(name, neutral) not in (None, neutral):
                 log.warning("%s: %s=%s is not applied: not built yet", path.name, name, values[name])
         given = {name: values[name] for name in cls.__slots__ if values.get(name) is not None}
+        if given.get("top_k") == -1:
+            given["top_k"] = 0
         if values.get("do_sample") is False:
             given["temperature"] = 0.0
         defaults = cls(**given)

@@ -22,7 +22,7 @@ from actors.errors import (
     Unavailable,
 )
 from actors.types import AttemptMode, EngineRole, FinishReason, MilestoneKind, Stage
-from cluster.generation import Delta, Finished, GenerateCall, Started
+from cluster.generation import Delta, Finished, GenerateCall, PromptTokens, Started
 from cluster.registry import Snapshot
 from tests.unit.cluster.router.world import CALL, END, IMAGE, endings, eventually, text_of, world
 
@@ -310,7 +310,7 @@ async def test_preprocessors_and_encoders_that_are_lost_are_asked_elsewhere() ->
         assert (w.stages.preprocessed, w.stages.encoded) == (2, 4)
         assert budget.saved == 64 - 4
         w.stages.losses = 3
-        assert await w.router.count_tokens(None, CALL.messages, CALL.thinking) == (3, 1)
+        assert await w.router.tokenize(CALL) == PromptTokens(ids=(5, 6, 7), media_tokens=1)
 
 
 async def test_counting_has_a_deadline_too() -> None:
