@@ -86,7 +86,7 @@ def serve(
         int, typer.Option(help="Only 1.", show_default=False, rich_help_panel=OTHER_PROGRAMS)
     ] = 1,
     quantization: Annotated[str | None, typer.Option(help="Not built yet.", rich_help_panel=OTHER_PROGRAMS)] = None,
-    metrics_port: Annotated[int | None, typer.Option(help="Not built yet.", rich_help_panel=OTHER_PROGRAMS)] = None,
+    metrics_port: Annotated[int | None, typer.Option(help="Changes nothing.", rich_help_panel=OTHER_PROGRAMS)] = None,
     engine_worker_queue_port: Annotated[
         int | None, typer.Option(help="Changes nothing.", rich_help_panel=OTHER_PROGRAMS)
     ] = None,

@@ -64,7 +64,9 @@ class ServeOptions:
         """What to tell of options that change nothing."""
         found = []
         if self.metrics_port is not None:
-            found.append(f"--metrics-port {self.metrics_port}: metrics are not built yet, nothing listens there.")
+            found.append(
+                f"--metrics-port {self.metrics_port}: nothing listens there, a Prometheus endpoint is not built yet."
+            )
         if self.engine_worker_queue_port is not None:
             found.append("--engine-worker-queue-port: ignored, workers choose free ports.")
         if self.enable_mm:

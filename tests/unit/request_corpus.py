@@ -28,6 +28,7 @@ PNG, ZOOM_PNG, MP4 = (
 )
 
 STAR = "What colour is the star?"
+MAX_TOKENS = 12
 SCHEMA = '{"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"], "additionalProperties": false}'
 BOX = (
     '{"type": "object", "properties": {"bbox_2d": {"type": "array", "items": {"type": "integer"}, "minItems": 4, '
@@ -68,10 +69,10 @@ def grpc_clip(**options: Any) -> Request:
 def star(http: Request, grpc: Request | None = None, **sampling: Any) -> Pair:
     """About no picture at all, so that prompts are short."""
     fields = dict(grpc or {})
-    limit = 24 if "max_tokens" not in http else http["max_tokens"]
+    limit = http.get("max_tokens", MAX_TOKENS)
     params = {"temperature": http.get("temperature", 0), "max_output_token_count": limit, **sampling}
     return (
-        {"messages": [user(STAR)], "temperature": 0, "max_tokens": 24, **http},
+        {"messages": [user(STAR)], "temperature": 0, "max_tokens": MAX_TOKENS, **http},
         {"messages": [grpc_user(STAR)], "sampling_params": params, **fields},
     )
 
@@ -119,6 +120,32 @@ LOOKED: Pair = (
         **TOOLS[1],
     },
 )
+WEATHER: Pair = (
+    {
+        "messages": [
+            user("Get the current weather in Beijing"),
+            {
+                "role": "assistant",
+                "content": "",
+                "tool_calls": [
+                    {"id": "call_1", "type": "function", "function": {"name": "wait", "arguments": {"unit": "c"}}}
+                ],
+            },
+            {"role": "tool", "content": [{"type": "text", "text": "temperature: 23"}]},
+        ],
+    },
+    {
+        "messages": [
+            grpc_user("Get the current weather in Beijing"),
+            {
+                "role": "ROLE_ASSISTANT",
+                "tool_calls": [{"id": "call_1", "name": "wait", "arguments_json": '{"unit": "c"}'}],
+            },
+            {"role": "ROLE_TOOL", "parts": [{"text": "temperature: 23"}]},
+        ],
+    },
+)
+"""As in FastDeploy's guide: arguments are an object, and the result does not say which call it is of."""
 ON, OFF = "THINKING_MODE_ENABLED", "THINKING_MODE_DISABLED"
 _DIGITS = [token for digit in "123" for token in ids(digit)]
 
@@ -174,7 +201,12 @@ ANSWERED: dict[str, Pair] = {
     "thinking by metadata": star({"metadata": {"enable_thinking": True}}, {"thinking_mode": ON}),
     "thinking by effort": star({"reasoning_effort": "low"}, {"thinking_mode": ON}),
     "not thinking": star({"metadata": {"enable_thinking": False}}, {"thinking_mode": OFF}),
-    "tools": seen([picture(ZOOM_PNG), _ZOOM.text], [grpc_picture(ZOOM_PNG), _ZOOM.text], *TOOLS),
+    "tools": seen(
+        [picture(ZOOM_PNG), _ZOOM.text],
+        [grpc_picture(ZOOM_PNG), _ZOOM.text],
+        TOOLS[0] | {"max_tokens": 96},
+        TOOLS[1],
+    ),
     "tools not seen": star(
         TOOLS[0] | {"tool_choice": "none"}, TOOLS[1] | {"tool_choice": {"mode": "TOOL_CHOICE_MODE_NONE"}}
     ),
@@ -191,6 +223,7 @@ ANSWERED: dict[str, Pair] = {
         TOOLS[1] | {"structured_output": {"json_schema": SCHEMA}, "parallel_tool_calls": False},
     ),
     "a look at a tool's picture": star(*LOOKED),
+    "a result of the only call": star(*WEATHER),
     "schema": star({"guided_json": SCHEMA}, {"structured_output": {"json_schema": SCHEMA}}),
     "object": star(
         {"response_format": {"type": "json_object"}, "max_tokens": 8}, {"structured_output": {"json_object": {}}}

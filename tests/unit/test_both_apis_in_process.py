@@ -22,7 +22,7 @@ from tests.doubles import grpc_serving
 from tests.in_process import in_process_cluster
 from tests.nano_model import nano_checkpoint
 from tests.unit.cluster.test_http_api import serving
-from tests.unit.request_corpus import ANSWERED, REFUSED, Request
+from tests.unit.request_corpus import ANSWERED, REFUSED, Request, star
 
 ROLES = {"colocated": (EngineRole.COLOCATED,), "split": (EngineRole.PREFILL, EngineRole.DECODE)}
 _FINISH = {
@@ -299,3 +299,34 @@ async def test_errors() -> None:
                 assert (refused.reason, refused.field) == (reason, grpc_field), (name, refused)
                 assert grpc_field in refused.message
                 assert HTTP_STATUS[Status[refused.code.name]] == response.status_code
+
+
+async def test_a_name_is_one_name_over_both() -> None:
+    """What goes on under an alias over one protocol is active for the other, which may also end it."""
+    http, grpc = star(
+        {"request_id": "mine", "max_tokens": 3000, "ignore_eos": True}, {"request_id": "mine"}, ignore_eos=True
+    )
+    async with faces(EngineRole.COLOCATED) as on:
+
+        async def refused_twice() -> None:
+            response = await on.http.post("/v1/chat/completions", json=http, timeout=60)
+            error = response.json()["error"]
+            assert (response.status_code, error["code"], error["param"]) == (409, "request_id_in_use", "request_id")
+            with pytest.raises(ClientError) as caught:
+                await on.client.generate(_request(grpc))
+            assert (caught.value.code.name, caught.value.reason) == ("ALREADY_EXISTS", "REQUEST_ID_IN_USE")
+            assert caught.value.field == "request_id"
+
+        async with on.http.stream("POST", "/v1/chat/completions", json=http | {"stream": True}, timeout=60) as response:
+            lines = response.aiter_lines()
+            await anext(lines)
+            await refused_twice()
+            await on.client.cancel("mine")
+            chunks = [json.loads(line[6:]) async for line in lines if line.startswith("data: {")]
+        assert chunks[-1]["choices"][0]["finish_reason"] == "abort"
+        events = on.client.stream_generate(_request(grpc))
+        await anext(events)
+        await refused_twice()
+        await on.client.cancel("mine")
+        (ended,) = [event.choice_finished async for event in events if event.HasField("choice_finished")]
+        assert ended.finish_reason == pb.FINISH_REASON_CANCELLED

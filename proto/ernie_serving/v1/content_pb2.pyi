@@ -69,7 +69,9 @@ class ChatMessage(_message.Message):
     reasoning_text: _builtins.str
     """Thinking text of an earlier assistant turn. INVALID_ARGUMENT for other roles."""
     tool_call_id: _builtins.str
-    """The call a ROLE_TOOL message answers. INVALID_ARGUMENT for other roles."""
+    """The call a ROLE_TOOL message answers; may be empty where there is only one it could be. INVALID_ARGUMENT for other
+    roles.
+    """
     name: _builtins.str
     """Name of the speaker or, for ROLE_TOOL, of the function."""
     @_builtins.property
