@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -80,12 +80,14 @@ async def in_process_cluster(
     compat: str = "original",
     kv_cache_gib: float = 0.02,
     embedding_cache_bytes: int | None = None,
+    preprocessor: Mapping[str, Any] | None = None,
+    encoder: Mapping[str, Any] | None = None,
     **engine: Any,
 ) -> AsyncIterator[InProcessCluster]:
     """Starts one preprocessor, one encoder, one router and an engine per role; ends them all.
 
-    ``embedding_cache_bytes``: what the encoder keeps without a lease; its default when None. ``engine``: further fields
-    of EngineReplicaConfig.
+    ``embedding_cache_bytes``: what the encoder keeps without a lease; its default when None. ``preprocessor``,
+    ``encoder`` and ``engine``: further fields of the parts' configs.
     """
     counts = {role.value: roles.count(role) for role in set(roles)}
     config = ClusterConfig(
@@ -100,9 +102,12 @@ async def in_process_cluster(
         await planner.__init__(config, term=1)  # type: ignore[func-returns-value,misc]
         stack.callback(planner._expiry.cancel)
         handle = Handle(planner)
-        cluster.preprocessor = await _made(Preprocessor, PreprocessorConfig(model_dir=str(model_dir)), None, HOST)
+        preprocessor_config = PreprocessorConfig(model_dir=str(model_dir), **(preprocessor or {}))
+        cluster.preprocessor = await _made(Preprocessor, preprocessor_config, None, HOST)
         stack.push_async_callback(cluster.preprocessor.close)
-        encoder_config = VisionEncoderConfig(model_dir=str(model_dir), encoder_id="encoder", dtype=dtype)
+        encoder_config = VisionEncoderConfig(
+            model_dir=str(model_dir), encoder_id="encoder", dtype=dtype, **(encoder or {})
+        )
         if embedding_cache_bytes is not None:
             encoder_config = replace(encoder_config, cache_bytes=embedding_cache_bytes)
         cluster.encoder = await _made(VisionEncoder, encoder_config, HOST)
