@@ -88,7 +88,7 @@ def test_sizes(size: tuple[int, int]) -> None:
     ],
 )
 def test_modes(mode: str, form: str) -> None:
-    """All but grey of more than 8 bits, whose values transformers cuts off at 255: they are scaled, or refused, here."""
+    """All but grey of more than 8 bits, which transformers cuts off at 255: it is scaled, or refused, here."""
     image = noise(mode, 61, 45)
     content = encode(image, form)
     assert Image.open(io.BytesIO(content)).format == form
