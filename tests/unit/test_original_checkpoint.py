@@ -1,4 +1,4 @@
-"""A repository as Baidu publishes it - flat config, its names, a SentencePiece model - behind all parts of a cluster."""
+"""A repository as Baidu publishes it - flat config, its names, a SentencePiece model - behind a whole cluster."""
 
 from __future__ import annotations
 
