@@ -30,6 +30,8 @@ test: venv  ## Run all tests; ARGS="-k ..." are passed on.
 
 test-clients: venv  ## Run other people's clients against a cluster; prints a line for each.
 	$(BIN)/python -m pip install --quiet --editable '.[test,clients]'
+	# Apart: instructor wants a jiter that the present openai does not.
+	test -d $(VENV)/instructor || $(BIN)/python -m pip install --quiet --target $(VENV)/instructor 'instructor>=1.17'
 	$(BIN)/python -m pytest tests/clients $(ARGS)
 
 check: venv  ## Lint, types, import rules, protos, stubs, links, spelling.
