@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo serve test test-clients check proto clean
+.PHONY: help venv demo serve test test-clients test-ray-up chaos check proto clean
 
 help:  ## List the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,11 +28,17 @@ serve: venv  ## Start a cluster and keep it; ARGS="--model DIR ..." are passed o
 test: venv  ## Run all tests; ARGS="-k ..." are passed on.
 	$(BIN)/python -m pytest $(ARGS)
 
+chaos: venv  ## Kill and freeze parts under requests; TRIALS=100 SEED=1 MUTANT=no_resume ...
+	$(BIN)/python -m tests.chaos --trials $(or $(TRIALS),100) --seed $(or $(SEED),1) --mutant "$(MUTANT)"
+
 test-clients: venv  ## Run other people's clients against a cluster; prints a line for each.
 	$(BIN)/python -m pip install --quiet --editable '.[test,clients]'
 	# Apart: instructor wants a jiter that the present openai does not.
 	test -d $(VENV)/instructor || $(BIN)/python -m pip install --quiet --target $(VENV)/instructor 'instructor>=1.17'
 	$(BIN)/python -m pytest tests/clients $(ARGS)
+
+test-ray-up: venv  ## Bring up a cluster of namespaces by deploy/README.md (root on Linux; minutes); ARGS="-s" shows it.
+	ERNIE_TEST_RAY_UP=1 $(BIN)/python -m pytest tests/deploy -rs $(ARGS)
 
 check: venv  ## Lint, types, import rules, protos, stubs, links, spelling.
 	$(BIN)/ruff check .

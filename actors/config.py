@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from actors.types import MediaOptions
 
 DTYPES = ("bfloat16", "float32", "float64")
 ATTENTION_FORMS = ("plain", "paged", "varlen")
@@ -24,6 +26,8 @@ class PreprocessorConfig:
     """Requests processed at once, one thread each."""
     patch_bytes: int = 2 << 30
     """Budget for patches, kept and in the making; what does not fit waits before it is decoded."""
+    media: MediaOptions = field(default_factory=MediaOptions)
+    """Over the model directory's own settings; a request and its parts go over these."""
 
     def __post_init__(self) -> None:
         _require_positive("PreprocessorConfig", workers=self.workers, patch_bytes=self.patch_bytes)
@@ -101,6 +105,8 @@ class EngineReplicaConfig:
     """Embeddings held ahead of use."""
     drain_timeout_s: float = 30.0
     """Time running attempts have to finish when the replica stops."""
+    role_drain_s: float = 5.0
+    """Likewise when it changes its role."""
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:

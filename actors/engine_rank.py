@@ -9,7 +9,6 @@ import threading
 import time
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import torch
 
@@ -39,6 +38,7 @@ from actors.parallel.kv_transfer import KvGeometry, KvTransferConfig
 from actors.parallel.layout import ExpertShare, even_placement
 from actors.parallel.torch_pairs import TorchMeeting
 from actors.parallel.world import Seat
+from actors.tokenization.files import tokenizer_path
 from actors.types import EngineRole, SamplingParams
 
 log = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ class Rank:
     """Of the language weights, loaded here or not."""
     loaded: LoadReport
     vocabulary: ConstraintVocabulary | None
-    """What structured output and thinking budgets need; None without tokenizer.json."""
+    """What structured output and thinking budgets need; None without a tokenizer."""
     notes: tuple[str, ...]
     """What it holds and how it computes, for people."""
 
@@ -291,7 +291,7 @@ def _with_end_guard(model: ErnieConfig, config: EngineReplicaConfig) -> ErnieCon
 
 
 def _vocabulary(config: EngineReplicaConfig, model: ErnieConfig) -> ConstraintVocabulary | None:
-    if not (Path(config.model_dir) / "tokenizer.json").is_file():
+    if tokenizer_path(config.model_dir) is None:
         return None
     return ConstraintVocabulary.from_model_dir(config.model_dir, limit=model.im_patch_id, end_ids=model.eos_token_ids)
 

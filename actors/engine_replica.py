@@ -43,6 +43,7 @@ from actors.types import (
     MediaSpan,
     MilestoneKind,
     PromptLogprobs,
+    RoleOrder,
     SequenceKey,
     TokenEvent,
 )
@@ -103,6 +104,10 @@ class EngineReplica:
         self._progress = (0, 0)
         host = host or node_address()
         self._leaves = False
+        self._closing = False
+        self._term = 0
+        """The highest a planner had that ordered anything."""
+        self._role_change: asyncio.Task[None] | None = None
 
         async def say_loading() -> None:
             ranks = (self._progress, *(() if self._group is None else self._group.loading))
@@ -293,9 +298,48 @@ class EngineReplica:
         self._progress = (bytes_done, bytes_total)
 
     async def _renew(self) -> None:
-        await self._planner.renew_engine.remote(
-            self._info, self._config.pool, True, self._engine.load(), self.group_report()
+        order: RoleOrder | None = await self._planner.renew_engine.remote(
+            self._info, self._config.pool, True, self.load(), self.group_report()
         )
+        if order is not None and self._role_change is None and not self._closing:
+            self._role_change = asyncio.create_task(self._take_role(order))
+
+    async def _take_role(self, order: RoleOrder) -> None:
+        """Finishes or moves what is here, and serves in the other role. A checkpoint that cannot be read again ends the
+        process, as a failed step does.
+        """
+        info = self._info
+        try:
+            if order.term < self._term or order.epoch != info.epoch or order.role is info.role:
+                return
+            if not order.substitutes:
+                log.error("the planner's order to be %s names nobody who does without: refused", order.role)
+                return
+            self._term = order.term
+            log.warning("becoming %s instead of %s", order.role, info.role)
+            started = time.monotonic()
+            await self._empty(self._config.role_drain_s)
+            while not await asyncio.to_thread(self._engine.wait_idle, MOVE_S):
+                log.warning("attempts still hold blocks after %.0f s", time.monotonic() - started)
+            if self._closing:
+                return
+            await asyncio.wrap_future(self._engine.set_role(order.role))
+            self._info = replace(info, role=order.role, epoch=info.epoch + 1, max_model_len=self._engine.max_model_len)
+            self._leaves = False
+            self._links.tell_load()
+            log.warning("%s since epoch %d, after %.2f s", order.role, self._info.epoch, time.monotonic() - started)
+        finally:
+            self._role_change = None
+        await self._renew()
+
+    async def _empty(self, timeout_s: float) -> None:
+        """Takes nothing new; what is here may finish until the timeout, and then its routers move it."""
+        self._leaves = True
+        self._engine.drain()
+        self._links.tell_load()
+        if not await asyncio.to_thread(self._engine.wait_idle, timeout_s):
+            self._engine.move()
+            await asyncio.to_thread(self._engine.wait_idle, MOVE_S)
 
     def group_report(self) -> GroupReport | None:
         """None with one rank."""
@@ -330,13 +374,13 @@ class EngineReplica:
 
     async def close(self) -> None:
         """Drains: no new attempts, running ones may finish until the drain timeout; then their routers move them."""
+        self._closing = True
         self._leaves = True
-        self._engine.drain()
         self._links.tell_load()
         await self._registration.end()
-        if not await asyncio.to_thread(self._engine.wait_idle, self._config.drain_timeout_s):
-            self._engine.move()
-            await asyncio.to_thread(self._engine.wait_idle, MOVE_S)
+        if self._role_change is not None:
+            await asyncio.wait([self._role_change])
+        await self._empty(self._config.drain_timeout_s)
         await self._sender.close()
         await self._receiver.close()
         await self._server.stop(0.5)

@@ -140,4 +140,5 @@ class MediaChanged(ServingError):
 
 
 class InternalError(ServingError):
-    """A defect of ours. The message is for clients: never a traceback."""
+    """A defect of ours, or with reason POISON a request under which engines died. The message is for clients: never a
+    traceback."""

@@ -23,6 +23,14 @@ PUBLISHED_TOKENS = {
 }
 """Ids of the one published vocabulary; transformers leaves them out where they are these."""
 
+MEDIA_TOKENS = {
+    "image_start_token_id": "<|IMAGE_START|>",
+    "image_end_token_id": "<|IMAGE_END|>",
+    "video_start_token_id": "<|VIDEO_START|>",
+    "video_end_token_id": "<|VIDEO_END|>",
+}
+"""What the tokenizer calls those that the original's config.json does not name."""
+
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises ValueError naming the file."""
@@ -52,17 +60,19 @@ def processor_section(model_dir: Path, kind: Literal["image", "video"]) -> tuple
     return str(own), read_json(own) if own.is_file() else None
 
 
-def media_token_ids(config: Mapping[str, Any]) -> dict[str, int]:
+def media_token_ids(config: Mapping[str, Any], spelled: Mapping[str, int] | None = None) -> dict[str, int]:
     """Ids of placeholders, START and END by the keys of transformers' config.json.
 
-    The original names ``im_patch_id``, the placeholder inside pictures and videos alike; START and END have fixed
-    places in its published vocabulary and must be named for any other. Raises ValueError naming key and value.
+    The original's config names ``im_patch_id`` alone, the placeholder inside pictures and videos alike. START and END
+    are then what the tokenizer has under their strings (``spelled``, see ``MEDIA_TOKENS``), else in their places of the
+    published vocabulary; with any other vocabulary they must be named. Raises ValueError naming key and value.
     """
     tokens: dict[str, Any] = dict(PUBLISHED_TOKENS)
     if config.get("model_type") == BAIDU_MODEL_TYPE:
         patch = config.get("im_patch_id")
         if patch != PUBLISHED_TOKENS["image_token_id"]:
             tokens = dict.fromkeys(PUBLISHED_TOKENS)
+        tokens |= {key: spelled[text] for key, text in MEDIA_TOKENS.items() if spelled and text in spelled}
         tokens |= {"image_token_id": patch, "video_token_id": patch}
     named = {key: config[key] for key in PUBLISHED_TOKENS if config.get(key) is not None}
     for key, value in (tokens | named).items():

@@ -46,7 +46,7 @@ class Preprocessor:
     async def __init__(  # type: ignore[misc]
         self, config: PreprocessorConfig, limits: ProcessingLimits | None = None, host: str | None = None
     ) -> None:
-        self._processor = await asyncio.to_thread(Processor, config.model_dir, limits)
+        self._processor = await asyncio.to_thread(Processor, config.model_dir, limits, media=config.media)
         self._closing = False
         self._store: UnitStore[Patches] = UnitStore(limit_bytes=config.patch_bytes, limit_name="patch_bytes")
         self._pool = ThreadPoolExecutor(max_workers=config.workers, thread_name_prefix="preprocess")
@@ -161,12 +161,26 @@ class Preprocessor:
     def _bound(self, request: PreprocessRequest) -> int:
         """Most bytes the patches of a request can have: by pixel and frame bounds of its parts, and by its tokens."""
         pixels = 0
+        options, images, videos = request.media_options, self._processor.image_config, self._processor.video_config
         for message in request.messages:
             for part in message.parts:
                 match part:
                     case ImagePart():
-                        pixels += max(part.max_pixels or self._processor.image_config.max_pixels, part.min_pixels or 0)
+                        pixels += _most_pixels(
+                            (part.min_pixels, part.max_pixels),
+                            (options.image_min_pixels, options.image_max_pixels),
+                            images.max_pixels,
+                        )
                     case VideoPart():
-                        frames = part.max_frames or self._processor.video_config.max_frames
-                        pixels += (frames + frames % TEMPORAL_MERGE) * self._processor.video_config.max_pixels
+                        frames = part.max_frames or options.video_max_frames or videos.max_frames
+                        pixels += (frames + frames % TEMPORAL_MERGE) * _most_pixels(
+                            (part.min_pixels, part.max_pixels),
+                            (options.video_min_pixels, options.video_max_pixels),
+                            videos.max_pixels,
+                        )
         return min(pixels * PIXEL_BYTES, request.max_prompt_tokens * TOKEN_BYTES)
+
+
+def _most_pixels(part: tuple[int | None, int | None], request: tuple[int | None, int | None], default: int) -> int:
+    """The upper bound in force, given as (lower, upper): a lower one given alone may lift it."""
+    return max(part[1] or request[1] or default, part[0] or 0, request[0] or 0)

@@ -5,7 +5,8 @@ The leader owns them: when its process ends, however it does, Ray ends them, and
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
@@ -28,8 +29,15 @@ class EngineRank:
         """Of its node."""
         return node_address()
 
-    def run(self, invitation: Invitation, seat: Seat, config: EngineReplicaConfig, role: EngineRole) -> None:
-        rank_main(invitation, seat, config, role)
+    def run(
+        self,
+        invitation: Invitation,
+        seat: Seat,
+        config: EngineReplicaConfig,
+        role: EngineRole,
+        find_model: Callable[[], str],
+    ) -> None:
+        rank_main(invitation, seat, replace(config, model_dir=find_model()), role)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +62,12 @@ class _ActorProcess:
         return bool(done)
 
 
-def start_actors(config: EngineReplicaConfig, role: EngineRole, host: str) -> EngineGroup:
+def start_actors(
+    find_model: Callable[[], str], config: EngineReplicaConfig, role: EngineRole, host: str
+) -> EngineGroup:
     """A group whose leader is this actor. Its placement group has a bundle for every rank, which the rank takes whole.
 
+    ``find_model``: the directory of the model on the node of whoever calls it; it may have to be fetched.
     ``host``: where the leader listens. The others listen on their own node's address if this is its node's, else (where
     one machine is all there is) on the same.
     """
@@ -75,7 +86,7 @@ def start_actors(config: EngineReplicaConfig, role: EngineRole, host: str) -> En
 
     def start(invitation: Invitation, seat: Seat) -> _ActorProcess:
         actor = actors[seat.rank - 1]
-        return _ActorProcess(actor, actor.run.remote(invitation, seat, config, role))
+        return _ActorProcess(actor, actor.run.remote(invitation, seat, config, role, find_model))
 
     try:
         return EngineGroup(hosts, start, balance=balance_config(config))

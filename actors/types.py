@@ -133,22 +133,47 @@ class TextPart:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ImagePart:
-    """A picture; pixel bounds default to the checkpoint's."""
+    """A picture; pixel bounds default to the deployment's or else the checkpoint's."""
 
     source: MediaSource
     min_pixels: int | None = None
     max_pixels: int | None = None
+    low_detail: bool = False
+    """At most ``LOW_DETAIL_PIXELS``, unless ``max_pixels`` says otherwise."""
+
+
+LOW_DETAIL_PIXELS = 512 * 512
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VideoPart:
-    """A video; sampling defaults to the checkpoint's."""
+    """A video; sampling, and the pixel bounds of its frames, default to the deployment's or else the checkpoint's."""
 
     source: MediaSource
     frames_per_second: float | None = None
+    min_frames: int | None = None
     max_frames: int | None = None
+    min_pixels: int | None = None
+    max_pixels: int | None = None
     start_s: float | None = None
     end_s: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MediaOptions:
+    """How pictures and videos are prepared where their parts do not say: for one request, or for a whole deployment.
+
+    ``None`` leaves an option to the deployment, and there to the checkpoint.
+    """
+
+    image_min_pixels: int | None = None
+    image_max_pixels: int | None = None
+    video_min_pixels: int | None = None
+    """Of one frame, as the next."""
+    video_max_pixels: int | None = None
+    video_fps: float | None = None
+    video_min_frames: int | None = None
+    video_max_frames: int | None = None
 
 
 ContentPart = TextPart | ImagePart | VideoPart
@@ -192,12 +217,17 @@ class PreprocessRequest:
     """What the router asks of a preprocessor. ``lease`` owns the patches it keeps."""
 
     lease: str
-    messages: tuple[Message, ...]
+    messages: tuple[Message, ...] = ()
+    prompt: str | tuple[int, ...] | None = None
+    """In place of messages: text or token ids that no chat template touches."""
+    add_special_tokens: bool = True
+    """Adds what the tokenizer's own post-processor puts around a text. Only for a ``prompt`` that is text."""
     thinking: ThinkingMode = ThinkingMode.AUTO
     tools: tuple[dict[str, Any], ...] = ()
     max_prompt_tokens: int
     keep_patches: bool = True
     """False only counts tokens: nothing is kept for pulling."""
+    media_options: MediaOptions = field(default_factory=MediaOptions)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -256,7 +286,8 @@ class Structure:
 
     ``text`` is a JSON schema, nothing (JSON_OBJECT), a regular expression, a grammar in Lark syntax, a JSON list of
     strings (CHOICE), or for TOOL_CALLS the JSON object ``{"functions": [{"name": ..., "parameters": a JSON schema or
-    null}], "several": whether more than one call may be made}``.
+    null}], "several": whether more than one call may be made}``, with ``"answer": a JSON schema`` of what may stand in
+    place of calls.
     """
 
     kind: StructureKind
@@ -487,6 +518,19 @@ class EngineInfo:
         return KvIdentity(
             fingerprint=self.fingerprint, dtype=self.dtype, block_size=self.block_size, switches=self.switches
         )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RoleOrder:
+    """The planner's word that an engine is to take another role."""
+
+    term: int
+    """Of the planner. Engines heed no lower one than they know."""
+    epoch: int
+    """Of the engine when this was decided: in any other the order is void."""
+    role: EngineRole
+    substitutes: tuple[str, ...]
+    """Incarnations of engines that together do without it what is to be done: prefill and decode."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

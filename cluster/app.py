@@ -1,10 +1,11 @@
 """Composition root: the Serve application, from one description.
 
-``serve deploy deploy/serve.yaml`` and ``ernie serve`` both call ``build``.
+``serve deploy`` with a file of deploy/serve/ and ``ernie serve`` both call ``build``.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +15,7 @@ from ray.serve import Application
 from actors.config import EngineReplicaConfig, PreprocessorConfig, VisionEncoderConfig
 from cluster.builtin import locate
 from cluster.config import BLOCK_SIZE, ClusterConfig, EnginePool, parse, resolve
+from cluster.hub import locate_checkpoint, repository_name
 from cluster.ingress import Ingress
 from cluster.model_check import check_model
 from cluster.placement import (
@@ -26,6 +28,8 @@ from cluster.placement import (
 )
 from cluster.planner import Planner
 from cluster.workers import EngineGroupReplica, PreprocessorReplica, VisionEncoderReplica
+
+log = logging.getLogger(__name__)
 
 HEALTH_PERIOD_S = 1.0
 HEALTH_TIMEOUT_S = 2.0
@@ -47,7 +51,8 @@ DEPLOY_FILE_PLACES = {
 def build(args: ClusterConfig | Mapping[str, Any]) -> Application:
     """The application, its open choices settled from the GPUs of the cluster at hand.
 
-    Serve passes a mapping, which is checked here, the model directory included. A ``ClusterConfig`` names a directory.
+    Serve passes a mapping, which is checked here, the model included: one named by its repository is fetched to this
+    node first. A ``ClusterConfig`` names a directory.
 
     Raises:
         ValueError: one line per wrong field, with its path.
@@ -93,8 +98,13 @@ def _deployed(args: Mapping[str, Any]) -> ClusterConfig:
     if misplaced:
         raise ValueError("\n".join(misplaced))
     config = locate(config)
-    check_model(config)
-    return config
+    if config.revision is None and repository_name(config.model) is None:
+        check_model(config)
+        return config
+    found, snapshot = locate_checkpoint(config, log.warning)
+    check_model(found)
+    # The directory is this node's; the others resolve the reference for themselves.
+    return found if snapshot is None else found.model_copy(update={"model": snapshot.reference})
 
 
 def cluster_gpus() -> int:
@@ -111,6 +121,7 @@ def preprocessor_config(config: ClusterConfig) -> PreprocessorConfig:
         model_dir=config.model,
         workers=pool.concurrency,
         patch_bytes=pool.patch_bytes,
+        media=pool.media,
     )
 
 
@@ -149,6 +160,7 @@ def engine_config(config: ClusterConfig, pool: EnginePool) -> EngineReplicaConfi
         experts=pool.experts,
         cuda_graphs=pool.cuda_graphs,
         drain_timeout_s=config.drain_timeout_s,
+        role_drain_s=config.role_drain_s,
     )
 
 

@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from cluster.bench.cli import bench
+from cluster.cli_checkpoint import checkpoint_app
 from cluster.eval.cli import eval_app
 
 if TYPE_CHECKING:
     from cluster.config import ClusterConfig
+    from cluster.serve_options import ServeOptions
 
 app = typer.Typer(
     name="ernie",
@@ -23,11 +25,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-checkpoint_app = typer.Typer(help="Makes checkpoints.", no_args_is_help=True)
 app.add_typer(checkpoint_app, name="checkpoint")
 app.add_typer(eval_app, name="eval")
 
 EXIT_INTERRUPTED = 130
+OTHER_PROGRAMS = "For command lines of vLLM and FastDeploy"
 ABOUT = {
     "nano": "nano is the small built-in model: it knows coloured shapes, numbers and short clips, and nothing else.",
     "random": "random is a small checkpoint with RANDOM weights: it shows that all works; its answers are nonsense.",
@@ -36,26 +38,79 @@ ABOUT = {
 
 @app.command()
 def serve(
-    model: Annotated[str | None, typer.Option(help="Checkpoint directory, nano or random; nano when unset.")] = None,
+    model_argument: Annotated[
+        str | None, typer.Argument(metavar="MODEL", help="The same as --model.", show_default=False)
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Checkpoint directory, name on a hub, nano or random; nano when unset.")
+    ] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file; options given here win over it.")] = None,
+    revision: Annotated[
+        str | None, typer.Option(help="Branch, tag or commit of a model named by its repository.")
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, bfloat16, float32 or float64.")] = None,
     compat: Annotated[str | None, typer.Option(help="original or transformers: whose rules to follow.")] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on; 127.0.0.1 when unset.")] = None,
-    http_port: Annotated[int | None, typer.Option(help="Port of the HTTP API; 8000 when unset.")] = None,
+    http_port: Annotated[
+        int | None, typer.Option("--http-port", "--port", help="Port of the HTTP API; 8000 when unset.")
+    ] = None,
     grpc_port: Annotated[int | None, typer.Option(help="Port of the gRPC API; 9000 when unset.")] = None,
     allowed_media_domains: Annotated[
         list[str] | None, typer.Option(help="Host media may be fetched from; repeat for more.")
     ] = None,
+    allowed_media_networks: Annotated[
+        list[str] | None, typer.Option(help="Private network that allowed hosts may lie in; repeat for more.")
+    ] = None,
     max_model_len: Annotated[int | None, typer.Option(help="Longest prompt and reply together.")] = None,
     served_model_name: Annotated[str | None, typer.Option(help="Name clients ask for.")] = None,
+    max_num_seqs: Annotated[int | None, typer.Option(help="Sequences of a step of an engine; 64 when unset.")] = None,
+    max_num_batched_tokens: Annotated[
+        int | None, typer.Option(help="Tokens of a step of an engine; 2048 when unset.")
+    ] = None,
+    gpu_memory_utilization: Annotated[
+        float | None, typer.Option(help="Share of a GPU's memory an engine may fill; 0.9 when unset.")
+    ] = None,
+    mm_processor_kwargs: Annotated[
+        str | None, typer.Option(help='How media are prepared, as JSON: {"image_max_pixels": 1003520}.')
+    ] = None,
+    limit_mm_per_prompt: Annotated[
+        str | None, typer.Option(help='Media of one request, as JSON: {"image": 100, "video": 4}.')
+    ] = None,
+    reasoning_parser: Annotated[
+        str | None, typer.Option(help="ernie45, ernie-45-vl or ernie-45-vl-thinking: all the same here.")
+    ] = None,
+    tool_call_parser: Annotated[
+        str | None, typer.Option(help="ernie45 (calls anywhere) or ernie-45-vl-thinking (calls before all text).")
+    ] = None,
+    tensor_parallel_size: Annotated[
+        int, typer.Option(help="Only 1.", show_default=False, rich_help_panel=OTHER_PROGRAMS)
+    ] = 1,
+    quantization: Annotated[str | None, typer.Option(help="Not built yet.", rich_help_panel=OTHER_PROGRAMS)] = None,
+    metrics_port: Annotated[int | None, typer.Option(help="Changes nothing.", rich_help_panel=OTHER_PROGRAMS)] = None,
+    engine_worker_queue_port: Annotated[
+        int | None, typer.Option(help="Changes nothing.", rich_help_panel=OTHER_PROGRAMS)
+    ] = None,
+    enable_mm: Annotated[
+        bool, typer.Option("--enable-mm", help="Changes nothing.", rich_help_panel=OTHER_PROGRAMS)
+    ] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Changes nothing.", rich_help_panel=OTHER_PROGRAMS)
+    ] = False,
+    enable_auto_tool_choice: Annotated[
+        bool, typer.Option("--enable-auto-tool-choice", help="Changes nothing.", rich_help_panel=OTHER_PROGRAMS)
+    ] = False,
     log_dir: Annotated[Path | None, typer.Option(help="Keep the logs of the session here.")] = None,
 ) -> None:
     """Starts a cluster on this machine and keeps it until Ctrl-C."""
     from cluster.launch import StopRequested, grpc_address, http_url, leave, running_cluster
+    from cluster.serve_options import ServeOptions
     from cluster.session import StartFailed
 
+    if model is not None and model_argument not in (None, model):
+        _fail(f"model: {model_argument} and --model {model} differ: give one")
     options: dict[str, Any] = {
-        "model": model,
+        "model": model or model_argument,
+        "revision": revision,
         "dtype": dtype,
         "compat": compat,
         "host": host,
@@ -63,8 +118,26 @@ def serve(
         "grpc_port": grpc_port,
         "max_model_len": max_model_len,
         "served_model_name": served_model_name,
+        "reasoning_parser": reasoning_parser,
+        "tool_call_parser": tool_call_parser,
     }
-    settings = _config(config, options, allowed_media_domains)
+    others = ServeOptions(
+        max_num_seqs=max_num_seqs,
+        max_batched_tokens=max_num_batched_tokens,
+        gpu_memory_utilization=gpu_memory_utilization,
+        mm_processor_kwargs=mm_processor_kwargs,
+        limit_mm_per_prompt=limit_mm_per_prompt,
+        tensor_parallel_size=tensor_parallel_size,
+        quantization=quantization,
+        metrics_port=metrics_port,
+        engine_worker_queue_port=engine_worker_queue_port,
+        enable_mm=enable_mm,
+        trust_remote_code=trust_remote_code,
+        enable_auto_tool_choice=enable_auto_tool_choice,
+    )
+    for notice in others.notices():
+        typer.secho(notice, fg=typer.colors.YELLOW)
+    settings = _config(config, options, allowed_media_domains, allowed_media_networks, others)
     try:
         with running_cluster(settings, typer.echo, log_dir=log_dir) as signals:
             url = http_url(settings)
@@ -152,6 +225,25 @@ def chat(
 
 
 @app.command()
+def role(
+    engine: Annotated[str, typer.Argument(help="Id of the engine as `ernie status` shows it, or a part of it.")],
+    role: Annotated[str, typer.Argument(help="prefill, decode or colocated.")],
+    url: Annotated[str, typer.Option(help="Base URL of the HTTP API.")] = "http://127.0.0.1:8000",
+    token: Annotated[
+        str | None, typer.Option(help="The cluster's admin token, if it has one.", envvar="ERNIE_ADMIN_TOKEN")
+    ] = None,
+    wait: Annotated[float, typer.Option(help="Seconds to wait until it has the role.", min=0)] = 60.0,
+) -> None:
+    """Gives an engine of a running cluster another role: what it does is finished or goes on elsewhere."""
+    from cluster.cli_role import change_role
+
+    try:
+        typer.echo(change_role(url.rstrip("/"), engine, role, token=token, wait_s=wait))
+    except (OSError, ValueError) as error:
+        _fail(str(error))
+
+
+@app.command()
 def status(url: Annotated[str, typer.Option(help="Base URL of the HTTP API.")] = "http://127.0.0.1:8000") -> None:
     """Shows the pools of a running cluster, their roles and load."""
     import httpx
@@ -184,77 +276,38 @@ def status(url: Annotated[str, typer.Option(help="Base URL of the HTTP API.")] =
 app.command()(bench)
 
 
-@checkpoint_app.command("random")
-def checkpoint_random(
-    directory: Annotated[Path, typer.Argument(help="New or empty directory.")],
-    preset: Annotated[str, typer.Option(help="tiny, mid or 28b.")] = "tiny",
-    seed: Annotated[int, typer.Option(help="Same seed, same weights.")] = 0,
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
-    naming: Annotated[str, typer.Option(help="hf or baidu: names of the tensors.")] = "hf",
-    style: Annotated[str, typer.Option(help="pt or thinking: whose chat template.")] = "pt",
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", help="text_config.hidden_size=192; repeat for more.")
-    ] = None,
-    write: Annotated[
-        bool | None, typer.Option("--write/--no-write", help="Unset: all but 28b, whose shapes are counted only.")
-    ] = None,
-) -> None:
-    """Writes a complete checkpoint of the real format with random weights."""
-    from actors.checkpoint import parse_overrides, write_random_checkpoint
-
-    if naming not in ("hf", "baidu"):
-        _fail(f"--naming: {naming!r} is not one of hf, baidu")
-    if style not in ("pt", "thinking"):
-        _fail(f"--style: {style!r} is not one of pt, thinking")
-    try:
-        summary = write_random_checkpoint(
-            directory,
-            preset,
-            seed=seed,
-            dtype=dtype,
-            naming="hf" if naming == "hf" else "baidu",
-            style="pt" if style == "pt" else "thinking",
-            overrides=parse_overrides(set_ or []),
-            write=write,
-        )
-    except (ValueError, OSError) as error:
-        _fail(str(error))
-    size = f"{summary.parameters / 1e6:,.1f} M parameters, {summary.nbytes / 1e6:,.1f} MB"
-    if summary.directory is None:
-        typer.echo(f"{preset}: {size}; nothing was written, --write does")
-    else:
-        typer.echo(f"{summary.directory}: {size}")
-
-
-def _config(file: Path | None, options: dict[str, Any], domains: list[str] | None) -> ClusterConfig:
+def _config(
+    file: Path | None,
+    options: dict[str, Any],
+    domains: list[str] | None,
+    networks: list[str] | None = None,
+    others: ServeOptions | None = None,
+) -> ClusterConfig:
     from cluster.builtin import locate
     from cluster.config import parse, read_file
+    from cluster.hub import locate_checkpoint
     from cluster.model_check import check_model
+    from cluster.serve_options import section
 
     try:
         values = read_file(file) if file is not None else {}
         values |= {name: value for name, value in options.items() if value is not None}
-        if domains is not None:
-            _set_domains(values, domains)
+        for name, items in (("allowed_media_domains", domains), ("allowed_media_networks", networks)):
+            if items is not None:
+                given = [one for item in items for one in item.split(",") if one]
+                section(values, "preprocessor", "limits")[name] = given
+        if others is not None:
+            others.apply(values)
         settings = parse(values, str(file or "options"))
         if settings.model in ABOUT:
             typer.secho(ABOUT[settings.model], fg=typer.colors.YELLOW)
             settings = locate(settings)
         else:
-            # Absolute: workers run in other directories.
-            settings = settings.model_copy(update={"model": str(Path(settings.model).expanduser().resolve())})
+            settings, _ = locate_checkpoint(settings, typer.echo)
         check_model(settings)
         return settings
     except (ValueError, OSError) as error:
         _fail(str(error))
-
-
-def _set_domains(values: dict[str, Any], domains: list[str]) -> None:
-    preprocessor = values.setdefault("preprocessor", {})
-    limits = preprocessor.setdefault("limits", {}) if isinstance(preprocessor, dict) else None
-    if not isinstance(limits, dict):
-        raise ValueError("preprocessor.limits: must be a mapping")
-    limits["allowed_media_domains"] = [name for item in domains for name in item.split(",") if name]
 
 
 def _command() -> str:

@@ -14,7 +14,8 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from actors.processing.config import ProcessingLimits
-from actors.types import EngineRole
+from actors.processing.parser_names import ReasoningParserName, ToolCallParserName
+from actors.types import EngineRole, MediaOptions
 
 Compat = Literal["original", "transformers"]
 DType = Literal["auto", "bfloat16", "float32", "float64"]
@@ -105,6 +106,8 @@ class PreprocessorPool(Pool):
     """After so long without an answer a request is sent again."""
     limits: ProcessingLimits = ProcessingLimits()
     """What one request may carry, ``allowed_media_domains`` among it."""
+    media: MediaOptions = MediaOptions()
+    """How pictures and videos are prepared where requests do not say; what is unset is the checkpoint's."""
 
 
 class VisionEncoderPool(Pool):
@@ -141,6 +144,21 @@ class Roles(Section):
         return self.prefill + self.decode + self.colocated
 
 
+class RoleMoves(Section):
+    """When engines of a pool change between prefilling and decoding by themselves."""
+
+    queued_tokens: Count = 16384
+    """Prompt tokens in the queue of a prefill engine, on average, that are too many."""
+    kv_use: Annotated[float, Field(gt=0, le=1)] = 0.8
+    """Share of KV blocks in use on decode engines, on average, that is too much."""
+    idle: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    """Of these bounds, what the other kind of engines may have for one of them to be spared."""
+    hold_s: Amount = 5.0
+    """For how long it must be so."""
+    cooldown_s: Amount = 30.0
+    """From one change to the next."""
+
+
 class EnginePool(Pool):
     """Language-model engines of one shape. One Serve replica is one expert-parallel group."""
 
@@ -150,6 +168,8 @@ class EnginePool(Pool):
     """Ranks of an engine. Each is a process, holds its share of the experts and claims CPUs and GPUs as below."""
     placement: Placement = "pack"
     """How the ranks of one engine lie on nodes: on few, on one, on many, or each on its own."""
+    move_roles: RoleMoves | None = None
+    """Set (``{}`` for the defaults), engines change their roles as the load asks.; else only ``ernie role`` does."""
     rebalance_steps: Annotated[int, Field(ge=0)] = 1000
     """Steps after which busy experts may change ranks; 0 leaves them where they are."""
     num_cpus: Amount = 1.0
@@ -202,30 +222,65 @@ class EnginePool(Pool):
         return {role: count for role, count in counts.items() if count}
 
 
+class Admin(Section):
+    """Who may change a running cluster over HTTP (``POST /admin/role``)."""
+
+    token: Annotated[str, Field(min_length=16)] | None = None
+    """Sent as ``Authorization: Bearer``. Unset, whoever reaches the HTTP port may: for loopback only."""
+
+
+class PoolDefaults(Section):
+    """What holds for engine pools that do not say otherwise themselves."""
+
+    max_num_seqs: Count | None = None
+    max_batched_tokens: Count | None = None
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] | None = None
+
+    def over(self, pool: EnginePool) -> EnginePool:
+        """The pool with what it left out. Raises ValueError for what does not go together."""
+        given = self.model_dump(exclude_none=True) | pool.model_dump(exclude_unset=True)
+        try:
+            return EnginePool.model_validate(given)
+        except ValidationError as error:
+            raise ValueError(f"pool {pool.name}: {error_lines(error)[0]}") from None
+
+
 class ClusterConfig(Section):
-    """Everything. ``model`` is a built-in model's name, or a checkpoint directory at the same path on every node."""
+    """Everything. ``model`` is a built-in model's name, a checkpoint directory at the same path on every node, or the
+    name of a repository on a hub, which every node fetches for itself (``cluster/hub.py``)."""
 
     model: Annotated[str, Field(min_length=1)] = NANO
+    revision: Annotated[str, Field(min_length=1)] | None = None
+    """Branch, tag or commit of a repository on a hub."""
     served_model_name: Annotated[str, Field(min_length=1)] | None = None
-    """Name clients ask for. The last part of ``model`` when unset."""
+    """Name clients ask for. Unset: the last part of a directory, the whole name of a repository."""
     dtype: DType = "auto"
     """``auto`` is bfloat16 on GPUs and float32 elsewhere."""
     compat: Compat = "original"
     """Whose routing and position rules to follow where they differ."""
     max_model_len: Annotated[int, Field(ge=2)] | None = None
     """Longest prompt and reply together. The checkpoint's own when unset."""
+    reasoning_parser: ReasoningParserName | None = None
+    """What reads thinking out of replies. All names stand for one parser, which goes by the prompt."""
+    tool_call_parser: ToolCallParserName = "ernie45"
+    """What reads calls out of replies: anywhere in an answer, or (``ernie-45-vl-thinking``) only before its text."""
 
     router: RouterPool = RouterPool()
     preprocessor: PreprocessorPool = PreprocessorPool()
     vision_encoder: VisionEncoderPool = VisionEncoderPool()
     engines: tuple[EnginePool, ...] | None = None
     """Unset: chosen from the GPUs there are (``resolve``)."""
+    pool_defaults: PoolDefaults = PoolDefaults()
 
     default_timeout_s: Seconds = 600.0
     """Deadline of a request that names none."""
     drain_timeout_s: Seconds = 30.0
     """Time running requests have to finish when the cluster stops."""
+    role_drain_s: Seconds = 5.0
+    """Time what runs on an engine has to finish there when it changes its role; the rest goes on elsewhere."""
 
+    admin: Admin | None = None
+    """Unset, the cluster is not changed over HTTP. ``ernie serve`` sets it while it listens on loopback."""
     host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
     http_port: Port = 8000
     grpc_port: Port = 9000
@@ -253,6 +308,12 @@ class ClusterConfig(Section):
     def _ports_differ(self) -> Self:
         if self.http_port == self.grpc_port:
             raise ValueError(f"http_port and grpc_port are both {self.http_port}")
+        return self
+
+    @model_validator(mode="after")
+    def _defaults_fit(self) -> Self:
+        for pool in self.engines or _default_engines(0):
+            self.pool_defaults.over(pool)
         return self
 
     @property
@@ -328,7 +389,7 @@ def resolve(config: ClusterConfig, *, gpus: int) -> ClusterConfig:
             "served_model_name": config.model_name,
             "dtype": _settled_dtype(config.dtype, gpus),
             "vision_encoder": config.vision_encoder.model_copy(update={"num_gpus": encoder_gpus}),
-            "engines": tuple(_settled_pool(pool, gpus) for pool in engines),
+            "engines": tuple(_settled_pool(config.pool_defaults.over(pool), gpus) for pool in engines),
         }
     )
 

@@ -5,30 +5,36 @@ from __future__ import annotations
 import asyncio
 import collections
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from types import TracebackType
-from typing import Any, cast
+from typing import Any, Generic, TypeVar, cast
 
 from actors.errors import InternalError
-from cluster.generation import Event, Finished
 
 READ_AHEAD = 64
 """Events held for a client that reads slowly before the request itself waits."""
+
+
+E = TypeVar("E")
 
 
 class Gone(Exception):
     """The client left."""
 
 
-class EventReader:
+class EventReader(Generic[E]):
     """Owns the iterator of one request and runs it in one task, so that a wait may time out without losing an event.
 
-    Leaving the context closes the iterator, which cancels the request unless it is over. One reader at a time.
+    ``last`` tells the event that ends the request: nothing is asked for behind it. Leaving the context closes the
+    iterator, which cancels the request unless it is over. One reader at a time.
     """
 
-    def __init__(self, events: AsyncIterator[Event], *, gone: asyncio.Future[Any] | None = None) -> None:
-        self._events = cast("AsyncGenerator[Event, None]", events)
-        self._ready: collections.deque[Event] = collections.deque()
+    def __init__(
+        self, events: AsyncIterator[E], *, last: Callable[[E], bool], gone: asyncio.Future[Any] | None = None
+    ) -> None:
+        self._events = cast("AsyncGenerator[E, None]", events)
+        self._last = last
+        self._ready: collections.deque[E] = collections.deque()
         self._room = asyncio.Semaphore(READ_AHEAD)
         self._wake = asyncio.Event()
         self._gone: asyncio.Future[Any] | None = None
@@ -42,10 +48,10 @@ class EventReader:
         self._gone = gone
         gone.add_done_callback(lambda _: self._wake.set())
 
-    async def next(self, timeout_s: float | None = None) -> Event | None:
+    async def next(self, timeout_s: float | None = None) -> E | None:
         """Returns the next event, or None when there was none for ``timeout_s``.
 
-        Raises Gone, whatever the service raised, and InternalError when the service ended without ``Finished``.
+        Raises Gone, whatever the service raised, and InternalError when the service ended without its last event.
         """
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
@@ -71,10 +77,10 @@ class EventReader:
                 await self._room.acquire()
                 self._ready.append(event)
                 self._wake.set()
-                if isinstance(event, Finished):
+                if self._last(event):
                     return
 
-    async def __aenter__(self) -> EventReader:
+    async def __aenter__(self) -> EventReader[E]:
         return self
 
     async def __aexit__(

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from actors.types import FinishReason, Message, Structure, ThinkingMode, Timings, ToolCallDelta
+from actors.types import FinishReason, MediaOptions, Message, Structure, ThinkingMode, Timings, ToolCallDelta
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,7 +42,12 @@ class ToolChoice:
 class GenerateCall:
     """One request. ``None`` takes the model's default. Facades check types and bounds, the router what needs state."""
 
-    messages: tuple[Message, ...]
+    messages: tuple[Message, ...] = ()
+    prompt: str | tuple[int, ...] | None = None
+    """In place of messages: a prompt as it stands, text or token ids. The reply is then text as the model writes it,
+    thinking and calls not told apart."""
+    add_special_tokens: bool = True
+    """Adds what the tokenizer puts around a ``prompt`` that is text; nothing with ERNIE's."""
     model: str | None = None
     request_id: str | None = None
     """The caller's alias, unique while active."""
@@ -81,6 +86,8 @@ class GenerateCall:
     cache_salt: str | None = None
     """Prefixes are shared only among requests of the same salt."""
     thinking: ThinkingMode = ThinkingMode.AUTO
+    media_options: MediaOptions = field(default_factory=MediaOptions)
+    """Of pictures and videos whose parts do not say."""
     timeout_s: float | None = None
     return_token_ids: bool = False
     return_timings: bool = False
@@ -105,6 +112,12 @@ class Usage:
     output_tokens: int
     reasoning_tokens: int
     time_to_first_token_s: float | None
+    video_tokens: int = 0
+    """Of the media tokens; the others are of pictures."""
+
+    @property
+    def image_tokens(self) -> int:
+        return self.media_tokens - self.video_tokens
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -182,6 +195,11 @@ class Finished:
 Event = Started | PromptScored | Delta | ChoiceFinished | Finished
 
 
+def is_last(event: Event) -> bool:
+    """Whether the request is over with it."""
+    return isinstance(event, Finished)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelCard:
     """A served model."""
@@ -190,6 +208,30 @@ class ModelCard:
     source: str
     max_model_len: int
     created: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PromptTokens:
+    """A prompt as engines take it: placeholders of media repeated once per token of theirs."""
+
+    ids: tuple[int, ...]
+    media_tokens: int
+
+
+class Vocabulary(Protocol):
+    """Token ids to text. Safe for use from many threads."""
+
+    def spell(self, ids: Sequence[int]) -> str:
+        """Text of ids, special tokens spelled out."""
+
+    def token_text(self, token_id: int) -> str | None:
+        """A token as the vocabulary writes it; None for an id that is not used."""
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What a token adds to a text, which may be part of a character; a special token's own spelling."""
+
+    def is_hidden(self, token_id: int) -> bool:
+        """Whether a reply's text leaves the token out."""
 
 
 class GenerationService(Protocol):
@@ -203,14 +245,11 @@ class GenerationService(Protocol):
     async def cancel(self, request_id: str) -> None:
         """Ends a request by assigned id or alias; no effect when already over; NotFound when never seen."""
 
-    async def count_tokens(
-        self,
-        model: str | None,
-        messages: tuple[Message, ...],
-        thinking: ThinkingMode,
-        tools: tuple[Tool, ...] = (),
-    ) -> tuple[int, int]:
-        """Returns (all tokens, media tokens)."""
+    async def tokenize(self, call: GenerateCall) -> PromptTokens:
+        """The prompt a request would have; nothing is generated or kept."""
+
+    @property
+    def vocabulary(self) -> Vocabulary: ...
 
     def models(self) -> tuple[ModelCard, ...]: ...
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from google.protobuf import duration_pb2
 
@@ -12,6 +13,7 @@ from actors.errors import InvalidRequest
 from actors.types import (
     ContentPart,
     ImagePart,
+    MediaOptions,
     MediaSource,
     Message,
     MessageRole,
@@ -23,7 +25,15 @@ from actors.types import (
     VideoPart,
 )
 from cluster.generation import GenerateCall, Tool, ToolChoice, ToolMode
-from cluster.request_checks import MAX_INT32, check_call, check_finite, check_messages, check_pixels, media_from_uri
+from cluster.request_checks import (
+    check_call,
+    check_media_options,
+    check_messages,
+    check_pixels,
+    check_sampling,
+    check_span,
+    media_from_uri,
+)
 from cluster.tools import check_tool_choice, check_tools, parse_parameters
 from ernie_serving.v1 import content_pb2, inference_pb2
 
@@ -80,7 +90,7 @@ def generate_call(request: inference_pb2.GenerateRequest) -> GenerateCall:
     params = request.sampling_params
     offered = tools(request.tools)
     call = GenerateCall(
-        messages=messages(request.messages),
+        **_prompt(request),
         model=request.model or None,
         request_id=request.request_id or None,
         temperature=params.temperature if params.HasField("temperature") else None,
@@ -115,9 +125,38 @@ def generate_call(request: inference_pb2.GenerateRequest) -> GenerateCall:
         timeout_s=seconds(request.timeout) if request.HasField("timeout") else None,
         return_token_ids=request.return_token_ids,
         return_timings=request.return_timings,
+        media_options=media_options(request.media_options),
     )
     check_call(call, SPELLING)
     return call
+
+
+def count_call(request: inference_pb2.CountTokensRequest) -> GenerateCall:
+    """The same for a prompt that is only counted."""
+    call = GenerateCall(
+        **_prompt(request),
+        model=request.model or None,
+        thinking=thinking_mode(request.thinking_mode),
+        tools=tools(request.tools),
+        media_options=media_options(request.media_options),
+    )
+    check_call(call, SPELLING)
+    return call
+
+
+def _prompt(request: inference_pb2.GenerateRequest | inference_pb2.CountTokensRequest) -> dict[str, Any]:
+    """The fields of ``GenerateCall`` that are one of a conversation and a raw prompt."""
+    match request.WhichOneof("prompt"):
+        case None:
+            return {"messages": messages(request.messages)}
+        case "prompt_text":
+            prompt: str | tuple[int, ...] = request.prompt_text
+        case _:
+            prompt = tuple(request.prompt_token_ids.ids)
+    if request.messages:
+        raise _wrong("prompt", "does not go together with messages: give one")
+    added = request.add_special_tokens if request.HasField("add_special_tokens") else True
+    return {"prompt": prompt, "add_special_tokens": added}
 
 
 def _structure(proto: inference_pb2.StructuredOutput) -> Structure:
@@ -182,6 +221,29 @@ def thinking_mode(value: int) -> ThinkingMode:
     return _THINKING[value]
 
 
+def media_options(proto: content_pb2.MediaOptions) -> MediaOptions:
+    """Translates and checks how media are to be prepared."""
+    given = {field.name: value for field, value in proto.ListFields()}
+    options = MediaOptions(
+        image_min_pixels=given.get("image_min_pixels"),
+        image_max_pixels=given.get("image_max_pixels"),
+        video_min_pixels=given.get("video_min_pixels"),
+        video_max_pixels=given.get("video_max_pixels"),
+        video_fps=given.get("video_frames_per_second"),
+        video_min_frames=given.get("video_min_frame_count"),
+        video_max_frames=given.get("video_max_frame_count"),
+    )
+    check_media_options(options, "media_options", _MEDIA_OPTIONS)
+    return options
+
+
+_MEDIA_OPTIONS = {
+    "video_fps": "video_frames_per_second",
+    "video_min_frames": "video_min_frame_count",
+    "video_max_frames": "video_max_frame_count",
+}
+
+
 def seconds(span: duration_pb2.Duration) -> float:
     """Length of a span."""
     return span.seconds + span.nanos / 1e9
@@ -226,26 +288,32 @@ def _image(proto: content_pb2.ImagePart, field: str) -> ImagePart:
     low = proto.min_pixels if proto.HasField("min_pixels") else None
     high = proto.max_pixels if proto.HasField("max_pixels") else None
     check_pixels(low, high, field)
-    return ImagePart(source=_source(proto.source, f"{field}.source", "image"), min_pixels=low, max_pixels=high)
+    return ImagePart(
+        source=_source(proto.source, f"{field}.source", "image"),
+        min_pixels=low,
+        max_pixels=high,
+        low_detail=proto.low_detail,
+    )
 
 
 def _video(proto: content_pb2.VideoPart, field: str) -> VideoPart:
     rate = proto.frames_per_second if proto.HasField("frames_per_second") else None
-    if rate is not None and check_finite(rate, f"{field}.frames_per_second") <= 0:
-        raise _wrong(f"{field}.frames_per_second", f"must be above 0, not {rate}")
-    frames = proto.max_frame_count if proto.HasField("max_frame_count") else None
-    if frames is not None and frames < 1:
-        raise _wrong(f"{field}.max_frame_count", f"must be between 1 and {MAX_INT32}, not {frames}")
+    least = proto.min_frame_count if proto.HasField("min_frame_count") else None
+    most = proto.max_frame_count if proto.HasField("max_frame_count") else None
+    low = proto.min_pixels if proto.HasField("min_pixels") else None
+    high = proto.max_pixels if proto.HasField("max_pixels") else None
+    check_sampling(rate, least, most, field, names=("frames_per_second", "min_frame_count", "max_frame_count"))
+    check_pixels(low, high, field)
     start = seconds(proto.start_offset) if proto.HasField("start_offset") else None
     end = seconds(proto.end_offset) if proto.HasField("end_offset") else None
-    if start is not None and start < 0:
-        raise _wrong(f"{field}.start_offset", f"must not be negative, it is {start:g} s")
-    if end is not None and end <= (start or 0):
-        raise _wrong(f"{field}.end_offset", f"must come after the start at {start or 0:g} s, it is {end:g} s")
+    check_span(start, end, field, names=("start_offset", "end_offset"))
     return VideoPart(
         source=_source(proto.source, f"{field}.source", "video"),
         frames_per_second=rate,
-        max_frames=frames,
+        min_frames=least,
+        max_frames=most,
+        min_pixels=low,
+        max_pixels=high,
         start_s=start,
         end_s=end,
     )
@@ -274,6 +342,7 @@ _INNER_SPELLING = {
     "image_url": "image",
     "video_url": "video",
     "reasoning": "reasoning_text",
+    "min_frames": "min_frame_count",
     "max_frames": "max_frame_count",
     "start_s": "start_offset",
     "end_s": "end_offset",
@@ -285,4 +354,8 @@ def client_field(field: str) -> str:
     """Turns a field as a later stage names it, in the terms of ``GenerateCall`` or OpenAI's, into the protos' terms."""
     if field.startswith("messages"):
         return _NAME.sub(lambda name: _INNER_SPELLING.get(name[0], name[0]), field)
+    if field.startswith("prompt["):
+        return "prompt_token_ids.ids" + field.removeprefix("prompt")
+    if field.startswith("media_options."):
+        return _NAME.sub(lambda name: _MEDIA_OPTIONS.get(name[0], name[0]), field)
     return _NAME.sub(lambda name: SPELLING.get(name[0], name[0]) if name.start() == 0 else name[0], field)

@@ -177,6 +177,7 @@ def _usage(usage: Usage) -> inference_pb2.Usage:
     return inference_pb2.Usage(
         prompt_token_count=usage.prompt_tokens,
         media_token_count=usage.media_tokens,
+        video_token_count=usage.video_tokens,
         cached_token_count=usage.cached_tokens,
         output_token_count=usage.output_tokens,
         reasoning_token_count=usage.reasoning_tokens,

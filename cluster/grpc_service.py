@@ -19,10 +19,10 @@ from grpc_health.v1 import health_pb2  # type: ignore[import-untyped]
 
 from actors.errors import InternalError, InvalidRequest, NotFound, ServingError
 from cluster.event_reader import EventReader
-from cluster.generation import Event, Finished, GenerationService, Started
-from cluster.grpc_request import generate_call, messages, thinking_mode, tools
+from cluster.generation import Event, Finished, GenerationService, Started, is_last
+from cluster.grpc_request import count_call, generate_call
 from cluster.grpc_response import STATUS_CODE, model, status, stream_response, whole_response
-from cluster.request_checks import COMPLETION_PREFIX
+from cluster.request_checks import bare_name
 from ernie_serving.v1 import inference_pb2
 
 log = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ class InferenceServicer:
     async def _generate(self, request: inference_pb2.GenerateRequest) -> inference_pb2.GenerateResponse:
         call = generate_call(request)
         events: list[Event] = []
-        async with EventReader(self.router.generate(call)) as reader:
+        async with EventReader(self.router.generate(call), last=is_last) as reader:
             while not (events and isinstance(events[-1], Finished)):
                 event = await reader.next()
                 assert event is not None
@@ -77,7 +77,7 @@ class InferenceServicer:
             if not request.HasField("request"):
                 raise InvalidRequest("request is required", field="request")
             call = generate_call(request.request)
-            async with EventReader(self.router.generate(call)) as reader:
+            async with EventReader(self.router.generate(call), last=is_last) as reader:
                 event = None
                 while not isinstance(event, Finished):
                     event = await reader.next(KEEP_ALIVE_S)
@@ -94,7 +94,7 @@ class InferenceServicer:
         response = inference_pb2.CancelGenerationResponse()
 
         async def answer() -> inference_pb2.CancelGenerationResponse:
-            name = request.request_id.removeprefix(COMPLETION_PREFIX)
+            name = bare_name(request.request_id)
             if not name:
                 raise InvalidRequest("request_id is required", field="request_id")
             await self.router.cancel(name)
@@ -108,13 +108,8 @@ class InferenceServicer:
         """Counts the tokens a request would use."""
 
         async def answer() -> inference_pb2.CountTokensResponse:
-            tokens, media = await self.router.count_tokens(
-                request.model or None,
-                messages(request.messages),
-                thinking_mode(request.thinking_mode),
-                tools(request.tools),
-            )
-            return inference_pb2.CountTokensResponse(token_count=tokens, media_token_count=media)
+            prompt = await self.router.tokenize(count_call(request))
+            return inference_pb2.CountTokensResponse(token_count=len(prompt.ids), media_token_count=prompt.media_tokens)
 
         return await _unary(answer(), inference_pb2.CountTokensResponse(), grpc_context)
 

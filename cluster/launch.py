@@ -18,7 +18,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from cluster.config import ClusterConfig, resolve
+from cluster.config import Admin, ClusterConfig, resolve
 from cluster.placement import claimed_cpus, lacking_gpus
 from cluster.session import Session, StartFailed
 from cluster.status import engine_notes
@@ -30,6 +30,7 @@ TELL_PERIOD_S = 5.0
 READY_LIMIT_S = 60.0
 """Longest wait for readiness once every replica has loaded."""
 LOOPBACK = "127.0.0.1"
+LOOPBACK_HOSTS = (LOOPBACK, "localhost", "::1")
 SHUTDOWN_LIMIT_S = 60.0
 """Longest orderly end after the drain; then everything is killed."""
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -125,6 +126,8 @@ def _start(config: ClusterConfig, session: Session, signals: Signals, say: Say) 
         raise StartFailed(lacking)
     if settled.worker_host is None:
         settled = settled.model_copy(update={"worker_host": LOOPBACK})
+    if settled.admin is None and settled.host in LOOPBACK_HOSTS:
+        settled = settled.model_copy(update={"admin": Admin()})
     _announce_plan(settled, session, say)
     session.deploy(build(settled))
     _wait_ready(settled, session, say)

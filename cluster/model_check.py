@@ -25,7 +25,7 @@ def check_model(config: ClusterConfig) -> None:
     try:
         with Checkpoint(directory) as checkpoint:
             longest = checkpoint.config.text.max_position_embeddings
-        Processor(directory, config.preprocessor.limits).close()
+        Processor(directory, config.preprocessor.limits, media=config.preprocessor.media).close()
         SamplingDefaults.from_dir(directory)
     except (ValueError, OSError) as error:
         raise ValueError(f"model: {error}") from None

@@ -8,185 +8,60 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Any, Literal, TypeVar
 
-from pydantic import BeforeValidator, Discriminator, FiniteFloat, Tag, ValidationError
+from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from actors.errors import InvalidRequest
-from actors.types import (
-    ContentPart,
-    ImagePart,
-    Message,
-    MessageRole,
-    TextPart,
-    ThinkingMode,
-    ToolCall,
-    VideoPart,
-)
 from cluster.generation import GenerateCall
-from cluster.openai_structure import ResponseFormat, SchemaText, Strict, StructuredOutputs, find_structure
+from cluster.openai_media import ProcessorKwargs, to_media_options
+from cluster.openai_messages import MessageBody, part_names, to_messages
+from cluster.openai_neutral import NeutralFields
+from cluster.openai_sampling import SamplingBody, sampling_fields
+from cluster.openai_structure import Strict, StructureFields, find_structure
+from cluster.openai_thinking import ChatTemplateKwargs, Effort, find_thinking
 from cluster.openai_tools import ToolBody, ToolChoiceBody, to_tool_choice, to_tools
-from cluster.request_checks import check_call, check_messages, check_pixels, media_from_uri, not_supported
+from cluster.request_checks import check_call, not_supported
 
-SPELLING = {"timeout_s": "timeout", "thinking": "enable_thinking", "bad_words_ids": "bad_words"}
+Body = TypeVar("Body", bound=Strict)
+
+SPELLING = {
+    "timeout_s": "timeout",
+    "thinking": "enable_thinking",
+    "bad_words_ids": "bad_words",
+    "media_options": "mm_processor_kwargs",
+}
 """Names of later stages whose OpenAI names differ in every request; ``spelling`` adds what depends on the request."""
-
-
-class TextBody(Strict):
-    type: Literal["text"]
-    text: str
-
-
-class ImageUrl(Strict):
-    url: str
-    detail: Literal["auto", "low", "high"] | None = None
-
-
-class VideoUrl(Strict):
-    url: str
-
-
-class ImageUrlBody(Strict):
-    """OpenAI's picture part, with the pixel bounds Hugging Face processors take."""
-
-    type: Literal["image_url"]
-    image_url: ImageUrl
-    min_pixels: int | None = None
-    max_pixels: int | None = None
-
-
-class VideoUrlBody(Strict):
-    """vLLM's video part."""
-
-    type: Literal["video_url"]
-    video_url: VideoUrl
-
-
-class ImageBody(Strict):
-    """The picture part of Hugging Face chat templates."""
-
-    type: Literal["image"]
-    url: str
-    min_pixels: int | None = None
-    max_pixels: int | None = None
-
-
-class VideoBody(Strict):
-    """The video part of Hugging Face chat templates."""
-
-    type: Literal["video"]
-    url: str
-
-
-def _part_tag(value: Any) -> str | None:
-    # The parentheses tell tags from field names in error locations.
-    return f"({value['type']})" if isinstance(value, dict) and isinstance(value.get("type"), str) else None
-
-
-PartBody = Annotated[
-    Annotated[TextBody, Tag("(text)")]
-    | Annotated[ImageUrlBody, Tag("(image_url)")]
-    | Annotated[VideoUrlBody, Tag("(video_url)")]
-    | Annotated[ImageBody, Tag("(image)")]
-    | Annotated[VideoBody, Tag("(video)")],
-    Discriminator(
-        _part_tag,
-        custom_error_type="part_type",
-        custom_error_message="must be an object whose type is text, image_url, video_url, image or video",
-    ),
-]
-
-
-def _listed_content(value: Any) -> Any:
-    return [{"type": "text", "text": value}] if isinstance(value, str) else value
-
-
-def _listed(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
-
-
-class FunctionBody(Strict):
-    name: str
-    arguments: str
-
-
-class ToolCallBody(Strict):
-    """A call as a reply told it. ``index`` is what is left over when it was put together from a stream."""
-
-    index: int | None = None
-    id: str
-    type: Literal["function"] = "function"
-    function: FunctionBody
-
-
-class MessageBody(Strict):
-    """One turn. ``reasoning`` (vLLM) and ``reasoning_content`` (FastDeploy, DeepSeek) are the same thing.
-
-    The last four are what OpenAI's client writes as null when it dumps an earlier reply; they must be null.
-    """
-
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Annotated[list[PartBody], BeforeValidator(_listed_content)] | None = None
-    name: str | None = None
-    reasoning: str | None = None
-    reasoning_content: str | None = None
-    tool_calls: list[ToolCallBody] | None = None
-    tool_call_id: str | None = None
-    refusal: None = None
-    annotations: None = None
-    audio: None = None
-    function_call: None = None
 
 
 class StreamOptions(Strict):
     include_usage: bool | None = None
+    include_obfuscation: Literal[False] | None = None
+    continuous_usage_stats: Literal[False] | None = None
 
 
-class ChatRequest(Strict):
-    """Body of ``POST /v1/chat/completions``."""
+class ChatRequest(NeutralFields, SamplingBody, StructureFields):
+    """Body of ``POST /v1/chat/completions``. Of ``metadata`` only FastDeploy's ``enable_thinking`` is read."""
 
-    model: str | None = None
     messages: list[MessageBody]
-    stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: int | None = None
-    temperature: FiniteFloat | None = None
-    top_p: FiniteFloat | None = None
-    top_k: int | None = None
-    min_p: FiniteFloat | None = None
-    repetition_penalty: FiniteFloat | None = None
-    presence_penalty: FiniteFloat | None = None
-    frequency_penalty: FiniteFloat | None = None
-    logit_bias: dict[str, FiniteFloat] | None = None
-    allowed_token_ids: list[int] | None = None
-    bad_words: list[str] | None = None
-    seed: int | None = None
-    min_tokens: int | None = None
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
     reasoning_max_tokens: int | None = None
-    stop: Annotated[list[str], BeforeValidator(_listed)] | None = None
-    stop_token_ids: list[int] | None = None
-    ignore_eos: bool | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
     prompt_logprobs: int | None = None
-    response_format: ResponseFormat | None = None
-    structured_outputs: StructuredOutputs | None = None
-    guided_json: SchemaText | None = None
-    guided_regex: str | None = None
-    guided_choice: list[str] | None = None
-    guided_grammar: str | None = None
     tools: list[ToolBody] | None = None
     tool_choice: ToolChoiceBody | None = None
     parallel_tool_calls: bool | None = None
     enable_thinking: bool | None = None
-    priority: int | None = None
-    cache_salt: str | None = None
-    timeout: FiniteFloat | None = None
+    chat_template_kwargs: ChatTemplateKwargs | None = None
+    metadata: dict[str, Any] | None = None
+    reasoning_effort: Effort | None = None
+    mm_processor_kwargs: ProcessorKwargs | None = None
     return_token_ids: bool | None = None
-    return_timings: bool | None = None
 
     @property
     def wants_stream_usage(self) -> bool:
@@ -195,8 +70,13 @@ class ChatRequest(Strict):
 
 def parse_chat_request(body: bytes) -> ChatRequest:
     """Checks the types of a body. Raises InvalidRequest naming the first wrong field."""
+    return parse_body(ChatRequest, body)
+
+
+def parse_body(kind: type[Body], body: bytes) -> Body:
+    """The same for a body of any kind."""
     try:
-        return ChatRequest.model_validate_json(body)
+        return kind.model_validate_json(body)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     raise _refusal(first)
@@ -215,6 +95,8 @@ def _refusal(error: ErrorDetails) -> InvalidRequest:
             return not_supported(path)
         case "missing":
             return InvalidRequest(f"{path} is required", field=path)
+        case "literal_error" if error["loc"][0] in NeutralFields.model_fields or error["loc"][0] == "stream_options":
+            return InvalidRequest(f"{path}: {error['msg']}", field=path, reason="UNSUPPORTED_FIELD")
         case "part_type":
             return InvalidRequest(f"{path} {error['msg']}", field=path)
         case _:
@@ -246,40 +128,21 @@ def to_call(chat: ChatRequest) -> GenerateCall:
     _, structure = find_structure(chat)
     tools = to_tools(chat.tools)
     call = GenerateCall(
-        messages=tuple(_message(message, f"messages[{index}]") for index, message in enumerate(chat.messages)),
-        model=chat.model,
-        temperature=chat.temperature,
-        top_p=chat.top_p,
-        top_k=0 if chat.top_k == -1 else chat.top_k,
-        min_p=chat.min_p,
-        repetition_penalty=chat.repetition_penalty,
-        presence_penalty=chat.presence_penalty or 0.0,
-        frequency_penalty=chat.frequency_penalty or 0.0,
-        logit_bias=_logit_bias(chat.logit_bias or {}),
-        allowed_token_ids=None if chat.allowed_token_ids is None else tuple(chat.allowed_token_ids),
-        bad_words=tuple(chat.bad_words or ()),
-        seed=chat.seed,
+        **sampling_fields(chat),
+        messages=to_messages(chat.messages),
         n=1 if chat.n is None else chat.n,
-        min_tokens=chat.min_tokens or 0,
         max_tokens=limits.pop() if limits else None,
         reasoning_max_tokens=chat.reasoning_max_tokens,
-        stop=tuple(chat.stop or ()),
-        stop_token_ids=tuple(chat.stop_token_ids or ()),
-        ignore_eos=bool(chat.ignore_eos),
         logprobs=_logprobs(chat),
         prompt_logprobs=chat.prompt_logprobs,
         structure=structure,
         tools=tools,
         tool_choice=to_tool_choice(chat.tool_choice, tools),
         parallel_tool_calls=chat.parallel_tool_calls is not False,
-        thinking=_thinking(chat.enable_thinking),
-        priority=chat.priority or 0,
-        cache_salt=chat.cache_salt,
-        timeout_s=chat.timeout,
+        thinking=find_thinking(chat)[1],
+        media_options=to_media_options(chat.mm_processor_kwargs)[0],
         return_token_ids=bool(chat.return_token_ids),
-        return_timings=bool(chat.return_timings),
     )
-    check_messages(call.messages, "content")
     check_call(call, spelling(chat))
     return call
 
@@ -292,7 +155,9 @@ def spelling(chat: ChatRequest) -> Mapping[str, str]:
     if chat.top_logprobs is not None:
         names["logprobs"] = "top_logprobs"
     names["structure"] = find_structure(chat)[0] or "response_format"
-    return names
+    names |= part_names(chat.messages)
+    names["enable_thinking"] = find_thinking(chat)[0] or "enable_thinking"
+    return names | to_media_options(chat.mm_processor_kwargs)[1]
 
 
 def _logprobs(chat: ChatRequest) -> int | None:
@@ -303,91 +168,16 @@ def _logprobs(chat: ChatRequest) -> int | None:
     return None
 
 
-def _logit_bias(biases: Mapping[str, float]) -> tuple[tuple[int, float], ...]:
-    """Token ids are keys of a JSON object, so they come as text."""
-    for key in biases:
-        if _TOKEN_ID.fullmatch(key) is None:
-            raise InvalidRequest(f"logit_bias has the key {key!r}, which is no token id", field="logit_bias")
-    return tuple(sorted((int(key), bias) for key, bias in biases.items()))
-
-
-def _thinking(enabled: bool | None) -> ThinkingMode:
-    if enabled is None:
-        return ThinkingMode.AUTO
-    return ThinkingMode.ON if enabled else ThinkingMode.OFF
-
-
-_ROLES: Mapping[str, MessageRole] = {
-    "system": MessageRole.SYSTEM,
-    "developer": MessageRole.SYSTEM,
-    "user": MessageRole.USER,
-    "assistant": MessageRole.ASSISTANT,
-    "tool": MessageRole.TOOL,
-}
-
-
-def _message(body: MessageBody, field: str) -> Message:
-    role = _ROLES[body.role]
-    if body.reasoning is not None and body.reasoning_content not in (None, body.reasoning):
-        raise InvalidRequest(
-            f"{field}.reasoning and {field}.reasoning_content differ: give one", field=f"{field}.reasoning_content"
-        )
-    reasoning = body.reasoning if body.reasoning is not None else body.reasoning_content
-    if role is not MessageRole.ASSISTANT:
-        for name in ("reasoning", "reasoning_content", "tool_calls"):
-            if getattr(body, name):
-                raise _misplaced(f"{field}.{name}", "assistant")
-        if body.content is None:
-            raise InvalidRequest(f"{field}.content is required", field=f"{field}.content")
-    if role is not MessageRole.TOOL and body.tool_call_id is not None:
-        raise _misplaced(f"{field}.tool_call_id", "tool")
-    return Message(
-        role=role,
-        parts=tuple(_part(part, f"{field}.content[{index}]") for index, part in enumerate(body.content or ())),
-        reasoning=reasoning or None,
-        tool_calls=tuple(
-            ToolCall(id=call.id, name=call.function.name, arguments=call.function.arguments)
-            for call in body.tool_calls or ()
-        ),
-        tool_call_id=body.tool_call_id,
-        name=body.name,
-    )
-
-
-def _misplaced(field: str, role: str) -> InvalidRequest:
-    return InvalidRequest(f"{field} belongs to messages of role {role}", field=field)
-
-
-def _part(body: PartBody, field: str) -> ContentPart:
-    match body:
-        case TextBody():
-            return TextPart(text=body.text)
-        case ImageUrlBody():
-            if body.image_url.detail == "low":
-                raise InvalidRequest(
-                    f'{field}.image_url.detail "low" is not supported: set max_pixels on the part instead',
-                    field=f"{field}.image_url.detail",
-                    reason="UNSUPPORTED_FIELD",
-                )
-            return _image(body.image_url.url, f"{field}.image_url.url", body.min_pixels, body.max_pixels, field)
-        case ImageBody():
-            return _image(body.url, f"{field}.url", body.min_pixels, body.max_pixels, field)
-        case VideoUrlBody():
-            return VideoPart(source=media_from_uri(body.video_url.url, f"{field}.video_url.url"))
-        case VideoBody():
-            return VideoPart(source=media_from_uri(body.url, f"{field}.url"))
-
-
-def _image(url: str, url_field: str, low: int | None, high: int | None, field: str) -> ImagePart:
-    check_pixels(low, high, field)
-    return ImagePart(source=media_from_uri(url, url_field), min_pixels=low, max_pixels=high)
-
-
 _PART = re.compile(r"^(messages\[\d+\])\.parts\b")
 _HEAD = re.compile(r"^\w+")
-_TOKEN_ID = re.compile(r"0|[1-9][0-9]{0,9}")
+_MEDIUM = re.compile(r"^(messages\[\d+\]\.content\[\d+\])\.(?:image|video)_url(?:\.(\w+))?$")
+_OPTIONS = {"frames_per_second": "fps", "start_s": "video_start", "end_s": "video_end"}
 
 
 def client_field(field: str, names: Mapping[str, str] = SPELLING) -> str:
     """Turns a field as a later stage names it, which may be in the terms of ``GenerateCall``, into OpenAI's terms."""
-    return _PART.sub(r"\1.content", _HEAD.sub(lambda head: names.get(head[0], head[0]), field))
+    field = names.get(field) or _HEAD.sub(lambda head: names.get(head[0], head[0]), field)
+    if (medium := _MEDIUM.match(field)) and (option := medium[2]) not in (None, "url"):
+        # Options stand beside the medium.
+        return f"{medium[1]}.{_OPTIONS.get(option, option)}"
+    return _PART.sub(r"\1.content", field)

@@ -95,12 +95,17 @@ def _cut(text: str) -> str:
 
 
 def usage_body(usage: Usage) -> dict[str, Any]:
-    """Token accounting. ``media_tokens`` is ours."""
+    """Token accounting. Image and video tokens have FastDeploy's names; ``media_tokens``, their sum, is ours."""
     return {
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.output_tokens,
         "total_tokens": usage.prompt_tokens + usage.output_tokens,
-        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens, "media_tokens": usage.media_tokens},
+        "prompt_tokens_details": {
+            "cached_tokens": usage.cached_tokens,
+            "image_tokens": usage.image_tokens,
+            "video_tokens": usage.video_tokens,
+            "media_tokens": usage.media_tokens,
+        },
         "completion_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
     }
 
@@ -186,7 +191,7 @@ class Completion:
         if calls:
             message["tool_calls"] = [_call(call) for call in calls]
         scores = None if self._call.logprobs is None else logprobs_body(choice.scores)
-        body: dict[str, Any] = {"index": index, "message": message, "logprobs": scores, **_ending(choice.finished)}
+        body: dict[str, Any] = {"index": index, "message": message, "logprobs": scores, **ending(choice.finished)}
         if self._call.return_token_ids:
             body["token_ids"] = choice.token_ids
         return body
@@ -224,7 +229,7 @@ class Chunks:
                 bodies.append(self._choice_chunk(event.choice, delta, event.token_ids, event.logprobs))
             case ChoiceFinished():
                 chunk = self._choice_chunk(event.choice, {})
-                chunk["choices"][0] |= _ending(event)
+                chunk["choices"][0] |= ending(event)
                 bodies.append(chunk)
             case Finished() if self._usage or event.timings is not None:
                 chunk = self._chunk([])
@@ -282,7 +287,8 @@ def _call(call: ToolCallDelta) -> dict[str, Any]:
     return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
 
 
-def _ending(event: ChoiceFinished) -> dict[str, Any]:
+def ending(event: ChoiceFinished) -> dict[str, Any]:
+    """How a choice ended; a stop string or stop token of the client's is named."""
     return {"finish_reason": _FINISH[event.reason], "stop_reason": event.stop_reason}
 
 

@@ -5,7 +5,7 @@ and vLLM's older ``guided_*``. All become one ``Structure``; a request may use o
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -23,7 +23,7 @@ def _written(value: Any) -> Any:
     return json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else value
 
 
-SchemaText = Annotated[str, BeforeValidator(_written)]
+SchemaText = Annotated[str, BeforeValidator(_written, json_schema_input_type=str | dict[str, Any])]
 """A JSON schema, given as an object or as JSON text."""
 
 
@@ -51,24 +51,18 @@ class StructuredOutputs(Strict):
     grammar: str | None = None
 
 
-class HasStructure(Protocol):
-    """The fields of a chat request that may hold a structure."""
+class StructureFields(Strict):
+    """The fields of a request that may hold a structure."""
 
-    @property
-    def response_format(self) -> ResponseFormat | None: ...
-    @property
-    def structured_outputs(self) -> StructuredOutputs | None: ...
-    @property
-    def guided_json(self) -> SchemaText | None: ...
-    @property
-    def guided_regex(self) -> str | None: ...
-    @property
-    def guided_choice(self) -> list[str] | None: ...
-    @property
-    def guided_grammar(self) -> str | None: ...
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: SchemaText | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
 
 
-def find_structure(chat: HasStructure) -> tuple[str | None, Structure | None]:
+def find_structure(body: StructureFields) -> tuple[str | None, Structure | None]:
     """Returns the field that says what the answer must match, and what it says; (None, None) where there is none.
 
     Raises:
@@ -80,9 +74,9 @@ def find_structure(chat: HasStructure) -> tuple[str | None, Structure | None]:
         if text is not None:
             found.append((field, Structure(kind=kind, text=text)))
 
-    if (format_ := chat.response_format) is not None:
+    if (format_ := body.response_format) is not None:
         _add_response_format(format_, found)
-    if (outputs := chat.structured_outputs) is not None:
+    if (outputs := body.structured_outputs) is not None:
         before = len(found)
         add("structured_outputs.json", StructureKind.JSON_SCHEMA, outputs.json_)
         add("structured_outputs.json_object", StructureKind.JSON_OBJECT, "" if outputs.json_object else None)
@@ -93,10 +87,10 @@ def find_structure(chat: HasStructure) -> tuple[str | None, Structure | None]:
             raise InvalidRequest(
                 "structured_outputs must have json, json_object, regex, choice or grammar", field="structured_outputs"
             )
-    add("guided_json", StructureKind.JSON_SCHEMA, chat.guided_json)
-    add("guided_regex", StructureKind.REGEX, chat.guided_regex)
-    add("guided_choice", StructureKind.CHOICE, _listed(chat.guided_choice))
-    add("guided_grammar", StructureKind.GRAMMAR, chat.guided_grammar)
+    add("guided_json", StructureKind.JSON_SCHEMA, body.guided_json)
+    add("guided_regex", StructureKind.REGEX, body.guided_regex)
+    add("guided_choice", StructureKind.CHOICE, _listed(body.guided_choice))
+    add("guided_grammar", StructureKind.GRAMMAR, body.guided_grammar)
     match found:
         case []:
             return None, None

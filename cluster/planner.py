@@ -1,7 +1,7 @@
-"""The planner: registry of engines and encoders, and the role of every new engine.
+"""The planner: registry of engines and encoders, and the role of every engine.
 
 Soft state, off the request path: routers keep their last snapshot and their own streams when it is away, and engines
-tell a new planner who they are with their next renewal.
+tell a new planner who they are with their next renewal. An engine that is to change its role hears of it in the answer.
 """
 
 from __future__ import annotations
@@ -10,18 +10,21 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections import Counter
 
 import ray
 from ray import serve
 from ray.experimental import internal_kv
 
-from actors.types import EncoderInfo, EngineInfo, EngineRole, GroupReport, LoadReport
+from actors.types import EncoderInfo, EngineInfo, EngineRole, GroupReport, LoadReport, RoleOrder
 from cluster.config import ClusterConfig
 from cluster.registry import LEASE_S, EncoderEntry, EngineEntry, LoadingEntry, PreprocessorEntry, Registry, Snapshot
+from cluster.roles import RoleMover, check_move, find_engine
 
 log = logging.getLogger(__name__)
 
 EXPIRY_PERIOD_S = LEASE_S / 6
+DECIDE_PERIOD_S = 1.0
 
 _TERM_NAMESPACE = b"ernie-serving"
 
@@ -43,13 +46,17 @@ class Planner:
     """One replica. Every method is quick and runs on the replica's event loop."""
 
     async def __init__(self, config: ClusterConfig, term: int | None = None) -> None:  # type: ignore[misc]  # Serve awaits it
-        self._wanted = {pool.name: pool.role_counts() for pool in config.pools}
+        self._wanted = {pool.name: Counter(pool.role_counts()) for pool in config.pools}
+        self._movers = {pool.name: RoleMover(pool.move_roles) for pool in config.pools if pool.move_roles is not None}
+        self._orders: dict[str, RoleOrder] = {}
+        """By incarnation, of engines that have not done it yet."""
         self._term = take_term(serve.get_replica_context().app_name) if term is None else term
         self._registry = Registry(self._term)
         self._changed = asyncio.Event()
         self._told_version = self._registry.version
         self._decides_at = time.monotonic() + (LEASE_S if self._term > 1 else 0.0)
         self._expiry = asyncio.get_running_loop().create_task(self._expire())
+        self._deciding = asyncio.get_running_loop().create_task(self._decide()) if self._movers else None
         log.info("planner term %d", self._term)
 
     async def assign_role(self, incarnation: str, pool: str) -> EngineRole:
@@ -74,10 +81,49 @@ class Planner:
 
     async def renew_engine(
         self, info: EngineInfo, pool: str, ready: bool, load: LoadReport | None, group: GroupReport | None = None
-    ) -> None:
+    ) -> RoleOrder | None:
+        """What the engine is to do about its role, until it has."""
         entry = EngineEntry(info=info, pool=pool, ready=ready, load=load, group=group)
         self._registry.renew_engine(entry, time.monotonic())
         self._notify()
+        order = self._orders.get(info.incarnation)
+        if order is not None and order.epoch != info.epoch:
+            del self._orders[info.incarnation]
+            log.info("engine %s is %s now", info.engine_id, info.role)
+            return None
+        return order
+
+    async def order_role(self, name: str, role: EngineRole) -> str:
+        """An engine, by its id or a part of it, is to take a role. Returns its id; the change itself takes a while.
+
+        Raises:
+            NotFound, InvalidRequest: no engine, or several, of that name.
+            Unavailable: it cannot go now, see ``check_move``.
+        """
+        await asyncio.sleep(max(0.0, self._decides_at - time.monotonic()))
+        entry = find_engine(self._registry.snapshot().engines, name)
+        if entry.info.role is not role:
+            self._order(entry, role, "by hand")
+        return entry.info.engine_id
+
+    def _order(self, entry: EngineEntry, role: EngineRole, why: str) -> None:
+        info = entry.info
+        alone = check_move(self._registry.snapshot().engines, entry, self._orders)
+        self._orders[info.incarnation] = RoleOrder(term=self._term, epoch=info.epoch, role=role, substitutes=alone)
+        # Whoever replaces an engine of the pool takes the role that is short from now on.
+        self._wanted[entry.pool] += Counter({role: 1})
+        self._wanted[entry.pool] -= Counter({info.role: 1})
+        log.warning("engine %s is to be %s instead of %s: %s", info.engine_id, role, info.role, why)
+
+    async def _decide(self) -> None:
+        await asyncio.sleep(max(0.0, self._decides_at - time.monotonic()))
+        while True:
+            for pool, mover in self._movers.items():
+                engines = self._registry.snapshot().engines
+                move = mover.decide(engines, pool, time.monotonic(), list(self._orders))
+                if move is not None:
+                    self._order(move.mover, move.role, move.why)
+            await asyncio.sleep(DECIDE_PERIOD_S)
 
     async def renew_encoder(self, info: EncoderInfo, queued_patches: int) -> None:
         self._registry.renew_encoder(EncoderEntry(info=info, queued_patches=queued_patches), time.monotonic())
@@ -90,6 +136,7 @@ class Planner:
 
     async def leave(self, incarnation: str) -> None:
         self._registry.leave(incarnation)
+        self._orders.pop(incarnation, None)
         self._notify()
 
     async def snapshot(self, known_version: int, known_term: int, timeout_s: float) -> Snapshot:
@@ -119,8 +166,10 @@ class Planner:
                 continue  # this process stood still: renewals wait to be heard
             for incarnation in self._registry.expire(time.monotonic()):
                 log.warning("lease of %s ran out", incarnation)
+                self._orders.pop(incarnation, None)
             self._notify()
 
     def check_health(self) -> None:
-        if self._expiry.done():
-            raise RuntimeError("the planner's lease clock stopped") from self._expiry.exception()
+        for task, what in ((self._expiry, "lease clock"), (self._deciding, "moving of roles")):
+            if task is not None and task.done():
+                raise RuntimeError(f"the planner's {what} stopped") from task.exception()

@@ -7,10 +7,20 @@ import binascii
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 
 from actors.errors import InvalidRequest
-from actors.types import MediaSource, Message, MessageRole, Structure, StructureKind, TextPart
+from actors.types import (
+    MediaOptions,
+    MediaSource,
+    Message,
+    MessageRole,
+    Structure,
+    StructureKind,
+    TextPart,
+    ThinkingMode,
+)
 from cluster.generation import GenerateCall
 from cluster.tools import answer_structure
 
@@ -36,8 +46,12 @@ MAX_STRUCTURE_CHOICES = 1024
 MAX_MESSAGES = 10_000
 
 COMPLETION_PREFIX = "chatcmpl-"
-"""What the HTTP facade puts before a request's name; every place that takes a name also takes it with the prefix."""
+TEXT_COMPLETION_PREFIX = "cmpl-"
+RESPONSE_PREFIX = "resp_"
+NAME_PREFIXES = (COMPLETION_PREFIX, TEXT_COMPLETION_PREFIX, RESPONSE_PREFIX)
+"""What the HTTP facade puts before a request's name; every place that takes a name also takes it with a prefix."""
 
+_BESIDE_CALLS = (StructureKind.JSON_SCHEMA, StructureKind.JSON_OBJECT)
 _ALIAS = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 
@@ -59,6 +73,7 @@ def check_call(call: GenerateCall, spelling: Mapping[str, str]) -> None:
             wanted = f"between {low} and {high}"
         raise _wrong(spelt(attribute), f"must be {wanted}, not {value}")
 
+    _check_prompt(call, spelt)
     if call.request_id is not None:
         _check_alias(call.request_id, spelt("request_id"))
     bounded("temperature", call.temperature, 0, MAX_TEMPERATURE)
@@ -93,19 +108,45 @@ def check_call(call: GenerateCall, spelling: Mapping[str, str]) -> None:
         _check_ids(call.allowed_token_ids, spelt("allowed_token_ids"), MAX_ALLOWED_TOKEN_IDS)
     if call.structure is not None:
         _check_structure(call.structure, spelt("structure"))
-        if call.offered_tools:
-            rule = "does not go together with tools, as no such answer can be a call: give one, or tool_choice none"
+        if call.offered_tools and not call.forces_call and call.structure.kind not in _BESIDE_CALLS:
+            rule = "does not go together with tools unless it is a JSON schema or object, or tool_choice is none"
             raise _wrong(spelt("structure"), rule)
-    elif (forced := answer_structure(call)) is not None and len(forced.text) > MAX_STRUCTURE_BYTES:
-        rule = f"are {len(forced.text)} bytes as a structure to force a call by, the limit is {MAX_STRUCTURE_BYTES}"
+    wanted = answer_structure(call)
+    if wanted is not None and wanted is not call.structure and len(wanted.text) > MAX_STRUCTURE_BYTES:
+        rule = f"are {len(wanted.text)} bytes as a structure of calls, the limit is {MAX_STRUCTURE_BYTES}"
         raise _wrong("tools", rule)
 
 
 def _check_alias(alias: str, field: str) -> None:
     if _ALIAS.fullmatch(alias) is None:
         raise _wrong(field, 'must be 1 to 128 letters, digits or "._:-"')
-    if alias.startswith(COMPLETION_PREFIX):
-        raise _wrong(field, f'must not begin with "{COMPLETION_PREFIX}"')
+    for prefix in NAME_PREFIXES:
+        if alias.startswith(prefix):
+            raise _wrong(field, f'must not begin with "{prefix}"')
+
+
+def bare_name(name: str) -> str:
+    """A request's name without the prefix HTTP clients see before it."""
+    for prefix in NAME_PREFIXES:
+        if name.startswith(prefix):
+            return name.removeprefix(prefix)
+    return name
+
+
+def _check_prompt(call: GenerateCall, spelt: Callable[[str], str]) -> None:
+    """A raw prompt stands alone: what shapes a conversation's prompt, or is read out of its reply, means nothing."""
+    if call.prompt is None:
+        return
+    if not call.prompt:
+        raise _wrong(spelt("prompt"), "must not be empty")
+    for attribute, given in (
+        ("messages", bool(call.messages)),
+        ("tools", bool(call.tools)),
+        ("thinking", call.thinking is not ThinkingMode.AUTO),
+        ("reasoning_max_tokens", call.reasoning_max_tokens is not None),
+    ):
+        if given:
+            raise _wrong(spelt(attribute), f"does not go together with {spelt('prompt')}, which is used as it stands")
 
 
 def _check_texts(texts: tuple[str, ...], field: str, limit: int, length_limit: int) -> None:
@@ -186,13 +227,59 @@ def _is_empty(part: object) -> bool:
     return isinstance(part, TextPart) and not part.text
 
 
-def check_pixels(low: int | None, high: int | None, field: str) -> None:
+def check_pixels(
+    low: int | None, high: int | None, field: str, *, names: Sequence[str] = ("min_pixels", "max_pixels")
+) -> None:
     """Raises InvalidRequest unless both bounds are positive and ordered. ``field`` is the part that has them."""
-    for name, value in (("min_pixels", low), ("max_pixels", high)):
+    least, most = names
+    for name, value in zip(names, (low, high), strict=True):
         if value is not None and not 1 <= value <= MAX_INT32:
             raise _wrong(f"{field}.{name}", f"must be between 1 and {MAX_INT32}, not {value}")
     if low is not None and high is not None and low > high:
-        raise _wrong(f"{field}.min_pixels", f"must not be above max_pixels: {low} > {high}")
+        raise _wrong(f"{field}.{least}", f"must not be above {most}: {low} > {high}")
+
+
+def check_sampling(
+    rate: float | None,
+    least: int | None,
+    most: int | None,
+    field: str,
+    *,
+    names: Sequence[str] = ("fps", "min_frames", "max_frames"),
+) -> None:
+    """Raises InvalidRequest unless a rate is finite and positive and both bounds are positive and ordered."""
+    if rate is not None and not (math.isfinite(rate) and rate > 0):
+        raise _wrong(f"{field}.{names[0]}", f"must be a finite number above 0, not {rate}")
+    for name, value in zip(names[1:], (least, most), strict=True):
+        if value is not None and not 1 <= value <= MAX_INT32:
+            raise _wrong(f"{field}.{name}", f"must be between 1 and {MAX_INT32}, not {value}")
+    if least is not None and most is not None and least > most:
+        raise _wrong(f"{field}.{names[1]}", f"must not be above {names[2]}: {least} > {most}")
+
+
+def check_span(start: float | None, end: float | None, field: str, *, names: tuple[str, str]) -> None:
+    """Raises InvalidRequest unless a span, in seconds, is of finite numbers, not negative and not empty."""
+    for name, value in zip(names, (start, end), strict=True):
+        if value is not None and not (math.isfinite(value) and value >= 0):
+            raise _wrong(f"{field}.{name}", f"must not be negative, it is {value:g} s")
+    if end is not None and end <= (start or 0):
+        raise _wrong(f"{field}.{names[1]}", f"must come after the start at {start or 0:g} s, it is {end:g} s")
+
+
+def check_media_options(options: MediaOptions, field: str, names: Mapping[str, str] = MappingProxyType({})) -> None:
+    """The same for what a request says of all its media. ``names`` are those that its client spells otherwise."""
+
+    def spelt(*options: str) -> list[str]:
+        return [names.get(option, option) for option in options]
+
+    image_names, video_names = (
+        spelt("image_min_pixels", "image_max_pixels"),
+        spelt("video_min_pixels", "video_max_pixels"),
+    )
+    check_pixels(options.image_min_pixels, options.image_max_pixels, field, names=image_names)
+    check_pixels(options.video_min_pixels, options.video_max_pixels, field, names=video_names)
+    frames = options.video_fps, options.video_min_frames, options.video_max_frames
+    check_sampling(*frames, field, names=spelt("video_fps", "video_min_frames", "video_max_frames"))
 
 
 def media_from_uri(uri: str, field: str) -> MediaSource:
@@ -212,6 +299,15 @@ def _decode_data_uri(rest: str, field: str) -> bytes:
     header, comma, payload = rest.partition(",")
     if not comma or not header.lower().endswith(";base64"):
         raise _wrong(field, 'must look like "data:<type>;base64,<bytes>"')
+    return _decode(payload, field)
+
+
+def media_from_base64(text: str, field: str) -> MediaSource:
+    """Decodes base64 that stands alone."""
+    return MediaSource(content=_decode(text, field))
+
+
+def _decode(payload: str, field: str) -> bytes:
     try:
         content = base64.b64decode(payload, validate=True)
     except (binascii.Error, ValueError):
@@ -219,13 +315,6 @@ def _decode_data_uri(rest: str, field: str) -> bytes:
     if not content:
         raise _wrong(field, "holds no bytes")
     return content
-
-
-def check_finite(value: float, field: str) -> float:
-    """Returns ``value``; raises InvalidRequest for NaN and the infinities."""
-    if not math.isfinite(value):
-        raise _wrong(field, f"must be a finite number, not {value}")
-    return value
 
 
 def not_supported(field: str) -> InvalidRequest:

@@ -1,4 +1,4 @@
-"""Tools of a request: bounds that both facades check, the form chat templates read, and the structure of forced calls.
+"""Tools of a request: bounds that both facades check, the form chat templates read, and the structure of calls.
 
 A forced call (``tool_choice`` required or named) is structured output: after any thinking comes
 
@@ -6,7 +6,9 @@ A forced call (``tool_choice`` required or named) is structured output: after an
     {"name": "f", "arguments": {...}}
     </tool_call>
 
-once, or several times where parallel calls are allowed and no function is named. Engines make a grammar of it.
+once, or several times where parallel calls are allowed and no function is named. Engines make a grammar of it. Where
+the model may call (``auto``) and the answer is to match a JSON schema, the reply is either such calls or such an
+answer.
 """
 
 from __future__ import annotations
@@ -112,17 +114,29 @@ def template_form(tool: Tool) -> dict[str, Any]:
 
 
 def answer_structure(call: GenerateCall) -> Structure | None:
-    """What the answer must match: what the caller says, or calls that are forced."""
-    return _forced_calls(call) if call.forces_call else call.structure
+    """What the answer must match: what the caller says, calls that are forced, or either of the two where the model is
+    free to call and what the caller says is a JSON schema."""
+    if call.forces_call:
+        return _calls(call)
+    if call.structure is None or not call.offered_tools:
+        return call.structure
+    match call.structure.kind:
+        case StructureKind.JSON_SCHEMA:
+            return _calls(call, json.loads(call.structure.text))
+        case StructureKind.JSON_OBJECT:
+            return _calls(call, {"type": "object"})
+    return call.structure
 
 
-def _forced_calls(call: GenerateCall) -> Structure:
+def _calls(call: GenerateCall, answer: Any = None) -> Structure:
     choice = call.tool_choice.function
     functions = [
         {"name": tool.name, "parameters": tool.parameters} for tool in call.tools if choice in (None, tool.name)
     ]
-    several = call.parallel_tool_calls and choice is None
-    return Structure(kind=StructureKind.TOOL_CALLS, text=json.dumps({"functions": functions, "several": several}))
+    wanted = {"functions": functions, "several": call.parallel_tool_calls and choice is None}
+    if answer is not None:
+        wanted["answer"] = answer
+    return Structure(kind=StructureKind.TOOL_CALLS, text=json.dumps(wanted))
 
 
 def _wrong(field: str, rule: str) -> InvalidRequest:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 from ray import serve
 
@@ -14,7 +16,10 @@ from actors.processing.config import ProcessingLimits
 from actors.rank_actors import start_actors
 from actors.vision_encoder import VisionEncoder
 from actors.wire.renewal import Registration
+from cluster.hub import local_directory
 from cluster.metrics import GroupMetrics
+
+AnyConfig = TypeVar("AnyConfig", PreprocessorConfig, VisionEncoderConfig, EngineReplicaConfig)
 
 
 class PreprocessorReplica(Preprocessor):
@@ -23,7 +28,7 @@ class PreprocessorReplica(Preprocessor):
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, config: PreprocessorConfig, limits: ProcessingLimits, planner: Any, host: str | None
     ) -> None:
-        await super().__init__(config, limits, host)
+        await super().__init__(await _with_files(config), limits, host)
 
         async def renew() -> None:
             await planner.renew_preprocessor.remote(self.incarnation, self.address)
@@ -45,7 +50,8 @@ class VisionEncoderReplica(VisionEncoder):
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, config: VisionEncoderConfig, planner: Any, host: str | None
     ) -> None:
-        await super().__init__(dataclasses.replace(config, encoder_id=f"encoder-{_replica_id()}"), host)
+        config = dataclasses.replace(await _with_files(config), encoder_id=f"encoder-{_replica_id()}")
+        await super().__init__(config, host)
 
         async def renew() -> None:
             await planner.renew_encoder.remote(self.identity, self.queued_patches)
@@ -69,7 +75,9 @@ class EngineGroupReplica(EngineReplica):
         self, config: EngineReplicaConfig, planner: Any, host: str | None
     ) -> None:
         self._metrics = GroupMetrics() if config.ranks > 1 else None
-        await super().__init__(config, planner, f"{config.pool}-{_replica_id()}", host, start_actors)
+        name = f"{config.pool}-{_replica_id()}"
+        start_group = partial(start_actors, partial(local_directory, config.model_dir))
+        await super().__init__(await _with_files(config), planner, name, host, start_group)
 
     async def _renew(self) -> None:
         report = self.group_report()
@@ -79,6 +87,12 @@ class EngineGroupReplica(EngineReplica):
 
     async def __del__(self) -> None:
         await self.close()
+
+
+async def _with_files(config: AnyConfig) -> AnyConfig:
+    """The settings with the model's directory on this node, fetched first where a hub has it."""
+    directory = await asyncio.to_thread(local_directory, config.model_dir)
+    return dataclasses.replace(config, model_dir=directory)
 
 
 def _replica_id() -> str:

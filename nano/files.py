@@ -11,7 +11,7 @@ from actors.checkpoint.presets import Documents, build_documents
 from nano.frames import BOUNDS
 
 TOKENIZER = Path(__file__).parent / "tokenizer.json"
-FONT_PATH = Path(__file__).parent.parent / "actors" / "checkpoint" / "assets" / "Roboto-Regular.ttf"
+FONT_PATH = Path(__file__).parent.parent / "actors" / "processing" / "assets" / "Roboto-Regular.ttf"
 
 OVERRIDES = {
     "text_config.vocab_size": 704,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +13,7 @@ import grpc
 from grpc_health.v1 import health_pb2_grpc  # type: ignore[import-untyped]
 
 from actors.errors import NotFound
-from actors.types import FinishReason, Message, Stage, ThinkingMode, Timings
+from actors.types import FinishReason, Stage, Timings
 from cluster.generation import (
     ChoiceFinished,
     Delta,
@@ -23,10 +23,11 @@ from cluster.generation import (
     ModelCard,
     PositionScores,
     PromptScored,
+    PromptTokens,
     Started,
     TokenScore,
-    Tool,
     Usage,
+    Vocabulary,
 )
 from cluster.grpc_service import InferenceServicer
 from ernie_serving.v1 import inference_pb2_grpc
@@ -37,7 +38,13 @@ class Pause:
 
 
 USAGE = Usage(
-    prompt_tokens=12, media_tokens=6, cached_tokens=4, output_tokens=5, reasoning_tokens=2, time_to_first_token_s=0.25
+    prompt_tokens=12,
+    media_tokens=6,
+    cached_tokens=4,
+    output_tokens=5,
+    reasoning_tokens=2,
+    time_to_first_token_s=0.25,
+    video_tokens=2,
 )
 TIMINGS = Timings(
     exposed={Stage.QUEUED: 0.001, Stage.PREFILL: 0.2, Stage.DECODE: 1.5},
@@ -80,6 +87,22 @@ SCORED: tuple[Event, ...] = (
 """Two choices, log-probabilities of prompt and reply."""
 
 
+class ByteVocabulary:
+    """Ids are bytes; 1 is a special token that replies leave out."""
+
+    def spell(self, ids: Sequence[int]) -> str:
+        return b"".join(map(self.token_bytes, ids)).decode(errors="replace")
+
+    def token_text(self, token_id: int) -> str | None:
+        return self.token_bytes(token_id).decode("latin-1") if token_id < 256 else None
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return b"<s>" if token_id == 1 else bytes([token_id])
+
+    def is_hidden(self, token_id: int) -> bool:
+        return token_id == 1
+
+
 @dataclass
 class ScriptedService:
     """A ``GenerationService`` that plays the same steps for every request and remembers what was asked of it."""
@@ -91,7 +114,8 @@ class ScriptedService:
         ModelCard(name="ernie", source="/models/ernie", max_model_len=4096, created=1_700_000_000),
     )
     calls: list[GenerateCall] = field(default_factory=list)
-    counted: list[tuple[str | None, tuple[Message, ...], ThinkingMode, tuple[Tool, ...]]] = field(default_factory=list)
+    tokenized: list[GenerateCall] = field(default_factory=list)
+    vocabulary: Vocabulary = field(default_factory=lambda: ByteVocabulary())
     cancelled: list[str] = field(default_factory=list)
     ended: asyncio.Queue[str] = field(default_factory=asyncio.Queue)
     """One entry a request: "finished" or "closed"."""
@@ -119,15 +143,11 @@ class ScriptedService:
             raise NotFound(f"no request {request_id!r}", reason="REQUEST_NOT_FOUND", field="request_id")
         self.cancelled.append(request_id)
 
-    async def count_tokens(
-        self,
-        model: str | None,
-        messages: tuple[Message, ...],
-        thinking: ThinkingMode,
-        tools: tuple[Tool, ...] = (),
-    ) -> tuple[int, int]:
-        self.counted.append((model, messages, thinking, tools))
-        return 12, 6
+    async def tokenize(self, call: GenerateCall) -> PromptTokens:
+        self.tokenized.append(call)
+        if isinstance(call.prompt, str):
+            return PromptTokens(ids=tuple(call.prompt.encode()), media_tokens=0)
+        return PromptTokens(ids=tuple(range(65, 77)) if call.prompt is None else call.prompt, media_tokens=6)
 
     def models(self) -> tuple[ModelCard, ...]:
         return self.cards

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from functools import partial
@@ -57,6 +57,7 @@ class InProcessCluster:
         self.engines: list[EngineReplica] = []
         self.encoders: list[VisionEncoder] = []
         self.preprocessors: list[Preprocessor] = []
+        self.planner: Planner
         self.pool: Handle
         """Of the preprocessors."""
         self.parts: RouterParts
@@ -134,12 +135,13 @@ async def in_process_cluster(
     embedding_cache_bytes: int | None = None,
     encoders: int = 1,
     preprocessors: int = 1,
+    ranks: Sequence[int] | None = None,
     **engine: Any,
 ) -> AsyncIterator[InProcessCluster]:
     """Starts preprocessors, encoders, one router and an engine per role; ends them all.
 
-    ``embedding_cache_bytes``: what the encoder keeps without a lease; its default when None. ``engine``: further fields
-    of EngineReplicaConfig.
+    ``embedding_cache_bytes``: what the encoder keeps without a lease; its default when None. ``ranks``: of each engine;
+    one when None. ``engine``: further fields of EngineReplicaConfig.
     """
     counts = {role.value: roles.count(role) for role in set(roles)}
     config = ClusterConfig(
@@ -153,7 +155,7 @@ async def in_process_cluster(
         planner = Planner.__new__(Planner)
         await planner.__init__(config, term=1)  # type: ignore[func-returns-value,misc]
         stack.callback(planner._expiry.cancel)
-        handle = Handle(planner)
+        cluster.planner, handle = planner, Handle(planner)
         for _ in range(preprocessors):
             part = await _made(Preprocessor, PreprocessorConfig(model_dir=str(model_dir)), None, HOST)
             cluster.preprocessors.append(part)
@@ -168,7 +170,7 @@ async def in_process_cluster(
             cluster.encoders.append(encoder)
             stack.push_async_callback(encoder.close)
             stack.callback(cluster.keep_known(encoder, partial(planner.renew_encoder, encoder.identity, 0)).cancel)
-        for _ in roles:
+        for size in ranks or [1] * len(roles):
             engine_config = EngineReplicaConfig(
                 model_dir=str(model_dir),
                 pool="engine",
@@ -176,6 +178,7 @@ async def in_process_cluster(
                 compat=compat,
                 kv_cache_gib=kv_cache_gib,
                 drain_timeout_s=5.0,
+                ranks=size,
                 **engine,
             )
             replica = await _made(EngineReplica, engine_config, handle, None, HOST)

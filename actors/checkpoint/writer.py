@@ -122,7 +122,7 @@ def write_neighbours(root: Path, documents: Documents, tokenizer: Mapping[str, A
     write_json(root / "video_preprocessor_config.json", documents.video_preprocessor_config)
     template = resources.files("actors.processing") / "templates" / f"{style}.jinja"
     (root / "chat_template.jinja").write_text(template.read_text(encoding="utf-8"), encoding="utf-8")
-    with resources.as_file(resources.files("actors.checkpoint") / "assets" / FONT) as font:
+    with resources.as_file(resources.files("actors.processing") / "assets" / FONT) as font:
         shutil.copyfile(font, root / FONT)
 
 

@@ -385,6 +385,7 @@ class Engine:
         with self._wake:
             self.config = replace(self.config, role=role)
             self._accepting = not self._stopping
+            self._load = measure(self._scheduler)
         future.set_result(None)
 
     def _reserve(self, key: SequenceKey, token_count: int, future: Future[Reservation], now: float) -> None:

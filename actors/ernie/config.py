@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeVar
 
 from actors.ernie import config_keys as keys
 from actors.model_files import processor_section, read_json
+from actors.tokenization.files import spelled_media_tokens
 
 DENSE: Literal["dense"] = "dense"
 SPARSE: Literal["sparse"] = "sparse"
@@ -196,14 +197,22 @@ class ErnieConfig:
         generation_path = directory / "generation_config.json"
         generation = read_json(generation_path) if generation_path.is_file() else {}
         try:
-            return cls.from_dict(raw, generation)
+            return cls.from_dict(raw, generation, spelled_media_tokens(directory, raw))
         except ValueError as error:
             raise ValueError(f"{directory / 'config.json'}: {error}") from None
 
     @classmethod
-    def from_dict(cls, raw: Mapping[str, Any], generation: Mapping[str, Any] | None = None) -> ErnieConfig:
-        """Build from parsed config.json and generation_config.json. Raises ValueError as ``from_dir``."""
-        fields = keys.read_config(raw)
+    def from_dict(
+        cls,
+        raw: Mapping[str, Any],
+        generation: Mapping[str, Any] | None = None,
+        spelled: Mapping[str, int] | None = None,
+    ) -> ErnieConfig:
+        """Build from parsed config.json and generation_config.json, and the tokenizer's ids of media tokens.
+
+        Raises ValueError as ``from_dir``.
+        """
+        fields = keys.read_config(raw, spelled)
         text = TextConfig(**fields.text)
         vision = VisionConfig(**fields.vision, output_size=text.hidden_size, rms_norm_eps=text.rms_norm_eps)
         eos = keys.eos_token_ids(raw, generation or {})

@@ -29,15 +29,18 @@ class Fields:
     tokens: dict[str, int]
 
 
-def read_config(raw: Mapping[str, Any]) -> Fields:
-    """Tell the dialect by ``model_type`` and read it. Raises ValueError naming key and value."""
+def read_config(raw: Mapping[str, Any], spelled: Mapping[str, int] | None = None) -> Fields:
+    """Tell the dialect by ``model_type`` and read it; ``spelled`` as in ``media_token_ids``.
+
+    Raises ValueError naming key and value.
+    """
     if raw.get("quantization_config") is not None:
         raise ValueError(f"quantization_config = {raw['quantization_config']!r} is not supported")
     model_type = raw.get("model_type")
     if model_type == HF_MODEL_TYPE:
         return _read_hf(raw)
     if model_type == BAIDU_MODEL_TYPE:
-        return _read_baidu(raw)
+        return _read_baidu(raw, spelled)
     raise ValueError(f"model_type = {model_type!r} is not supported; known: {HF_MODEL_TYPE}, {BAIDU_MODEL_TYPE}")
 
 
@@ -191,7 +194,7 @@ def _rope(section: _Section) -> _Section:
     return _Section({**older, **rope.raw}, rope.prefix)
 
 
-def _read_baidu(raw: Mapping[str, Any]) -> Fields:
+def _read_baidu(raw: Mapping[str, Any], spelled: Mapping[str, int] | None) -> Fields:
     top = _Section(raw)
     vision = top.section("vision_config")
     top.only("hidden_act", "silu")
@@ -215,6 +218,7 @@ def _read_baidu(raw: Mapping[str, Any]) -> Fields:
         "mlp_layer_types": _baidu_layer_types(top, layers),
         "moe_num_experts": experts[0],
         "moe_intermediate_size": top.pair("moe_intermediate_size"),
+        "moe_num_shared_experts": top.integer("moe_num_shared_experts", 0, least=0),
         "tie_word_embeddings": top.flag("tie_word_embeddings", True),
     }
     hidden = vision.integer("hidden_size")
@@ -223,7 +227,7 @@ def _read_baidu(raw: Mapping[str, Any]) -> Fields:
         "intermediate_size": int(hidden * ratio),
         "temporal_merge_size": top.integer("temporal_conv_size", 2),
     }
-    return Fields(text=fields, vision=tower, tokens=media_token_ids(raw))
+    return Fields(text=fields, vision=tower, tokens=media_token_ids(raw, spelled))
 
 
 _BAIDU_ONLY: dict[str, tuple[Any, ...]] = {

@@ -1,13 +1,13 @@
-"""Ids of the tokens a model must be able to write, looked up in tokenizer.json by their strings.
+"""Ids of the tokens a model must be able to write, looked up in the tokenizer by their strings.
 
-Read as plain JSON, so that a place which loads weights and never handles text can refuse a checkpoint for them.
+A place which loads weights and never handles text can refuse a checkpoint for them.
 """
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
+
+from actors.tokenization.files import token_ids
 
 GENERATED_TOKENS = (
     "</s>",
@@ -23,24 +23,8 @@ GENERATED_TOKENS = (
 
 
 def generated_token_ids(directory: str | Path) -> dict[str, int]:
-    """Ids of those of ``GENERATED_TOKENS`` that tokenizer.json has as single tokens; empty without that file.
+    """Ids of those of ``GENERATED_TOKENS`` that the tokenizer has as single tokens; empty without a tokenizer.
 
-    Raises ValueError if the file is malformed.
+    Raises ValueError naming a malformed file.
     """
-    path = Path(directory) / "tokenizer.json"
-    if not path.is_file():
-        return {}
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-        ids = _vocabulary(document["model"]["vocab"])
-        ids |= {token["content"]: int(token["id"]) for token in document.get("added_tokens") or []}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"cannot be read: {error!r}") from None
-    return {token: ids[token] for token in GENERATED_TOKENS if token in ids}
-
-
-def _vocabulary(vocab: Any) -> dict[str, int]:
-    """A mapping from token to id, or (unigram models) a list of [token, score] in id order."""
-    if isinstance(vocab, dict):
-        return dict(vocab)
-    return {entry[0]: token_id for token_id, entry in enumerate(vocab)}
+    return token_ids(directory, GENERATED_TOKENS)

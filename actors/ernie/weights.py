@@ -42,6 +42,7 @@ from actors.ernie.vision import VisionModel
 from actors.ernie.vocabulary import generated_token_ids
 from actors.parallel.dispatch import Dispatcher
 from actors.parallel.layout import ExpertShare
+from actors.tokenization.files import tokenizer_path
 
 logger = logging.getLogger(__name__)
 
@@ -257,10 +258,11 @@ class Checkpoint:
         logger.info("loading %s: %.2f of %.2f GB", self.directory, done / 1e9, total / 1e9)
 
     def _check_vocabulary(self) -> None:
+        ids = generated_token_ids(self.directory)
         try:
-            check_special_ids(self.config, generated_token_ids(self.directory))
+            check_special_ids(self.config, ids)
         except ValueError as error:
-            raise ValueError(f"{self.directory / 'tokenizer.json'}: {error}") from None
+            raise ValueError(f"{tokenizer_path(self.directory)}: {error}") from None
 
     def _check_inventory(self, stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
         """The stored tensors by normalised name, all of them expected and of the right shape."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from actors.model_files import media_token_ids, processor_section, read_json
+from actors.tokenization.files import spelled_media_tokens
 
 PATCH_SIZE = 14
 MERGE_SIZE = 2
@@ -39,17 +41,24 @@ class ProcessingLimits:
     """Highest sampling rate a video part may ask for."""
     allowed_media_domains: tuple[str, ...] = ()
     """Hosts media may be fetched from: exact names, ``*.example.com`` or ``*``. Empty: no fetching."""
+    allowed_media_networks: tuple[str, ...] = ()
+    """Private networks that allowed hosts may lie in (``10.1.0.0/16``). Empty: public addresses only."""
     media_timeout_s: float = 30.0
     """For one fetch, redirects included."""
 
     def __post_init__(self) -> None:
         for name in self.__slots__:
             value = getattr(self, name)
-            if name != "allowed_media_domains" and value < 0:
+            if not isinstance(value, tuple) and value < 0:
                 raise ValueError(f"{name} must not be negative, got {value}")
         for domain in self.allowed_media_domains:
             if not domain or any(c in domain for c in "/@, \t\n"):
                 raise ValueError(f"allowed_media_domains takes host names, *.domain or *, got {domain!r}")
+        for network in self.allowed_media_networks:
+            try:
+                ipaddress.ip_network(network)
+            except ValueError as error:
+                raise ValueError(f"allowed_media_networks takes networks such as 10.1.0.0/16: {error}") from None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -89,8 +98,9 @@ class ModelTokens:
         """Raises ValueError naming the file and the key."""
         path = model_dir / "config.json"
         config = read_json(path)
+        spelled = spelled_media_tokens(model_dir, config)
         try:
-            ids = media_token_ids(config)
+            ids = media_token_ids(config, spelled)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
         return cls(**{key.removesuffix("_token_id"): value for key, value in ids.items()})

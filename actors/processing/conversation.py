@@ -146,6 +146,9 @@ def _check_order(messages: Sequence[Message]) -> None:
         leading = False
         if message.role is MessageRole.TOOL:
             if not message.tool_call_id:
+                # Which call it answers is plain where there is one.
+                if len(calls) == 1:
+                    continue
                 raise InvalidRequest("a tool message needs tool_call_id", field=f"messages[{i}].tool_call_id")
             if message.tool_call_id not in calls:
                 raise InvalidRequest(
@@ -236,6 +239,11 @@ def _check_text(text: str, field: str, forbidden: Sequence[str]) -> None:
     for string in forbidden:
         if string in spelled:
             raise InvalidRequest(f"text must not contain the media token {string}", field=field)
+    check_unicode(text, field)
+
+
+def check_unicode(text: str, field: str) -> None:
+    """Raises InvalidRequest for what is no Unicode text."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:

@@ -1,8 +1,9 @@
 """Bytes of a media source: as sent, out of a ``data:`` URI, or fetched from a host the deployment allows.
 
 A fetch goes to one resolved address: the address that was checked is the address that is used, so a name cannot point
-elsewhere between the two. Private, loopback and link-local addresses are refused unless the host itself is on the list;
-a wildcard does not open them. Every redirect is checked again. ``file:`` is refused whatever the list says.
+elsewhere between the two; the certificate is still that of the name. Private, loopback and link-local addresses are
+refused unless they lie in a network that the deployment opens, or are themselves on the list of hosts: no name there
+opens them. Every redirect is checked again, one time bounds all of it. ``file:`` is refused whatever the list says.
 """
 
 from __future__ import annotations
@@ -14,17 +15,22 @@ import ipaddress
 import socket
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 from urllib.parse import unquote_to_bytes
 
 import httpx
 
 from actors.errors import InvalidRequest, MediaTooLarge, MediaUnreadable
+from actors.processing.fetch_transport import FetchTransport, trusted_authorities
 from actors.types import MediaSource
 
 _MAX_REDIRECTS = 5
 _REDIRECTS = frozenset((301, 302, 303, 307, 308))
 _FLAG = "--allowed-media-domains"
+_NETWORKS_FLAG = "--allowed-media-networks"
+_RESOLVERS = 8
+"""Names looked up at once; the system's resolver knows no deadline, so it runs apart."""
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 _GLOBAL_UNICAST = ipaddress.IPv6Network("2000::/3")
 
@@ -44,27 +50,30 @@ class MediaFetcher:
         self,
         allowed_domains: tuple[str, ...],
         timeout_s: float,
+        allowed_networks: tuple[str, ...] = (),
         *,
         transport: httpx.BaseTransport | None = None,
         resolve: Resolve = resolve_host,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._allowed = tuple(_normal_host(domain) for domain in allowed_domains)
+        self._networks = tuple(ipaddress.ip_network(network) for network in allowed_networks)
         self._timeout_s = timeout_s
         self._resolve = resolve
+        self._resolvers = ThreadPoolExecutor(_RESOLVERS, thread_name_prefix="resolve")
         self._clock = clock
         self._client = httpx.Client(
-            transport=transport,
+            transport=transport or FetchTransport(trusted_authorities()),
             follow_redirects=False,
             # A proxy would resolve the name itself, past the address check.
             trust_env=False,
-            # Requests share nothing: no cookies, and no connection, since the pool tells hosts apart by address only.
+            # Requests share nothing.
             cookies=CookieJar(DefaultCookiePolicy(allowed_domains=())),
-            limits=httpx.Limits(max_keepalive_connections=0),
         )
 
     def close(self) -> None:
         self._client.close()
+        self._resolvers.shutdown(wait=False, cancel_futures=True)
 
     def read(self, source: MediaSource, limit: int, field: str, check: Callable[[], None]) -> bytes:
         """At most ``limit`` bytes.
@@ -100,6 +109,8 @@ class MediaFetcher:
                     url = url.join(response.headers.get("location", ""))
         except httpx.InvalidURL as error:
             raise InvalidRequest(f"not a URL: {error}", field=field) from error
+        except httpx.TimeoutException:
+            raise self._late(field) from None
         except (httpx.HTTPError, OSError, UnicodeError) as error:
             # UnicodeError: a host name that no name server could be asked for.
             raise _failed(f"media could not be fetched: {str(error) or type(error).__name__}", field) from error
@@ -111,15 +122,12 @@ class MediaFetcher:
             raise InvalidRequest(f"redirect to {url.scheme}: is refused", reason="MEDIA_NOT_ALLOWED", field=field)
         if url.userinfo:
             raise InvalidRequest("media URLs must not carry a user name", reason="MEDIA_NOT_ALLOWED", field=field)
-        address = self._address(url, field)
-        left = deadline - self._clock()
-        if left <= 0:
-            raise _failed(f"media could not be fetched within {self._timeout_s:g} s", field)
+        address = self._address(url, deadline, field)
         request = self._client.build_request(
             "GET",
             url.copy_with(host=address),
             headers={"Host": url.netloc.decode("ascii"), "Accept-Encoding": "identity"},
-            timeout=left,
+            timeout=self._left(deadline, field),
             extensions={"sni_hostname": url.raw_host.decode("ascii")},
         )
         response = self._client.send(request, stream=True)
@@ -128,7 +136,16 @@ class MediaFetcher:
         finally:
             response.close()
 
-    def _address(self, url: httpx.URL, field: str) -> str:
+    def _left(self, deadline: float, field: str) -> float:
+        left = deadline - self._clock()
+        if left <= 0:
+            raise self._late(field)
+        return left
+
+    def _late(self, field: str) -> InvalidRequest:
+        return _failed(f"media could not be fetched within {self._timeout_s:g} s", field)
+
+    def _address(self, url: httpx.URL, deadline: float, field: str) -> str:
         host = _normal_host(url.host)
         exact = host in self._allowed
         if not exact and not any(_covers(domain, host) for domain in self._allowed):
@@ -137,16 +154,25 @@ class MediaFetcher:
                 reason="MEDIA_NOT_ALLOWED",
                 field=field,
             )
-        addresses = self._resolve(host, url.port or (443 if url.scheme == "https" else 80))
+        search = self._resolvers.submit(self._resolve, host, url.port or (443 if url.scheme == "https" else 80))
+        try:
+            addresses = search.result(self._left(deadline, field))
+        except TimeoutError:
+            raise self._late(field) from None
         if not addresses:
             raise _failed(f"media could not be fetched: {host} has no address", field)
-        if not exact and not all(_is_public(address) for address in addresses):
+        literal = exact and _is_address(host)
+        if not literal and not all(self._may_reach(address) for address in addresses):
             raise InvalidRequest(
-                f"media from {host} is refused: its address is private and {_FLAG} does not list the host itself",
+                f"media from {host} is refused: its address is private and not in {_NETWORKS_FLAG}",
                 reason="MEDIA_NOT_ALLOWED",
                 field=field,
             )
         return addresses[0].partition("%")[0]
+
+    def _may_reach(self, address: str) -> bool:
+        found = ipaddress.ip_address(address.partition("%")[0])
+        return _is_public(address) or any(found in network for network in self._networks)
 
     def _body(
         self, response: httpx.Response, limit: int, deadline: float, field: str, check: Callable[[], None]
@@ -166,8 +192,16 @@ class MediaFetcher:
             body += chunk
             _check_size(len(body), limit, field)
             if self._clock() > deadline:
-                raise _failed(f"media could not be fetched within {self._timeout_s:g} s", field)
+                raise self._late(field)
         return bytes(body)
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
 
 
 def _is_public(address: str) -> bool:

@@ -1,4 +1,10 @@
-"""Encoded pictures to units: decode, orient, convert to RGB, resize, cut into patches."""
+"""Encoded pictures to units: decode, orient, convert to RGB, resize, cut into patches.
+
+Where references differ or say nothing: 16-bit grey keeps its high byte, as in the original; transparency is laid over
+white, as in both; the EXIF orientation is applied, as transformers' loader does and the original does not; CMYK is
+converted as Pillow does, which takes JPEGs of four channels for inverted, as Adobe writes them; an animation shows its
+first frame.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +13,10 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, TiffImagePlugin
 
 from actors.errors import InvalidRequest, MediaTooLarge, MediaUnreadable
-from actors.processing.config import MAX_ASPECT_RATIO, RESIZE_FACTOR, ImageConfig, ProcessingLimits
+from actors.processing.config import MAX_ASPECT_RATIO, RESIZE_FACTOR, ImageConfig, ProcessingLimits, VideoConfig
 from actors.processing.patches import Pixels, Unit, make_unit
 from actors.types import MediaKind
 
@@ -42,17 +48,25 @@ class PixelBounds:
 
 
 def pixel_bounds(
-    config: ImageConfig, limits: ProcessingLimits, minimum: int | None, maximum: int | None, field: str
+    config: ImageConfig | VideoConfig,
+    limits: ProcessingLimits,
+    minimum: int | None,
+    maximum: int | None,
+    field: str,
+    *,
+    prefix: str = "",
 ) -> PixelBounds:
-    """The checkpoint's bounds or the part's own. Raises InvalidRequest naming the bound."""
+    """The bounds of ``config`` or a part's own. Raises InvalidRequest naming the bound, with ``prefix`` before it."""
     ceiling = max(limits.max_resized_pixels, config.max_pixels)
     for name, value in (("min_pixels", minimum), ("max_pixels", maximum)):
         if value is None:
             continue
         if value < RESIZE_FACTOR**2:
-            raise InvalidRequest(f"{name} must be at least {RESIZE_FACTOR**2}, got {value}", field=f"{field}.{name}")
+            message = f"{prefix}{name} must be at least {RESIZE_FACTOR**2}, got {value}"
+            raise InvalidRequest(message, field=f"{field}.{prefix}{name}")
         if value > ceiling:
-            raise InvalidRequest(f"{name} must be at most {ceiling}, got {value}", field=f"{field}.{name}")
+            message = f"{prefix}{name} must be at most {ceiling}, got {value}"
+            raise InvalidRequest(message, field=f"{field}.{prefix}{name}")
     low = config.min_pixels if minimum is None else minimum
     high = config.max_pixels if maximum is None else maximum
     # A bound given alone wins over the checkpoint's other one.
@@ -61,7 +75,8 @@ def pixel_bounds(
     elif maximum is None:
         high = max(low, high)
     if low > high:
-        raise InvalidRequest(f"min_pixels {low} is above max_pixels {high}", field=f"{field}.min_pixels")
+        message = f"{prefix}min_pixels {low} is above {prefix}max_pixels {high}"
+        raise InvalidRequest(message, field=f"{field}.{prefix}min_pixels")
     return PixelBounds(low=low, high=high)
 
 
@@ -86,6 +101,28 @@ def smart_resize(height: int, width: int, bounds: PixelBounds) -> tuple[int, int
     return new_height, new_width
 
 
+def to_bytes(image: Image.Image) -> Image.Image:
+    """A loaded picture with 8 bits a channel: of deep grey ones the high byte. Others pass as they are.
+
+    Raises ValueError for values whose range no file tells: 32-bit integers and floats.
+    """
+    portable = image.format == "PPM" and image.mode == "I"
+    if not (portable or image.mode.startswith("I;16")):
+        if image.mode in ("I", "F"):
+            raise ValueError("values of 32 bits have no known range; need 8 or 16 bits a channel")
+        return image
+    tags = getattr(image, "tag_v2", {})
+    bits = tags.get(TiffImagePlugin.BITSPERSAMPLE, (16,))[0]
+    values = np.asarray(image)
+    grey = (values >> (bits - 8)).astype(np.uint8)
+    if tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0:
+        grey = 255 - grey
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int):
+        grey[values == transparent] = 255
+    return Image.fromarray(grey)
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
     """RGB with transparency laid over white, as transformers' image processor does.
 
@@ -102,14 +139,18 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return flat
 
 
-def upright(image: Image.Image) -> Image.Image:
-    """Turned or mirrored as the EXIF orientation of a loaded picture says; damaged EXIF counts as none."""
+def _orientation(image: Image.Image) -> int:
+    """EXIF orientation of a loaded picture; damaged EXIF counts as none."""
     try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation)
+        found = image.getexif().get(ExifTags.Base.Orientation)
     except Exception:
         # Tag parsing fails in as many ways as there are writers; the pixels are fine without it.
-        return image
-    turn = _TURNS.get(orientation) if isinstance(orientation, int) else None
+        return 1
+    return found if isinstance(found, int) else 1
+
+
+def _turned(image: Image.Image, orientation: int) -> Image.Image:
+    turn = _TURNS.get(orientation)
     return image if turn is None else image.transpose(turn)
 
 
@@ -126,9 +167,12 @@ def decode_image(content: bytes, limits: ProcessingLimits, field: str) -> Image.
                 )
             check_aspect(height, width, field)
             if image.tile and image.tile[0][0] in _SLOW_DECODERS:
-                raise MediaUnreadable("PPM pictures are read in binary form with 8 or 16 bits only", field=field)
+                raise MediaUnreadable(
+                    "PPM pictures are read in binary form only, with 8 bits, or 16 of grey", field=field
+                )
             image.load()
-            return to_rgb(upright(image))
+            orientation = _orientation(image)
+            return to_rgb(_turned(to_bytes(image), orientation))
     except InvalidRequest:
         raise
     except Image.DecompressionBombError as error:

@@ -1,4 +1,4 @@
-"""A conversation to token ids and media units: the whole work of a preprocessor on one request."""
+"""A conversation, or a raw prompt, to token ids and media units: the whole work of a preprocessor on one request."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from actors.processing.config import (
 )
 from actors.processing.conversation import (
     check_conversation,
+    check_unicode,
     media_parts,
     part_kind,
     protect_json,
@@ -25,11 +26,21 @@ from actors.processing.conversation import (
 )
 from actors.processing.fetch import MediaFetcher
 from actors.processing.images import image_unit, pixel_bounds
+from actors.processing.media_options import with_options
 from actors.processing.patches import Unit
 from actors.processing.template import ChatTemplate, opens_thinking
 from actors.processing.tokenizer import ORIGINAL_PLACEHOLDERS, TextTokenizer, media_strings
 from actors.processing.video import VideoDecoder
-from actors.types import Grid, ImagePart, MediaKind, PreprocessRequest, PromptMedia, VideoPart
+from actors.types import (
+    LOW_DETAIL_PIXELS,
+    Grid,
+    ImagePart,
+    MediaKind,
+    MediaOptions,
+    PreprocessRequest,
+    PromptMedia,
+    VideoPart,
+)
 
 _PLACEHOLDERS = {
     MediaKind.IMAGE: ("<|IMAGE_PLACEHOLDER|>", ORIGINAL_PLACEHOLDERS[0]),
@@ -56,10 +67,12 @@ class Processor:
         model_dir: Path | str,
         limits: ProcessingLimits | None = None,
         *,
-        built_in_template: str = "pt",
+        media: MediaOptions | None = None,
+        built_in_template: str | None = None,
         fetcher: MediaFetcher | None = None,
     ) -> None:
-        """``built_in_template`` is used when the directory has no template of its own.
+        """``media`` goes over the directory's own settings. ``built_in_template`` is used when it has no template; by
+        default the one of -Thinking where the directory, or the repository it is a snapshot of, is named so.
 
         Raises ValueError naming the file for a directory that cannot be served.
         """
@@ -67,8 +80,18 @@ class Processor:
         self.limits = limits or ProcessingLimits()
         self.tokens = ModelTokens.from_dir(model_dir)
         self.tokenizer = TextTokenizer.from_dir(model_dir)
-        self.image_config: ImageConfig = load_image_config(model_dir)
-        self.video_config: VideoConfig = load_video_config(model_dir)
+        self.image_config: ImageConfig
+        self.video_config: VideoConfig
+        try:
+            self.image_config, self.video_config = with_options(
+                load_image_config(model_dir),
+                load_video_config(model_dir),
+                media or MediaOptions(),
+                self.limits,
+                "media",
+            )
+        except InvalidRequest as error:
+            raise ValueError(error.message) from None
         self._placeholder_text = {
             MediaKind.IMAGE: self._single_token(self.tokens.image, "image_token_id"),
             MediaKind.VIDEO: self._single_token(self.tokens.video, "video_token_id"),
@@ -82,11 +105,13 @@ class Processor:
         self.template = ChatTemplate.from_dir(
             model_dir,
             placeholders={kind: [text for text, k in kinds.items() if k is kind] for kind in MediaKind},
-            built_in=built_in_template,
+            built_in=built_in_template or ("thinking" if _named_thinking(model_dir) else "pt"),
         )
         self._forbidden = media_strings(self.tokenizer, self.tokens)
         self._videos = VideoDecoder(model_dir, self.video_config, self.limits)
-        self._fetcher = fetcher or MediaFetcher(self.limits.allowed_media_domains, self.limits.media_timeout_s)
+        self._fetcher = fetcher or MediaFetcher(
+            self.limits.allowed_media_domains, self.limits.media_timeout_s, self.limits.allowed_media_networks
+        )
 
     def close(self) -> None:
         """Closes connections to media hosts."""
@@ -98,6 +123,8 @@ class Processor:
         ``check`` is called between steps of long work (fetched chunks, decoded frames) and may raise to stop it.
         Raises InvalidRequest and its kinds, naming the field; ContextExceeded over ``max_prompt_tokens``.
         """
+        if request.prompt is not None:
+            return self._raw(request.prompt, request)
         support = self.template.support
         check_conversation(
             request.messages, request.tools, support=support, limits=self.limits, forbidden=self._forbidden
@@ -113,11 +140,14 @@ class Processor:
         length = len(ids)
         _check_length(length, request.max_prompt_tokens)
 
+        configs = with_options(
+            self.image_config, self.video_config, request.media_options, self.limits, "media_options"
+        )
         items: list[tuple[Grid, tuple[bytes, ...]]] = []
         kept: dict[bytes, Unit] = {}
         for field, part in parts:
             check()
-            units = self._units(part, field, check)
+            units = self._units(part, field, check, *configs)
             grid = Grid(sum(unit.grid.frames for unit in units), *units[0].grid[1:])
             length += grid.tokens - 1
             _check_length(length, request.max_prompt_tokens)
@@ -128,13 +158,37 @@ class Processor:
         prompt_ids, media = self._expand(ids, [part_kind(part) for _, part in parts], items)
         return Processed(prompt_ids=prompt_ids, media=media, units=kept, starts_thinking=opens_thinking(prompt))
 
-    def _units(self, part: ImagePart | VideoPart, field: str, check: Callable[[], None]) -> list[Unit]:
+    def _raw(self, prompt: str | tuple[int, ...], request: PreprocessRequest) -> Processed:
+        """A prompt as it stands. It has no media, so no token of it may stand for some."""
+        if isinstance(prompt, str):
+            check_unicode(prompt, "prompt")
+            prompt = tuple(self.tokenizer.encode_raw(prompt, add_special_tokens=request.add_special_tokens))
+        if not prompt:
+            raise InvalidRequest("the prompt gives no tokens", field="prompt")
+        for index, token_id in enumerate(prompt):
+            if token_id in self.tokens.placeholders:
+                message = f"token {index} of the prompt is a media placeholder: pictures and videos come in messages"
+                raise InvalidRequest(message, field="prompt")
+        _check_length(len(prompt), request.max_prompt_tokens, "prompt")
+        return Processed(prompt_ids=prompt, media=(), units={}, starts_thinking=False)
+
+    def _units(
+        self,
+        part: ImagePart | VideoPart,
+        field: str,
+        check: Callable[[], None],
+        images: ImageConfig,
+        videos: VideoConfig,
+    ) -> list[Unit]:
         if isinstance(part, ImagePart):
-            bounds = pixel_bounds(self.image_config, self.limits, part.min_pixels, part.max_pixels, field)
+            most = part.max_pixels
+            if most is None and part.low_detail and images.max_pixels > LOW_DETAIL_PIXELS:
+                most = LOW_DETAIL_PIXELS
+            bounds = pixel_bounds(images, self.limits, part.min_pixels, most, field)
             content = self._fetcher.read(part.source, self.limits.max_image_bytes, field, check)
             return [image_unit(content, bounds, self.limits, field)]
         content = self._fetcher.read(part.source, self.limits.max_video_bytes, field, check)
-        return self._videos.units(content, part, field, check)
+        return self._videos.units(content, part, field, check, videos)
 
     def _prompt_ids(self, prompt: str, kinds: Sequence[MediaKind]) -> list[int]:
         """Ids of a rendered prompt, one placeholder per media item, of the kinds expected."""
@@ -169,12 +223,17 @@ class Processor:
     def _single_token(self, token_id: int, key: str) -> str:
         text = self.tokenizer.token_text(token_id)
         if text is None or self.tokenizer.encode(text) != [token_id]:
-            raise ValueError(f"config.json: {key} {token_id} is not a token of its own in tokenizer.json")
+            raise ValueError(f"config.json: {key} {token_id} is not a token of its own in the tokenizer")
         return text
 
 
-def _check_length(length: int, limit: int) -> None:
+def _named_thinking(model_dir: Path) -> bool:
+    """A snapshot in the hub's cache lies two folders below that of its repository."""
+    path = model_dir.resolve()
+    repository = path.parents[1].name if path.parent.name == "snapshots" else path.name
+    return "thinking" in repository.lower()
+
+
+def _check_length(length: int, limit: int, field: str = "messages") -> None:
     if length > limit:
-        raise ContextExceeded(
-            f"prompt of {length} tokens or more is over the limit of {limit} tokens", field="messages"
-        )
+        raise ContextExceeded(f"prompt of {length} tokens or more is over the limit of {limit} tokens", field=field)

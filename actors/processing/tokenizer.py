@@ -23,6 +23,7 @@ from tokenizers import Tokenizer
 
 from actors.processing.config import ModelTokens
 from actors.processing.token_bytes import piece_reader
+from actors.tokenization.files import load_tokenizer, read_tokenizer
 
 PROTECT_START = "\U000f1e00"
 PROTECT_END = "\U000f1e01"
@@ -39,13 +40,15 @@ MARKERS = ("<think>", "</think>", "<response>", "</response>", "<tool_call>", "<
 
 
 class TextTokenizer:
-    """``tokenizer.json`` of a model directory. Safe for use from many threads."""
+    """The tokenizer of a model directory. Safe for use from many threads."""
 
     def __init__(self, path: Path) -> None:
-        """Raises ValueError naming the file."""
+        """``path``: a tokenizer.json or a SentencePiece model. Raises ValueError naming the file."""
+        source = read_tokenizer(path)
+        self._runs = source.runs
         try:
-            self._tokenizer = Tokenizer.from_file(str(path))
-            self._plain = Tokenizer.from_file(str(path))
+            self._tokenizer = Tokenizer.from_str(source.document)
+            self._plain = Tokenizer.from_str(source.document)
         except Exception as error:
             # The library raises bare Exception for every kind of bad file.
             raise ValueError(f"{path}: {error}") from error
@@ -54,27 +57,20 @@ class TextTokenizer:
             tokenizer.no_padding()
         self._plain.encode_special_tokens = True
         added = self._tokenizer.get_added_tokens_decoder()
-        self._added = {token_id: token.content for token_id, token in added.items()}
+        # Normalized ones are pieces of a SentencePiece model, and spelled as those are.
+        self._spelled = {token_id: token.content for token_id, token in added.items() if not token.normalized}
         self._special = {token.content: token_id for token_id, token in added.items() if token.special}
         self._hidden = frozenset(token_id for text, token_id in self._special.items() if text not in MARKERS)
         longest_first = sorted(self._special, key=len, reverse=True)
         self._special_pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
-        self._newline = self._plain.encode("\n", add_special_tokens=False).ids
+        self._newline = self._encode_plain("\n")
         self._read_piece = piece_reader(json.loads(self._tokenizer.to_str())["decoder"])
         self.vocab_size = self._tokenizer.get_vocab_size(with_added_tokens=True)
 
     @classmethod
     def from_dir(cls, model_dir: Path) -> TextTokenizer:
-        """Raises ValueError when ``tokenizer.json`` is missing or broken."""
-        path = model_dir / "tokenizer.json"
-        if not path.is_file():
-            original = model_dir / "tokenizer.model"
-            kind = f"only {original.name}, the sentencepiece form, is there" if original.is_file() else "it is needed"
-            raise ValueError(
-                f"{path} is missing: {kind}; take tokenizer.json from the model's conversion for transformers "
-                "(baidu/ERNIE-4.5-VL-28B-A3B-PT, revision refs/pr/10)"
-            )
-        return cls(path)
+        """Raises ValueError when there is no tokenizer, or a broken one."""
+        return cls(load_tokenizer(model_dir).path)
 
     def token_id(self, text: str) -> int | None:
         """Id of one token by its exact string."""
@@ -93,7 +89,7 @@ class TextTokenizer:
     def encode(self, text: str) -> list[int]:
         """Ids of a rendered prompt. Template text spells special tokens, protected text never does."""
         if PROTECT_START not in text and PROTECT_END not in text:
-            return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+            return self._encode_whole(text)
         ids: list[int] = []
         run = ""
         for piece, genuine in self._pieces(text):
@@ -105,6 +101,14 @@ class TextTokenizer:
             run = ""
         return ids + self._encode_run(run, first=not ids)
 
+    def encode_raw(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """Ids of a text that is a prompt as it stands: special tokens spelled in it are special tokens."""
+        return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+
+    def spell(self, ids: Sequence[int]) -> str:
+        """Text of ids, special tokens spelled out: of ``encode_raw`` the text again."""
+        return self._tokenizer.decode(list(ids), skip_special_tokens=False)
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of generated ids: special tokens left out, except the markers of the output grammar."""
         visible = [token_id for token_id in ids if token_id not in self._hidden]
@@ -112,7 +116,7 @@ class TextTokenizer:
 
     def token_bytes(self, token_id: int) -> bytes:
         """What a token adds in the middle of a text; an added token's own spelling; nothing for an unused id."""
-        if (added := self._added.get(token_id)) is not None:
+        if (added := self._spelled.get(token_id)) is not None:
             return added.encode()
         piece = self.token_text(token_id)
         return b"" if piece is None else self._read_piece(piece)
@@ -156,12 +160,24 @@ class TextTokenizer:
     def _encode_run(self, text: str, *, first: bool) -> list[int]:
         if not text:
             return []
-        if first:
-            return list(self._plain.encode(text, add_special_tokens=False).ids)
+        if first or self._runs is not None:
+            return self._encode_plain(text)
         # Behind a newline the run is not the start of a string, where some tokenizers add a space.
-        ids = self._plain.encode("\n" + text, add_special_tokens=False).ids
+        ids = self._encode_plain("\n" + text)
         if ids[: len(self._newline)] == self._newline:
-            return list(ids[len(self._newline) :])
+            return ids[len(self._newline) :]
+        return self._encode_plain(text)
+
+    def _encode_whole(self, text: str) -> list[int]:
+        """A text that may spell special tokens."""
+        if self._runs is not None:
+            return self._runs.encode(text, special=True)
+        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def _encode_plain(self, text: str) -> list[int]:
+        """A text in which nothing is a special token."""
+        if self._runs is not None:
+            return self._runs.encode(text, special=False)
         return list(self._plain.encode(text, add_special_tokens=False).ids)
 
 

@@ -9,8 +9,8 @@
   ended and something else follows.
 * Any other block is text, marker and all: no JSON, no name, arguments that are no object. A marker inside such a block
   may begin a call.
-* Text may stand before, between and behind calls. Whitespace that only separated calls from it is dropped at its start
-  and its end.
+* Text may stand before, between and behind calls, unless calls must lead: then everything behind text is text.
+  Whitespace that only separated calls from it is dropped at its start and its end.
 
 vLLM's ernie45 parser reads the same calls. It differs where a block is no call: there one bad block makes all of them
 text, and text behind a call is lost; and it passes arguments on only when the block is closed.
@@ -44,6 +44,8 @@ class _State(enum.Enum):
     """Inside a call that is no JSON any more: everything up to the next marker."""
     FULL = enum.auto()
     """As many calls as may be: what follows is dropped."""
+    PLAIN = enum.auto()
+    """Behind text where calls must lead: no more calls."""
 
 
 class _Block:
@@ -109,11 +111,13 @@ class ToolCallParser:
     Args:
         new_id: makes the id of a call, a new one each time.
         most: calls after which the answer is over; None for any number.
+        leading: only what stands before all text is a call; behind text everything is text.
     """
 
-    def __init__(self, new_id: Callable[[], str], *, most: int | None = None) -> None:
+    def __init__(self, new_id: Callable[[], str], *, most: int | None = None, leading: bool = False) -> None:
         self._new_id = new_id
         self._most = most
+        self._leading = leading
         self._state = _State.TEXT
         self._held = ""
         self._block = _Block()
@@ -171,16 +175,23 @@ class ToolCallParser:
             case _State.FULL:
                 self._held = ""
                 return False
+            case _State.PLAIN:
+                self._write(self._held)
+                self._held = ""
+                return False
 
     def _read_text(self, final: bool) -> bool:
         text, found, rest = self._held.partition(OPEN_CALL)
+        keep = 0 if final or found else prefix_at_end(text, OPEN_CALL)
+        if self._leading and (self._wrote or text[: len(text) - keep].strip(JSON_SPACE)):
+            self._state = _State.PLAIN
+            return True
         if found:
             self._write(text)
             self._held = rest
             self._block, self._scanned, self._told = _Block(), 0, False
             self._state = _State.OBJECT
             return True
-        keep = 0 if final else prefix_at_end(text, OPEN_CALL)
         self._write(text[: len(text) - keep])
         self._held = text[len(text) - keep :]
         return False

@@ -1,4 +1,9 @@
-"""Encoded videos to units: index the frames, pick them, decode only what is needed, draw times, resize, cut up."""
+"""Encoded videos to units: index the frames, pick them, decode only what is needed, draw times, resize, cut up.
+
+The model's rule counts frames of a steady rate. A video whose frames are not steady is looked at in ticks of one: tick
+i shows the frame that is on screen at i / rate seconds, and bears that time. (The original counts its frames as if they
+were steady, and so tells wrong times.)
+"""
 
 from __future__ import annotations
 
@@ -12,12 +17,14 @@ from pathlib import Path
 import av
 import av.container
 import av.error
+import av.stream
 import av.video.frame
 from PIL import Image, ImageDraw, ImageFont
 
 from actors.errors import InvalidRequest, MediaTooLarge, MediaUnreadable, ServingError
 from actors.processing.config import ProcessingLimits, VideoConfig
 from actors.processing.images import PixelBounds, check_aspect, check_bytes, resize, smart_resize
+from actors.processing.media_options import with_part
 from actors.processing.patches import Pixels, Unit, make_unit
 from actors.processing.sampling import Sampling, select_frames, timestamp_text, window
 from actors.types import TEMPORAL_MERGE, MediaKind, VideoPart
@@ -25,12 +32,18 @@ from actors.types import TEMPORAL_MERGE, MediaKind, VideoPart
 _SEEK_GAIN = 16
 """Frames a seek must skip to be worth its flush."""
 _FONT_SHARE = 0.1
+_STEADY_WITHIN_S = 0.1
+"""How far a frame may be from its place in a steady video; less where frames are closer."""
+_UNSTEADY_TICKS = 30.0
+"""Least ticks per second of a video without a steady rate."""
 
 # Containers that hold their own data: no playlists, scripts or image sequences that would open other files or hosts.
 _OPEN_OPTIONS = {
     "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,flv,mpegts,mpeg,mpegvideo,ogg,gif,asf,ivf,apng",
     "protocol_whitelist": "none",
 }
+
+FONT = Path(__file__).parent / "assets" / "Roboto-Regular.ttf"
 
 Check = Callable[[], None]
 """Called between steps of long work; raises to stop it."""
@@ -41,9 +54,21 @@ class FrameTable:
     """Frames of a stream in showing order. ``times`` are in stream time base; empty when packets do not tell."""
 
     count: int
+    rate: float
+    """Ticks per second."""
     times: tuple[int, ...] = ()
     keyframes: tuple[int, ...] = ()
     """Times at which decoding may start."""
+    on_screen: tuple[int, ...] = ()
+    """By tick, the index of the frame that is shown; empty where tick i shows frame i."""
+
+    @property
+    def ticks(self) -> int:
+        return len(self.on_screen) or self.count
+
+    def frame(self, tick: int) -> int:
+        """Index of the frame that a tick shows."""
+        return self.on_screen[tick] if self.on_screen else tick
 
 
 class VideoDecoder:
@@ -53,15 +78,21 @@ class VideoDecoder:
         self._config = config
         self._limits = limits
         self._font = model_dir / config.font
+        if config.font == FONT.name and not self._font.is_file():
+            self._font = FONT
 
-    def units(self, content: bytes, part: VideoPart, field: str, check: Check) -> list[Unit]:
-        """Frame pairs of a video, in order.
+    def units(
+        self, content: bytes, part: VideoPart, field: str, check: Check, config: VideoConfig | None = None
+    ) -> list[Unit]:
+        """Frame pairs of a video, in order. ``config`` is what the request says of all its videos.
 
         Raises MediaUnreadable for what does not decode, MediaTooLarge over a limit, InvalidRequest for a bad option,
-        each naming ``field``. A checkpoint without its timestamp font refuses videos, not the start of the server.
+        each naming ``field``. A checkpoint that names a font it does not have refuses videos, not the start of the
+        server; the usual font comes with this package.
         """
         check_bytes(len(content), self._limits.max_video_bytes, "video", field)
-        sampling = self._sampling(part, field)
+        _check_span(part, field)
+        config = with_part(config or self._config, part, self._limits, field)
         if self._config.draw_timestamps and not self._font.is_file():
             raise InvalidRequest(
                 f"this model takes no videos until its directory holds the timestamp font {self._config.font}",
@@ -76,7 +107,7 @@ class VideoDecoder:
                 container_options=_OPEN_OPTIONS,
                 options=_decoder_options(self._limits),
             ) as container:
-                return _Reader(container, self._config, self._limits, self._font, field, check).units(sampling, part)
+                return _Reader(container, config, self._limits, self._font, field, check).units(part)
         except ServingError:
             raise
         except (av.error.FFmpegError, OSError, ValueError, OverflowError) as error:
@@ -86,27 +117,13 @@ class VideoDecoder:
                 f"not a readable video of at most {most} pixels a frame: {_short(error)}", field=field
             ) from error
 
-    def _sampling(self, part: VideoPart, field: str) -> Sampling:
-        rate, most = part.frames_per_second, part.max_frames
-        if rate is None:
-            rate = self._config.frames_per_second
-        elif not (math.isfinite(rate) and 0 < rate <= self._limits.max_frames_per_second):
-            raise InvalidRequest(
-                f"frames_per_second must be above 0 and at most {self._limits.max_frames_per_second:g}, got {rate:g}",
-                field=f"{field}.frames_per_second",
-            )
-        if most is None:
-            most = self._config.max_frames
-        elif not 1 <= most <= self._config.max_frames:
-            raise InvalidRequest(
-                f"max_frames must be from 1 to {self._config.max_frames}, got {most}", field=f"{field}.max_frames"
-            )
-        for name, value in (("start_s", part.start_s), ("end_s", part.end_s)):
-            if value is not None and not (math.isfinite(value) and value >= 0):
-                raise InvalidRequest(f"{name} must be 0 or more, got {value:g}", field=f"{field}.{name}")
-        if part.start_s is not None and part.end_s is not None and part.start_s >= part.end_s:
-            raise InvalidRequest(f"end_s {part.end_s:g} is not after start_s {part.start_s:g}", field=f"{field}.end_s")
-        return Sampling(frames_per_second=rate, min_frames=min(self._config.min_frames, most), max_frames=most)
+
+def _check_span(part: VideoPart, field: str) -> None:
+    for name, value in (("start_s", part.start_s), ("end_s", part.end_s)):
+        if value is not None and not (math.isfinite(value) and value >= 0):
+            raise InvalidRequest(f"{name} must be 0 or more, got {value:g}", field=f"{field}.{name}")
+    if part.start_s is not None and part.end_s is not None and part.start_s >= part.end_s:
+        raise InvalidRequest(f"end_s {part.end_s:g} is not after start_s {part.start_s:g}", field=f"{field}.end_s")
 
 
 def _decoder_options(limits: ProcessingLimits) -> dict[str, str]:
@@ -149,9 +166,11 @@ class _Reader:
         self._font = font
         self._field = field
         self._check = check
-        if not container.streams.video:
+        # The cover of a piece of music is a stream of one picture.
+        streams = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
+        if not streams:
             raise MediaUnreadable("no video stream", field=field)
-        self._stream = container.streams.video[0]
+        self._stream = streams[0]
         # Typed as always there; it is None for a codec this build cannot decode.
         context: object = self._stream.codec_context
         if context is None:
@@ -160,62 +179,73 @@ class _Reader:
         self._stream.codec_context.options = _decoder_options(limits)
         self._fps = self._frame_rate()
 
-    def units(self, sampling: Sampling, part: VideoPart) -> list[Unit]:
+    def units(self, part: VideoPart) -> list[Unit]:
         if self._container.duration is not None:
             self._check_length(0, self._container.duration / av.time_base)
         self._check_size(self._stream.codec_context.width, self._stream.codec_context.height)
         table = self._frame_table()
         try:
-            return self._units(table, sampling, part)
+            return self._units(table, part)
         except _WrongTable:
             # The packets promised frames that the decoder does not give: count what it gives.
-            table = FrameTable(count=self._count_frames())
+            table = FrameTable(count=self._count_frames(), rate=self._fps)
         try:
-            return self._units(table, sampling, part)
+            return self._units(table, part)
         except _WrongTable:
             raise MediaUnreadable("video frames change from one reading to the next", field=self._field) from None
 
-    def _units(self, table: FrameTable, sampling: Sampling, part: VideoPart) -> list[Unit]:
+    def _units(self, table: FrameTable, part: VideoPart) -> list[Unit]:
         """Each frame is finished before the next is decoded, so originals are never held together."""
-        indices = self._indices(table.count, sampling, part)
-        pictures = self._pictures(table, sorted(set(indices)))
+        ticks = self._ticks(table, part)
+        pictures = self._pictures(table, sorted(set(ticks)))
         units: list[Unit] = []
-        index, pixels = next(pictures)
+        tick, pixels = next(pictures)
         pair: tuple[Pixels, ...] = ()
-        for wanted in indices:
-            if wanted != index:
-                index, pixels = next(pictures)
+        for wanted in ticks:
+            if wanted != tick:
+                tick, pixels = next(pictures)
             pair += (pixels,)
             if len(pair) == TEMPORAL_MERGE:
                 units.append(make_unit(MediaKind.VIDEO, pair))
                 pair = ()
         return units
 
-    def _indices(self, total: int, sampling: Sampling, part: VideoPart) -> tuple[int, ...]:
+    def _ticks(self, table: FrameTable, part: VideoPart) -> tuple[int, ...]:
+        total, rate = table.ticks, table.rate
         if total == 0:
             raise MediaUnreadable("video has no frames", field=self._field)
-        first, last = window(total, self._fps, part.start_s, part.end_s)
+        first, last = window(total, rate, part.start_s, part.end_s)
         if first >= last:
             raise InvalidRequest(
-                f"no frame between start_s and end_s: the video is {total / self._fps:.2f} s long",
+                f"no frame between start_s and end_s: the video is {total / rate:.2f} s long",
                 field=f"{self._field}.start_s",
             )
-        return tuple(first + index for index in select_frames(last - first, self._fps, sampling))
+        sampling = Sampling(
+            frames_per_second=self._config.frames_per_second,
+            min_frames=self._config.min_frames,
+            max_frames=self._config.max_frames,
+        )
+        return tuple(first + index for index in select_frames(last - first, rate, sampling))
 
-    def _pictures(self, table: FrameTable, wanted: list[int]) -> Iterator[tuple[int, Pixels]]:
+    def _pictures(self, table: FrameTable, ticks: list[int]) -> Iterator[tuple[int, Pixels]]:
         bounds = PixelBounds(low=self._config.min_pixels, high=self._config.max_pixels)
         size: tuple[int, int] | None = None
-        for index, frame in self._decode(table, wanted):
+        decoded = self._decode(table, sorted({table.frame(tick) for tick in ticks}))
+        index, frame = next(decoded)
+        for tick in ticks:
+            if table.frame(tick) != index:
+                index, frame = next(decoded)
             image = _upright(frame)
             if self._config.draw_timestamps:
-                draw_timestamp(image, index / self._fps, self._font)
+                draw_timestamp(image, tick / table.rate, self._font)
             # A stream may change its frame size; the model's grid is that of the first frame.
             size = size or smart_resize(image.height, image.width, bounds)
-            yield index, resize(image, *size)
+            yield tick, resize(image, *size)
 
     def _frame_table(self) -> FrameTable:
         times: list[int] = []
         keyframes: list[int] = []
+        end = 0
         for packet in self._container.demux(self._stream):
             self._check()
             if packet.size == 0 or packet.is_discard:
@@ -224,14 +254,39 @@ class _Reader:
                 keyframes.clear()
                 break
             times.append(packet.pts)
+            end = max(end, packet.pts + (packet.duration or 0))
             if packet.is_keyframe:
                 keyframes.append(packet.pts)
             self._check_length(len(times), len(times) / self._fps)
         # VP8 carries packets that show nothing, and packets without distinct times cannot be told apart: only decoding
         # says how many frames there are.
         if not keyframes or len(set(times)) != len(times) or self._stream.codec_context.name == "vp8":
-            return FrameTable(count=self._count_frames())
-        return FrameTable(count=len(times), times=tuple(sorted(times)), keyframes=tuple(sorted(keyframes)))
+            return FrameTable(count=self._count_frames(), rate=self._fps)
+        times.sort()
+        keyframes.sort()
+        on_screen = self._on_screen(times, end)
+        return FrameTable(
+            count=len(times),
+            rate=max(self._fps, _UNSTEADY_TICKS) if on_screen else self._fps,
+            times=tuple(times),
+            keyframes=tuple(keyframes),
+            on_screen=tuple(on_screen),
+        )
+
+    def _on_screen(self, times: list[int], end: int) -> list[int]:
+        """See ``FrameTable``; empty where the frames are steady."""
+        base = self._stream.time_base
+        if base is None:
+            return []
+        frame = 1 / (float(base) * self._fps)
+        tolerance = min(frame, _STEADY_WITHIN_S / float(base))
+        if all(abs(time - times[0] - index * frame) <= tolerance for index, time in enumerate(times)):
+            return []
+        tick = min(frame, 1 / (float(base) * _UNSTEADY_TICKS))
+        self._check_length(0, (end - times[0]) * float(base))
+        count = max(1, round((max(end, times[-1] + 1) - times[0]) / tick))
+        # A time that lies on a frame up to rounding belongs to it.
+        return [max(0, bisect_right(times, times[0] + index * tick + 0.01 * tick) - 1) for index in range(count)]
 
     def _count_frames(self) -> int:
         count = 0

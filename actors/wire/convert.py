@@ -32,6 +32,7 @@ ROLES = {
     EngineRole.DECODE: common_pb2.ENGINE_ROLE_DECODE,
     EngineRole.COLOCATED: common_pb2.ENGINE_ROLE_COLOCATED,
 }
+ROLE_OF = {wire: role for role, wire in ROLES.items()}
 MODES = {
     AttemptMode.COLOCATED: engine_link_pb2.ATTEMPT_MODE_COLOCATED,
     AttemptMode.PREFILL: engine_link_pb2.ATTEMPT_MODE_PREFILL,

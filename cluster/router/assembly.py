@@ -14,6 +14,7 @@ import grpc.aio
 
 from actors.ernie.config import ErnieConfig
 from actors.processing.detokenize import IncrementalDetokenizer
+from actors.processing.parser_names import calls_lead
 from actors.processing.parsers import ReasoningParser, StopStrings
 from actors.processing.tokenizer import TextTokenizer
 from actors.processing.tool_calls import ToolCallParser
@@ -22,6 +23,7 @@ from actors.wire.audit import Audit, fetch_audit, take_audit
 from actors.wire.media_client import MediaClient
 from cluster.config import ClusterConfig
 from cluster.generation import GenerateCall
+from cluster.hub import local_directory
 from cluster.router.fleet import Fleet, call_planner
 from cluster.router.leases import LeaseKeeper
 from cluster.router.output import OutputAssembler
@@ -54,7 +56,7 @@ class RouterParts:
         fleet = Fleet(call_planner(planner), incarnation, **silence)
         leases = LeaseKeeper(media, **silence)
         budget = RetryBudget(share=config.router.retry_share, burst=config.router.retry_burst, clock=time.monotonic)
-        directory = Path(config.model)
+        directory = Path(await asyncio.to_thread(local_directory, config.model))
         tokenizer = await asyncio.to_thread(TextTokenizer.from_dir, directory)
         text = ErnieConfig.from_dir(directory).text
         score = TokenScorer(cache(tokenizer.token_bytes))
@@ -75,8 +77,9 @@ class RouterParts:
             model_name=config.model_name,
             context_limit=context_limit,
             vocab_size=text.vocab_size,
+            vocabulary=tokenizer,
             resolve_sampling=partial(_resolve, SamplingDefaults.from_dir(directory), context_limit, tokenizer),
-            make_output=partial(_output, tokenizer, score),
+            make_output=partial(_output, tokenizer, score, calls_lead(config.tool_call_parser)),
             score=score,
             clock=time.monotonic,
             wall_clock=time.time,
@@ -136,14 +139,21 @@ def _resolve(
     )
 
 
-def _output(tokenizer: TextTokenizer, score: TokenScorer, call: GenerateCall, starts_thinking: bool) -> OutputAssembler:
-    """Stop strings end answers; a structured answer, forced calls among them, is whole only if nothing cuts it."""
+def _output(
+    tokenizer: TextTokenizer, score: TokenScorer, leading_calls: bool, call: GenerateCall, starts_thinking: bool
+) -> OutputAssembler:
+    """Stop strings end answers; a structured answer, forced calls among them, is whole only if nothing cuts it. Calls
+    come before any text of it, or there are none: what looks like a call inside is part of it. What follows a raw
+    prompt stays as the model writes it.
+    """
     structured = call.structure is not None or call.forces_call
     return OutputAssembler(
         IncrementalDetokenizer(tokenizer),
-        ReasoningParser(starts_thinking, structured=structured),
+        ReasoningParser(starts_thinking, structured=structured or call.prompt is not None),
         StopStrings(() if structured else call.stop),
-        tools=ToolCallParser(_new_call_id, most=None if call.parallel_tool_calls else 1)
+        tools=ToolCallParser(
+            _new_call_id, most=None if call.parallel_tool_calls else 1, leading=structured or leading_calls
+        )
         if call.offered_tools
         else None,
         stop_token_ids=call.stop_token_ids,

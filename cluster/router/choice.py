@@ -35,7 +35,7 @@ from cluster.router.prefix import RequestHashes
 from cluster.router.prompt import PromptKeeper
 from cluster.router.scores import PromptScores
 from cluster.router.services import Services
-from cluster.router.suspects import ChoiceKey
+from cluster.router.suspects import SETTLE_S, ChoiceKey
 from cluster.router.timeline import Progress, Timeline
 from cluster.router.verdict import Verdict, judge
 
@@ -120,7 +120,8 @@ class ChoiceRun:
         """Raises InternalError for a choice under which engines die, one after the other."""
         if not isinstance(error, EngineLost) or not error.died:
             return
-        if self._state.services.suspects.accuse(self._name, error.incarnation, len(self.output.token_ids)):
+        count, suspects = len(self.output.token_ids), self._state.services.suspects
+        if suspects.accuse(self._name, error.incarnation, count, computed=error.computed):
             log.error("choice %s is refused: a second engine died while it computed it", self._name)
             raise InternalError("engines died while they computed this request", reason="POISON")
 
@@ -130,7 +131,8 @@ class ChoiceRun:
             case Verdict.ROOM:
                 await services.fleet.wait_for_room(self._token_count, self._state.rank)
             case Verdict.LOST:
-                await asyncio.sleep(services.budget.spend())
+                settle_s = SETTLE_S if services.suspects.is_spared(self._name) else 0.0
+                await asyncio.sleep(max(settle_s, services.budget.spend()))
 
     def cancel(self) -> None:
         """Tells the client that the choice was cancelled, unless it has ended. ``run`` must have been stopped."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -81,12 +81,18 @@ class Fleet:
     def engines(self) -> list[EngineView]:
         """Engines the planner lists, with a live link, as they last described themselves. One that left, leaves or is
         suspect may still finish what it has but gets nothing new."""
+        return [view for link, view in self._listed() if link.takes_new]
+
+    @property
+    def has_path(self) -> bool:
+        """Some engines could answer a request together, if those that are only suspect speak again."""
+        return pick_route([view for _, view in self._listed()], 1) is not None
+
+    def _listed(self) -> Iterator[tuple[EngineLink, EngineView]]:
         ready = self._ready()
-        return [
-            EngineView(info=link.info, load=load, cached_blocks=link.cached_blocks)
-            for incarnation, link in self._links.items()
-            if incarnation in ready and link.takes_new and (load := link.claimed_load) is not None
-        ]
+        for incarnation, link in self._links.items():
+            if incarnation in ready and link.usable and (load := link.claimed_load) is not None:
+                yield link, EngineView(info=link.info, load=load, cached_blocks=link.cached_blocks)
 
     def context_limit(self, bound: int) -> int:
         """Longest prompt and reply every engine can hold together, at most ``bound``; while there is none, what those
@@ -104,12 +110,12 @@ class Fleet:
         """Returns when some engines could take a prompt up."""
         self._path_waiters += 1
         try:
-            while not self._has_path():
+            while not self._takes_new():
                 await self._path_came.wait()
         finally:
             self._path_waiters -= 1
 
-    def _has_path(self) -> bool:
+    def _takes_new(self) -> bool:
         return pick_route(self.engines(), 1) is not None
 
     def is_behind(self, rank: float) -> bool:
@@ -133,7 +139,7 @@ class Fleet:
         load = link.claimed_load
         if load is None or not link.takes_new or link.info.incarnation not in self._ready():
             return
-        if (self._path_waiters or not self.had_path) and self._has_path():
+        if (self._path_waiters or not self.had_path) and self._takes_new():
             self.had_path = True
             self._path_came.set()
             self._path_came = asyncio.Event()
@@ -165,7 +171,7 @@ class Fleet:
             known = self._links.get(incarnation)
             if known is None:
                 self._connect(info)
-            elif known.info != info:
+            elif info.epoch >= known.info.epoch:
                 known.info = info
         for incarnation in self._links.keys() - ready.keys():
             link = self._links[incarnation]

@@ -11,8 +11,9 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import grpc
 import grpc.aio
@@ -35,6 +36,8 @@ from actors.wire.channels import open_channel
 from ernie_serving.internal.v1 import engine_link_pb2, engine_link_pb2_grpc
 
 log = logging.getLogger(__name__)
+
+Call: TypeAlias = "grpc.aio.StreamStreamCall[engine_link_pb2.LinkRequest, engine_link_pb2.LinkResponse]"
 
 HEARTBEAT_S = 1.0
 WATCH_S = 0.1
@@ -72,14 +75,17 @@ AttemptEvent = TokenEvent | AttemptError | Milestone | MediaNeed | PromptLogprob
 
 
 class EngineLost(Unavailable):
-    """``died``: its process ended for certain and may have had the attempt in its running batch."""
+    """``died``: its process ended for certain and may have had the attempt in its running batch; ``computed``: it is
+    known to have had it.
+    """
 
     default_reason = "ENGINE_LOST"
 
-    def __init__(self, info: EngineInfo, why: str, *, died: bool = False) -> None:
+    def __init__(self, info: EngineInfo, why: str, *, died: bool = False, computed: bool = False) -> None:
         super().__init__(f"engine {info.engine_id} was lost ({why})", retry_after_s=1.0)
         self.incarnation = info.incarnation
         self.died = died
+        self.computed = computed
 
 
 @dataclass(slots=True)
@@ -243,7 +249,7 @@ class EngineLink:
                 )
             batch = self._running_batch() if died else frozenset()
             for key, listener in self._attempts.items():
-                lost = EngineLost(self.info, why, died=key in batch)
+                lost = EngineLost(self.info, why, died=key in batch, computed=key in batch and listener.computing)
                 listener.events.put_nowait(AttemptError(key, lost, self.info.incarnation))
             self.load = None
             self.cached_blocks.clear()
@@ -275,22 +281,29 @@ class EngineLink:
                 self._outbox.put_nowait(engine_link_pb2.LinkRequest(heartbeat=engine_link_pb2.RouterHeartbeat()))
 
     async def _talk(self) -> None:
+        """Writes by ``call.write``: gRPC would leave an iterator of requests behind, waiting, when the call breaks."""
         async with open_channel(self.info.address) as channel:
-            stub = engine_link_pb2_grpc.EngineLinkServiceStub(channel)
-            call = stub.Link(self._requests())
-            async for response in call:
-                self._heard_at = time.monotonic()
-                self._receive(response)
+            stub: engine_link_pb2_grpc.EngineLinkServiceAsyncStub = engine_link_pb2_grpc.EngineLinkServiceStub(channel)
+            call = stub.Link()
+            writing = asyncio.create_task(self._write(call))
+            try:
+                async for response in call:
+                    self._heard_at = time.monotonic()
+                    self._receive(response)
+            finally:
+                writing.cancel()
+                call.cancel()
         raise ConnectionError("the engine closed the stream")
 
-    async def _requests(self) -> AsyncIterator[engine_link_pb2.LinkRequest]:
-        yield engine_link_pb2.LinkRequest(
-            hello=engine_link_pb2.RouterHello(
-                protocol_version=convert.PROTOCOL_VERSION, router_incarnation=self._router_incarnation
-            )
+    async def _write(self, call: Call) -> None:
+        """Until the call is over, of which reading tells."""
+        hello = engine_link_pb2.RouterHello(
+            protocol_version=convert.PROTOCOL_VERSION, router_incarnation=self._router_incarnation
         )
-        while True:
-            yield await self._outbox.get()
+        with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            await call.write(engine_link_pb2.LinkRequest(hello=hello))
+            while True:
+                await call.write(await self._outbox.get())
 
     def _receive(self, response: engine_link_pb2.LinkResponse) -> None:
         match response.WhichOneof("message"):
@@ -300,6 +313,9 @@ class EngineLink:
                     self._deliver(event.key, event)
             case "load":
                 self.load = convert.load_from_proto(response.load)
+                if response.load.epoch > self.info.epoch:  # It is heard here before the planner tells.
+                    role = convert.ROLE_OF[response.load.role]
+                    self.info = replace(self.info, role=role, epoch=response.load.epoch)
                 self._drop_claims(response.load.submit_count)
                 self._on_load(self)
             case "attempt_ended":

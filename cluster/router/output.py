@@ -136,7 +136,8 @@ class OutputAssembler:
     def _split(self, text: str, tools: ToolCallParser) -> tuple[str, tuple[ToolCallDelta, ...]]:
         """Takes calls out of the text; they may end the reply, and say why it ended."""
         text, calls = tools.push(text)
-        if tools.full and self.ending is None:
+        if tools.full:
+            # The last call it may make ends a reply, whatever came with the same tokens.
             self.ending = Ending(reason=FinishReason.STOP)
         if self.ending is not None:
             late_text, late_calls = tools.flush()

@@ -7,7 +7,7 @@ import logging
 from dataclasses import dataclass, field
 
 from actors.errors import MediaChanged, Unavailable
-from actors.types import EncoderInfo, MediaSpan, PreprocessReply, PreprocessRequest, Stage
+from actors.types import EncoderInfo, MediaKind, MediaSpan, PreprocessReply, PreprocessRequest, Stage
 from cluster.generation import GenerateCall
 from cluster.policy import pick_encoder
 from cluster.router.services import Services
@@ -33,12 +33,33 @@ class Prompt:
     def media_tokens(self) -> int:
         return sum(item.grid.tokens for item in self.reply.media)
 
+    @property
+    def video_tokens(self) -> int:
+        return sum(item.grid.tokens for item in self.reply.media if item.kind is MediaKind.VIDEO)
+
 
 @dataclass(kw_only=True, slots=True)
 class _Leases:
     patches: set[tuple[str, str]] = field(default_factory=set)
     embeddings: set[tuple[str, str]] = field(default_factory=set)
     count: int = 0
+
+
+def preprocess_request(
+    call: GenerateCall, *, lease: str, context_limit: int, keep_patches: bool = True
+) -> PreprocessRequest:
+    """All of a call that shapes its prompt."""
+    return PreprocessRequest(
+        lease=lease,
+        messages=call.messages,
+        prompt=call.prompt,
+        add_special_tokens=call.add_special_tokens,
+        thinking=call.thinking,
+        tools=tuple(map(template_form, call.offered_tools)),
+        max_prompt_tokens=context_limit - 1,
+        keep_patches=keep_patches,
+        media_options=call.media_options,
+    )
 
 
 class PromptKeeper:
@@ -104,12 +125,8 @@ class PromptKeeper:
         """
         self.need(choice)
         async with self._making:
-            before = self.prompt
-            if before.spans is known:
-                again = await self._make(choice)
-                if (again.reply.prompt_ids, again.reply.media) != (before.reply.prompt_ids, before.reply.media):
-                    raise MediaChanged("media changed while the request was running")
-                self._prompt = again
+            if self.prompt.spans is known:
+                self._prompt = await self._make(choice)
         return self.prompt.spans
 
     def need(self, choice: int) -> None:
@@ -134,6 +151,7 @@ class PromptKeeper:
             try:
                 if done is None:
                     done = await self._preprocess(choice)
+                    self._check_same(done.reply)
                 return Prompt(reply=done.reply, spans=await self._encode(done, choice))
             except MissingPatches:
                 log.warning("request %s: patches were gone before they were encoded", self._request_id)
@@ -146,16 +164,18 @@ class PromptKeeper:
                 log.warning("request %s: %s: again in %.1f s", self._request_id, error.message, delay_s)
                 await asyncio.sleep(delay_s)
 
+    def _check_same(self, again: PreprocessReply) -> None:
+        """Raises MediaChanged for another prompt than the one engines know."""
+        if self._prompt is None:
+            return
+        before = self._prompt.reply
+        if (again.prompt_ids, again.media) != (before.prompt_ids, before.media):
+            raise MediaChanged("media changed while the request was running")
+
     async def _preprocess(self, choice: int) -> Preprocessed:
         self._progress.enter(choice, Stage.PREPROCESS)
         done = await self._services.preprocess.run(
-            PreprocessRequest(
-                lease=self._new_lease(),
-                messages=self._call.messages,
-                thinking=self._call.thinking,
-                tools=tuple(map(template_form, self._call.offered_tools)),
-                max_prompt_tokens=self._services.context_limit() - 1,
-            )
+            preprocess_request(self._call, lease=self._new_lease(), context_limit=self._services.context_limit())
         )
         self._leases.patches.add((done.reply.media_address, done.lease))
         self._timeline.add_busy(Stage.PREPROCESS, done.reply.busy_s)
@@ -167,7 +187,7 @@ class PromptKeeper:
         if not reply.media:
             return ()
         self._progress.enter(choice, Stage.ENCODE)
-        encoder = await self._find_encoder()
+        encoder = await self._find_encoder(reply.media[0].content_keys[0])
         lease = self._new_lease()
         self._leases.embeddings.add((encoder.address, lease))
         spans, busy_s = await self._services.encode.run(
@@ -177,11 +197,15 @@ class PromptKeeper:
         self._release(self._leases.patches)
         return spans
 
-    async def _find_encoder(self) -> EncoderInfo:
-        """Waits for one while those there were are replaced. Raises Unavailable if there never was one."""
+    async def _find_encoder(self, content_key: bytes) -> EncoderInfo:
+        """For a request whose first unit has that key: all turns of a conversation go to one encoder.
+
+        Waits for one while those there were are replaced. Raises Unavailable if there never was one.
+        """
         fleet, leases = self._services.fleet, self._services.leases
         while True:
-            encoder = pick_encoder([entry for entry in fleet.encoders if not leases.doubts(entry.info.address)])
+            trusted = [entry for entry in fleet.encoders if not leases.doubts(entry.info.address)]
+            encoder = pick_encoder(trusted, content_key)
             if encoder is not None:
                 return encoder
             if not fleet.had_encoder:

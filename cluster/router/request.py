@@ -3,9 +3,10 @@
     QUEUED -> PREPROCESS -> (ENCODE) -> QUEUED -> PREFILL -> (TRANSFER) -> DECODE -> FINISHED
 
 A request owns its prompt, the leases on its media and its choices. Choice 0 begins; the others follow when its prompt
-is computed and find it in the prefix caches of the same engines. Whatever happens - finish, stop, error, cancel,
-deadline, a lost engine - ``run`` ends once and frees everything it holds in every place: attempts on links, leases on
-patches and embeddings. A choice that fails fails the request.
+is computed and find it in the prefix caches of the same engines. A part that is lost is replaced by another one and
+ends no request (``choice``, ``prompt``). Whatever does - finish, stop, error, cancel, deadline - ``run`` ends once and
+frees everything it holds in every place: attempts on links, leases on patches and embeddings. A choice that fails fails
+the request.
 """
 
 from __future__ import annotations
@@ -191,6 +192,7 @@ class RequestRun:
         usage = Usage(
             prompt_tokens=prompt_tokens,
             media_tokens=prompt.media_tokens,
+            video_tokens=prompt.video_tokens,
             cached_tokens=min(self._state.cached_tokens or 0, prompt_tokens),
             output_tokens=sum(len(output.token_ids) for output in outputs),
             reasoning_tokens=sum(output.reasoning_tokens for output in outputs),

@@ -19,13 +19,14 @@ from actors.errors import (
     ServingError,
     Unavailable,
 )
-from actors.types import Message, PreprocessRequest, ThinkingMode
-from cluster.generation import Event, Finished, GenerateCall, ModelCard, Tool
-from cluster.policy import pick_encoder, pick_route
+from actors.types import PreprocessReply, PreprocessRequest
+from cluster.generation import Event, Finished, GenerateCall, ModelCard, PromptTokens, Vocabulary
+from cluster.policy import pick_encoder
 from cluster.registry import LoadingEntry
+from cluster.router.prompt import preprocess_request
 from cluster.router.request import RequestRun, Whereabouts
 from cluster.router.services import Services
-from cluster.tools import template_form
+from cluster.router.stages import StageLost
 
 log = logging.getLogger(__name__)
 
@@ -138,34 +139,34 @@ class Router:
         elif request_id not in self._ended:
             raise NotFound(f"request_id: {request_id!r} is not known", reason="REQUEST_NOT_FOUND", field="request_id")
 
-    async def count_tokens(
-        self,
-        model: str | None,
-        messages: tuple[Message, ...],
-        thinking: ThinkingMode,
-        tools: tuple[Tool, ...] = (),
-    ) -> tuple[int, int]:
-        """Returns (all tokens, media tokens) of a prompt, without keeping anything.
+    async def tokenize(self, call: GenerateCall) -> PromptTokens:
+        """The prompt of a call, without keeping anything.
 
         Raises:
             DeadlineExceeded: it took longer than a request that names no deadline may take.
         """
         self._check_open()
-        self._check_model(model)
-        request = PreprocessRequest(
-            lease="",
-            messages=messages,
-            thinking=thinking,
-            tools=tuple(map(template_form, tools)),
-            max_prompt_tokens=self._services.context_limit() - 1,
-            keep_patches=False,
-        )
+        self._check_model(call.model)
+        self._check_bounds(call)
+        request = preprocess_request(call, lease="", context_limit=self._services.context_limit(), keep_patches=False)
         try:
             async with asyncio.timeout(self._default_timeout_s):
-                reply = (await self._services.preprocess.run(request)).reply
+                reply = await self._preprocess(request)
         except TimeoutError:
             raise DeadlineExceeded(f"counting took longer than {self._default_timeout_s:g} s") from None
-        return len(reply.prompt_ids), sum(item.grid.tokens for item in reply.media)
+        return PromptTokens(ids=reply.prompt_ids, media_tokens=sum(item.grid.tokens for item in reply.media))
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        return self._services.vocabulary
+
+    async def _preprocess(self, request: PreprocessRequest) -> PreprocessReply:
+        """By another preprocessor when one is lost, as often as it takes."""
+        while True:
+            try:
+                return (await self._services.preprocess.run(request)).reply
+            except StageLost:
+                await asyncio.sleep(self._services.budget.spend())
 
     def models(self) -> tuple[ModelCard, ...]:
         return (
@@ -180,7 +181,7 @@ class Router:
     async def not_ready(self) -> str | None:
         if self._draining:
             return "draining"
-        if pick_route(self._services.fleet.engines(), 1) is None:
+        if not self._services.fleet.has_path:
             return "no prefill and decode path" + "".join(map(_progress, self._services.fleet.snapshot.loading))
         if not self._services.fleet.snapshot.preprocessors:
             return "no preprocessor"
@@ -218,10 +219,12 @@ class Router:
     def _check_bounds(self, call: GenerateCall) -> None:
         """What is out of bounds whatever the prompt is, told before any work is done."""
         vocab_size, max_model_len = self._services.vocab_size, self._services.context_limit()
-        for index, token_id in enumerate(call.stop_token_ids):
-            if token_id >= vocab_size:
-                field = f"stop_token_ids[{index}]"
-                raise InvalidRequest(f"{token_id} is no token: ids end at {vocab_size - 1}", field=field)
+        prompt_ids = call.prompt if isinstance(call.prompt, tuple) else ()
+        for name, ids in (("prompt", prompt_ids), ("stop_token_ids", call.stop_token_ids)):
+            for index, token_id in enumerate(ids):
+                if not 0 <= token_id < vocab_size:
+                    message = f"{token_id} is no token: ids end at {vocab_size - 1}"
+                    raise InvalidRequest(message, field=f"{name}[{index}]")
         if call.max_tokens is not None and call.max_tokens >= max_model_len:
             message = f"{call.max_tokens} tokens and a prompt do not fit the context of {max_model_len}"
             raise ContextExceeded(message, field="max_tokens")

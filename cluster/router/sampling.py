@@ -58,6 +58,8 @@ class SamplingDefaults:
             if values.get(name, neutral) not in (None, neutral):
                 log.warning("%s: %s=%s is not applied: not built yet", path.name, name, values[name])
         given = {name: values[name] for name in cls.__slots__ if values.get(name) is not None}
+        if given.get("top_k") == -1:
+            given["top_k"] = 0
         if values.get("do_sample") is False:
             given["temperature"] = 0.0
         defaults = cls(**given)
@@ -92,7 +94,7 @@ def resolve_sampling(
     if room < 1:
         raise ContextExceeded(
             f"the prompt has {prompt_tokens} tokens and leaves no room in a context of {max_model_len}",
-            field="messages",
+            field="messages" if call.prompt is None else "prompt",
         )
     if call.max_tokens is not None and call.max_tokens > room:
         raise ContextExceeded(

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from actors.types import PreprocessReply, SamplingParams, TokenLogprobs
-from cluster.generation import GenerateCall, PositionScores
+from cluster.generation import GenerateCall, PositionScores, Vocabulary
 from cluster.router.fleet import Fleet
 from cluster.router.leases import LeaseKeeper
 from cluster.router.output import OutputAssembler
@@ -29,6 +29,7 @@ class Services:
     context_limit: Callable[[], int]
     """Longest prompt and reply together the engines at hand can hold."""
     vocab_size: int
+    vocabulary: Vocabulary
     resolve_sampling: Callable[[GenerateCall, PreprocessReply], SamplingParams]
     """What a call leaves open, for the prompt it gave."""
     make_output: Callable[[GenerateCall, bool], OutputAssembler]

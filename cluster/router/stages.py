@@ -18,6 +18,7 @@ from actors.wire.media import units_of
 from actors.wire.media_client import MediaClient
 from cluster.router.leases import LeaseKeeper
 from cluster.router.retry_budget import RetryBudget
+from cluster.serve_errors import own_error
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +29,7 @@ class StageLost(Unavailable):
     default_reason = "STAGE_LOST"
 
     def __init__(self, what: str) -> None:
-        super().__init__(f"{what} was lost; send the request again", retry_after_s=1.0)
+        super().__init__(f"{what} was lost", retry_after_s=1.0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -137,23 +138,13 @@ def _keeps(request: PreprocessRequest, reply: PreprocessReply) -> bool:
 async def _answer(response: Any) -> PreprocessReply:
     try:
         reply = await response
-    except ServingError as error:
-        raise _own(error) from None
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, ServingError):
-            raise error.cause from None
-        raise
+    except (ServingError, ray.exceptions.RayTaskError) as error:
+        raise own_error(error) or error from None
     except (ray.exceptions.RayError, ray.serve.exceptions.RayServeException) as error:
         log.warning("a preprocessor was lost: %s", error)
         raise StageLost("a preprocessor") from None
     assert isinstance(reply, PreprocessReply)
     return reply
-
-
-def _own(error: ServingError) -> ServingError:
-    """Ray raises a class of its own that derives from ours: unwrap it."""
-    cause = getattr(error, "cause", None)
-    return cause if isinstance(cause, ServingError) else error
 
 
 class MissingPatches(Exception):

@@ -2,7 +2,9 @@
 
 Whatever an engine computed when it died is a suspect. An engine gets one suspect at a time, beside whatever else it
 does, until the suspect is past the token where the death fell; so the second death under a suspect is that one's, and
-it is refused. A router only knows its own choices: with several routers an engine could have a suspect of each, and an
+it is refused. Unless the engine had not begun with it: a whole node dies in one moment, and what one of its engines
+lost may have been sent to another that was dead already. Then that moment is given time to pass, and the suspect one
+chance more. A router only knows its own choices: with several routers an engine could have a suspect of each, and an
 innocent one could be refused with the guilty.
 """
 
@@ -16,6 +18,9 @@ TOKENS_BEYOND = 2
 """A suspect is cleared by the token at which the death fell and the one after: the first of a resumed choice comes from
 an engine that prefills, and the death may have fallen in decoding."""
 
+SETTLE_S = 0.5
+"""By then every death of the same moment is known."""
+
 
 class ChoiceKey(NamedTuple):
     """A choice over all its attempts."""
@@ -27,6 +32,7 @@ class ChoiceKey(NamedTuple):
 @dataclass(slots=True)
 class _Suspect:
     cleared_at: int
+    spared: bool = False
     engines: frozenset[str] = frozenset()
 
 
@@ -44,15 +50,24 @@ class Suspects:
     def count(self) -> int:
         return len(self._suspects)
 
-    def accuse(self, choice: ChoiceKey, engine: str, token_count: int) -> bool:
-        """``engine`` died while it computed a choice that had ``token_count`` tokens. True: it is refused."""
+    def accuse(self, choice: ChoiceKey, engine: str, token_count: int, *, computed: bool) -> bool:
+        """``engine`` died with a choice that had ``token_count`` tokens. True: the choice is refused.
+
+        ``computed``: the engine is known to have begun with it.
+        """
         known = self._suspects.get(choice)
-        if known is not None and engine in known.engines:
+        again = known is not None and engine in known.engines
+        if known is not None and again and (computed or known.spared):
             self.drop(choice)
             return True
         self.rest(choice)
-        self._suspects[choice] = _Suspect(token_count + TOKENS_BEYOND)
+        self._suspects[choice] = _Suspect(token_count + TOKENS_BEYOND, spared=again)
         return False
+
+    def is_spared(self, choice: ChoiceKey) -> bool:
+        """A second engine died with it and had not begun: it must not be tried for ``SETTLE_S``."""
+        suspect = self._suspects.get(choice)
+        return suspect is not None and suspect.spared
 
     def may_try(self, choice: ChoiceKey, engine: str) -> bool:
         """Whoever is no suspect may go anywhere."""

@@ -13,7 +13,7 @@ from pathlib import Path
 os.environ["RAY_AUTH_MODE"] = "token"
 os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
-from tests.chaos.calls import expected
+from tests.chaos.calls import calls, expected
 from tests.chaos.mutants import MUTANTS, mutated
 from tests.chaos.plan import plan
 from tests.chaos.run import CLUSTER, Chaos, passed, summary, table
@@ -29,14 +29,14 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=160, help="of each reply")
     parser.add_argument("--mutant", choices=[*MUTANTS, ""], default="", help="break the router: the run must then fail")
     options = parser.parse_args()
-    calls = asyncio.run(expected(options.tokens))
-    trials = plan(options.trials, options.seed, len(calls), options.at_once)
+    known = asyncio.run(expected(calls(options.tokens)))
+    trials = plan(options.trials, options.seed, len(known), options.at_once)
     with tempfile.TemporaryDirectory(prefix="ernie-chaos-") as folder, mutated(options.mutant):
         config = {"model": str(tiny_checkpoint()), "dtype": "float64", "served_model_name": "tiny", **CLUSTER}
         cluster = LaunchedCluster(Path(folder), config)
         try:
             cluster.wait_ready()
-            outcomes = asyncio.run(Chaos(cluster, calls, lambda line: print(line, flush=True)).run(trials))
+            outcomes = asyncio.run(Chaos(cluster, known, lambda line: print(line, flush=True)).run(trials))
             cluster.stop()
         except BaseException:
             cluster.kill()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from actors.types import EngineRole
@@ -74,11 +75,11 @@ class Expected:
     tokens: tuple[int, ...]
 
 
-async def expected(tokens: int) -> list[Expected]:
+async def expected(requests: Mapping[str, inference_pb2.GenerateRequest]) -> list[Expected]:
     """What the same parts answer in one process, one request at a time on one engine."""
     found = []
     async with in_process_cluster(tiny_checkpoint(), EngineRole.COLOCATED, kv_cache_gib=0.05) as cluster:
-        for name, request in calls(tokens).items():
+        for name, request in requests.items():
             request.return_token_ids = True
             ids: list[int] = []
             async for event in cluster.parts.router.generate(generate_call(request)):

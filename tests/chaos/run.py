@@ -22,7 +22,7 @@ from tests.cluster.launcher import LaunchedCluster
 
 CLUSTER: dict[str, Any] = {
     "max_model_len": 4096,
-    "drain_timeout_s": 20.0,
+    "drain_timeout_s": 2.0,
     "engines": [
         {
             "roles": {"prefill": 2, "decode": 2},

@@ -187,6 +187,44 @@ async def test_a_call_that_is_required_is_the_one_the_model_makes_of_itself() ->
             assert ids and forced.choices[0].model_dump()["token_ids"] == ids
 
 
+@pytest.mark.parametrize("thinking", [False, True])
+async def test_a_free_reply_is_calls_or_the_structured_answer(thinking: bool) -> None:
+    """Never both, never neither: the model chooses."""
+    schema = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"], "additionalProperties": False}
+    kinds = set()
+    async with faces(EngineRole.COLOCATED) as on:
+        (sample,) = samples("zoom", SEED, 1)
+        for seed in range(4):
+            asked: dict[str, Any] = {
+                "messages": question(sample) if seed % 2 else [{"role": "user", "content": "What colour is the star?"}],
+                "tools": [STRICT],
+                "parallel_tool_calls": False,
+                "response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}},
+                "temperature": 1,
+                "seed": seed,
+                "max_tokens": 200,
+                "extra_body": {"enable_thinking": thinking, "reasoning_max_tokens": 20},
+            }
+            whole = await on.sdk.chat.completions.create(model="nano", **asked)
+            (reply,) = whole.choices
+            calls = made(reply.message)
+            kinds.add(reply.finish_reason)
+            if calls:
+                assert reply.message.content is None
+                assert reply.finish_reason in ("tool_calls", "length")
+                for name, arguments in calls:
+                    assert name == zoom.NAME
+                    jsonschema.validate(arguments, BOX)
+            else:
+                assert reply.finish_reason == "stop"
+                jsonschema.validate(json.loads(reply.message.content or ""), schema)
+            async with on.sdk.chat.completions.stream(model="nano", **asked) as stream:
+                streamed = await stream.get_final_completion()
+            assert made(streamed.choices[0].message) == calls
+            assert (streamed.choices[0].message.content or None) == reply.message.content
+    assert kinds <= {"stop", "tool_calls", "length"}
+
+
 async def test_several_choices_and_calls_have_ids_of_their_own() -> None:
     (sample,) = samples("zoom", SEED, 1)
     async with faces(EngineRole.COLOCATED) as on:

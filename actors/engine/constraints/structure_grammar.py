@@ -71,22 +71,24 @@ def _schema(text: str) -> str:
         raise refused("the JSON schema must be an object")
     if "x-guidance" in schema:
         raise refused("x-guidance is not supported in the JSON schema")
-    options: Any = {"lenient": False, "whitespace_pattern": WHITESPACE}
+    options: Any = _ANSWER_SPACING
     try:
         return LLMatcher.grammar_from_json_schema(json.dumps(_with_ascii_patterns(schema)), overrides=options)
     except (ValueError, RecursionError) as error:
         raise refused(str(error)) from None
 
 
+_ANSWER_SPACING = {"lenient": False, "whitespace_pattern": WHITESPACE}
 _CALL_SPACING = {"lenient": False, "whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
-def _calls(*, functions: list[dict[str, Any]], several: bool, markers: list[str]) -> str:
-    """In Lark, with the arguments as JSON schemas inside."""
+def _calls(*, functions: list[dict[str, Any]], several: bool, markers: list[str], answer: Any = None) -> str:
+    """In Lark, with the arguments, and the answer that may stand in place of calls, as JSON schemas inside."""
     newline, (opening, closing) = _quoted("\n"), markers
     ways = " | ".join(f"call_{index}" for index in range(len(functions)))
     rules = [
-        f"start: call ({newline} call)*" if several else "start: call",
+        "start: calls" if answer is None else "start: calls | answer",
+        f"calls: call ({newline} call)*" if several else "calls: call",
         f"call: {opening} {newline} ({ways}) {newline} {closing}",
     ]
     for index, function in enumerate(functions):
@@ -95,12 +97,21 @@ def _calls(*, functions: list[dict[str, Any]], several: bool, markers: list[str]
         if schema is None:
             rules.append(f"call_{index}: {head} {_quoted('{}}')}")
             continue
-        if "x-guidance" in schema:
-            raise refused("x-guidance is not supported in the JSON schema")
-        bound = {**_with_ascii_patterns(schema), "type": "object", "x-guidance": _CALL_SPACING}
+        bound = {**_inner_schema(schema), "type": "object", "x-guidance": _CALL_SPACING}
         rules.append(f"call_{index}: {head} arguments_{index} {_quoted('}')}")
         rules.append(f"arguments_{index}: %json {json.dumps(bound)}")
+    if answer is not None:
+        rules.append(f"answer: %json {json.dumps({**_inner_schema(answer), 'x-guidance': _ANSWER_SPACING})}")
     return "\n".join(rules)
+
+
+def _inner_schema(schema: Any) -> dict[str, Any]:
+    if not isinstance(schema, dict):
+        raise refused("the JSON schema must be an object")
+    if "x-guidance" in schema:
+        raise refused("x-guidance is not supported in the JSON schema")
+    found: dict[str, Any] = _with_ascii_patterns(schema)
+    return found
 
 
 def _quoted(text: str) -> str:

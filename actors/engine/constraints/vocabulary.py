@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from actors.ernie.vocabulary import GENERATED_TOKENS
+from actors.tokenization.files import load_tokenizer
 
 OPEN_THINK = "<think>"
 CLOSE_THINK = "</think>"
@@ -44,14 +45,14 @@ class ThinkTokens:
         if len(marks) == 2 and marks[0] == 0:
             self.newline, self.blank_line = tuple(ids[1 : marks[1]]), tuple(ids[marks[1] + 1 :])
         if text_of(self.newline) != b"\n" or text_of(self.blank_line) != b"\n\n":
-            raise ValueError(f"tokenizer.json encodes newlines beside {CLOSE_THINK} as {ids}, which do not read so")
+            raise ValueError(f"the tokenizer encodes newlines beside {CLOSE_THINK} as {ids}, which do not read so")
 
 
 class ConstraintVocabulary:
     """Immutable; shared by all sequences of an engine.
 
     Args:
-        tokenizer_json: contents of tokenizer.json.
+        tokenizer_json: contents of tokenizer.json, or what a SentencePiece model was made into.
         limit: ids from here up (media) are never generated.
         end_ids: the checkpoint's end tokens.
 
@@ -65,7 +66,7 @@ class ConstraintVocabulary:
         size = backend.get_vocab_size(with_added_tokens=True)
         self.end_ids = tuple(token for token in dict.fromkeys(end_ids) if token < min(limit, size))
         if not self.end_ids:
-            raise ValueError("none of the checkpoint's end tokens is in tokenizer.json")
+            raise ValueError("none of the checkpoint's end tokens is in the tokenizer")
         _rename(document, specials)
         self.tokenizer = LLTokenizer(json.dumps(document), eos_token=list(self.end_ids))
         self.words = (self.tokenizer.vocab_size + 31) // 32
@@ -102,13 +103,13 @@ class ConstraintVocabulary:
 
     @classmethod
     def from_model_dir(cls, directory: str | Path, *, limit: int, end_ids: Iterable[int]) -> ConstraintVocabulary:
-        """Raises ValueError naming tokenizer.json."""
-        path = Path(directory) / "tokenizer.json"
+        """Raises ValueError naming the file of the tokenizer."""
+        source = load_tokenizer(directory)
         try:
-            return cls(path.read_text(encoding="utf-8"), limit=limit, end_ids=end_ids)
+            return cls(source.document, limit=limit, end_ids=end_ids)
         except Exception as error:
             # Both libraries raise bare Exception for a bad file.
-            raise ValueError(f"{path}: {error}") from error
+            raise ValueError(f"{source.path}: {error}") from error
 
     def special_id(self, content: str) -> int | None:
         """Id of a token that no ordinary text spells; None where the checkpoint has none of that name."""

@@ -122,5 +122,5 @@ _EM_OVER_CAP = 1.406
 
 @functools.lru_cache(maxsize=512)
 def number_font(size: int) -> ImageFont.FreeTypeFont:
-    with resources.as_file(resources.files("actors.checkpoint") / "assets" / "Roboto-Regular.ttf") as path:
+    with resources.as_file(resources.files("actors.processing") / "assets" / "Roboto-Regular.ttf") as path:
         return ImageFont.truetype(str(path), size)

@@ -25,15 +25,15 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1e\x65rnie_serving/v1/content.proto\x12\x10\x65rnie_serving.v1\x1a\x1egoogle/protobuf/duration.proto\"\xcd\x01\n\x0b\x43hatMessage\x12$\n\x04role\x18\x01 \x01(\x0e\x32\x16.ernie_serving.v1.Role\x12,\n\x05parts\x18\x02 \x03(\x0b\x32\x1d.ernie_serving.v1.ContentPart\x12\x16\n\x0ereasoning_text\x18\x03 \x01(\t\x12.\n\ntool_calls\x18\x04 \x03(\x0b\x32\x1a.ernie_serving.v1.ToolCall\x12\x14\n\x0ctool_call_id\x18\x05 \x01(\t\x12\x0c\n\x04name\x18\x06 \x01(\t\"\x81\x01\n\x0b\x43ontentPart\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12,\n\x05image\x18\x02 \x01(\x0b\x32\x1b.ernie_serving.v1.ImagePartH\x00\x12,\n\x05video\x18\x03 \x01(\x0b\x32\x1b.ernie_serving.v1.VideoPartH\x00\x42\x06\n\x04part\"L\n\x0bMediaSource\x12\x11\n\x07\x63ontent\x18\x01 \x01(\x0cH\x00\x12\r\n\x03uri\x18\x02 \x01(\tH\x00\x12\x11\n\tmime_type\x18\x03 \x01(\tB\x08\n\x06source\"\x8a\x01\n\tImagePart\x12-\n\x06source\x18\x01 \x01(\x0b\x32\x1d.ernie_serving.v1.MediaSource\x12\x17\n\nmin_pixels\x18\x02 \x01(\x03H\x00\x88\x01\x01\x12\x17\n\nmax_pixels\x18\x03 \x01(\x03H\x01\x88\x01\x01\x42\r\n\x0b_min_pixelsB\r\n\x0b_max_pixels\"\x82\x02\n\tVideoPart\x12-\n\x06source\x18\x01 \x01(\x0b\x32\x1d.ernie_serving.v1.MediaSource\x12\x1e\n\x11\x66rames_per_second\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x1c\n\x0fmax_frame_count\x18\x03 \x01(\x05H\x01\x88\x01\x01\x12/\n\x0cstart_offset\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12-\n\nend_offset\x18\x05 \x01(\x0b\x32\x19.google.protobuf.DurationB\x14\n\x12_frames_per_secondB\x12\n\x10_max_frame_count\"B\n\x04Tool\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\x12\x17\n\x0fparameters_json\x18\x03 \x01(\t\"<\n\x08ToolCall\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x16\n\x0e\x61rguments_json\x18\x03 \x01(\t*_\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x0f\n\x0bROLE_SYSTEM\x10\x01\x12\r\n\tROLE_USER\x10\x02\x12\x12\n\x0eROLE_ASSISTANT\x10\x03\x12\r\n\tROLE_TOOL\x10\x04\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1e\x65rnie_serving/v1/content.proto\x12\x10\x65rnie_serving.v1\x1a\x1egoogle/protobuf/duration.proto\"\xcd\x01\n\x0b\x43hatMessage\x12$\n\x04role\x18\x01 \x01(\x0e\x32\x16.ernie_serving.v1.Role\x12,\n\x05parts\x18\x02 \x03(\x0b\x32\x1d.ernie_serving.v1.ContentPart\x12\x16\n\x0ereasoning_text\x18\x03 \x01(\t\x12.\n\ntool_calls\x18\x04 \x03(\x0b\x32\x1a.ernie_serving.v1.ToolCall\x12\x14\n\x0ctool_call_id\x18\x05 \x01(\t\x12\x0c\n\x04name\x18\x06 \x01(\t\"\x81\x01\n\x0b\x43ontentPart\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12,\n\x05image\x18\x02 \x01(\x0b\x32\x1b.ernie_serving.v1.ImagePartH\x00\x12,\n\x05video\x18\x03 \x01(\x0b\x32\x1b.ernie_serving.v1.VideoPartH\x00\x42\x06\n\x04part\"L\n\x0bMediaSource\x12\x11\n\x07\x63ontent\x18\x01 \x01(\x0cH\x00\x12\r\n\x03uri\x18\x02 \x01(\tH\x00\x12\x11\n\tmime_type\x18\x03 \x01(\tB\x08\n\x06source\"\x9e\x01\n\tImagePart\x12-\n\x06source\x18\x01 \x01(\x0b\x32\x1d.ernie_serving.v1.MediaSource\x12\x17\n\nmin_pixels\x18\x02 \x01(\x03H\x00\x88\x01\x01\x12\x17\n\nmax_pixels\x18\x03 \x01(\x03H\x01\x88\x01\x01\x12\x12\n\nlow_detail\x18\x04 \x01(\x08\x42\r\n\x0b_min_pixelsB\r\n\x0b_max_pixels\"\x84\x03\n\tVideoPart\x12-\n\x06source\x18\x01 \x01(\x0b\x32\x1d.ernie_serving.v1.MediaSource\x12\x1e\n\x11\x66rames_per_second\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x1c\n\x0fmax_frame_count\x18\x03 \x01(\x05H\x01\x88\x01\x01\x12/\n\x0cstart_offset\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12-\n\nend_offset\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x1c\n\x0fmin_frame_count\x18\x06 \x01(\x05H\x02\x88\x01\x01\x12\x17\n\nmin_pixels\x18\x07 \x01(\x03H\x03\x88\x01\x01\x12\x17\n\nmax_pixels\x18\x08 \x01(\x03H\x04\x88\x01\x01\x42\x14\n\x12_frames_per_secondB\x12\n\x10_max_frame_countB\x12\n\x10_min_frame_countB\r\n\x0b_min_pixelsB\r\n\x0b_max_pixels\"\x9c\x03\n\x0cMediaOptions\x12\x1d\n\x10image_min_pixels\x18\x01 \x01(\x03H\x00\x88\x01\x01\x12\x1d\n\x10image_max_pixels\x18\x02 \x01(\x03H\x01\x88\x01\x01\x12\x1d\n\x10video_min_pixels\x18\x03 \x01(\x03H\x02\x88\x01\x01\x12\x1d\n\x10video_max_pixels\x18\x04 \x01(\x03H\x03\x88\x01\x01\x12$\n\x17video_frames_per_second\x18\x05 \x01(\x01H\x04\x88\x01\x01\x12\"\n\x15video_min_frame_count\x18\x06 \x01(\x05H\x05\x88\x01\x01\x12\"\n\x15video_max_frame_count\x18\x07 \x01(\x05H\x06\x88\x01\x01\x42\x13\n\x11_image_min_pixelsB\x13\n\x11_image_max_pixelsB\x13\n\x11_video_min_pixelsB\x13\n\x11_video_max_pixelsB\x1a\n\x18_video_frames_per_secondB\x18\n\x16_video_min_frame_countB\x18\n\x16_video_max_frame_count\"B\n\x04Tool\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\x12\x17\n\x0fparameters_json\x18\x03 \x01(\t\"<\n\x08ToolCall\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x16\n\x0e\x61rguments_json\x18\x03 \x01(\t*_\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x0f\n\x0bROLE_SYSTEM\x10\x01\x12\r\n\tROLE_USER\x10\x02\x12\x12\n\x0eROLE_ASSISTANT\x10\x03\x12\r\n\tROLE_TOOL\x10\x04\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'ernie_serving.v1.content_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ROLE']._serialized_start=1034
-  _globals['_ROLE']._serialized_end=1129
+  _globals['_ROLE']._serialized_start=1599
+  _globals['_ROLE']._serialized_end=1694
   _globals['_CHATMESSAGE']._serialized_start=85
   _globals['_CHATMESSAGE']._serialized_end=290
   _globals['_CONTENTPART']._serialized_start=293
@@ -41,11 +41,13 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_MEDIASOURCE']._serialized_start=424
   _globals['_MEDIASOURCE']._serialized_end=500
   _globals['_IMAGEPART']._serialized_start=503
-  _globals['_IMAGEPART']._serialized_end=641
-  _globals['_VIDEOPART']._serialized_start=644
-  _globals['_VIDEOPART']._serialized_end=902
-  _globals['_TOOL']._serialized_start=904
-  _globals['_TOOL']._serialized_end=970
-  _globals['_TOOLCALL']._serialized_start=972
-  _globals['_TOOLCALL']._serialized_end=1032
+  _globals['_IMAGEPART']._serialized_end=661
+  _globals['_VIDEOPART']._serialized_start=664
+  _globals['_VIDEOPART']._serialized_end=1052
+  _globals['_MEDIAOPTIONS']._serialized_start=1055
+  _globals['_MEDIAOPTIONS']._serialized_end=1467
+  _globals['_TOOL']._serialized_start=1469
+  _globals['_TOOL']._serialized_end=1535
+  _globals['_TOOLCALL']._serialized_start=1537
+  _globals['_TOOLCALL']._serialized_end=1597
 # @@protoc_insertion_point(module_scope)

@@ -69,7 +69,9 @@ class ChatMessage(_message.Message):
     reasoning_text: _builtins.str
     """Thinking text of an earlier assistant turn. INVALID_ARGUMENT for other roles."""
     tool_call_id: _builtins.str
-    """The call a ROLE_TOOL message answers. INVALID_ARGUMENT for other roles."""
+    """The call a ROLE_TOOL message answers; may be empty where there is only one it could be. INVALID_ARGUMENT for other
+    roles.
+    """
     name: _builtins.str
     """Name of the speaker or, for ROLE_TOOL, of the function."""
     @_builtins.property
@@ -175,10 +177,13 @@ class ImagePart(_message.Message):
     SOURCE_FIELD_NUMBER: _builtins.int
     MIN_PIXELS_FIELD_NUMBER: _builtins.int
     MAX_PIXELS_FIELD_NUMBER: _builtins.int
+    LOW_DETAIL_FIELD_NUMBER: _builtins.int
     min_pixels: _builtins.int
     """Pixel bounds the image is resized into. Model defaults when unset."""
     max_pixels: _builtins.int
     """See min_pixels."""
+    low_detail: _builtins.bool
+    """At most 512 x 512 pixels, unless max_pixels is set."""
     @_builtins.property
     def source(self) -> Global___MediaSource:
         """The encoded image."""
@@ -189,10 +194,11 @@ class ImagePart(_message.Message):
         source: Global___MediaSource | None = ...,
         min_pixels: _builtins.int | None = ...,
         max_pixels: _builtins.int | None = ...,
+        low_detail: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_max_pixels", b"_max_pixels", "_min_pixels", b"_min_pixels", "max_pixels", b"max_pixels", "min_pixels", b"min_pixels", "source", b"source"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_pixels", b"_max_pixels", "_min_pixels", b"_min_pixels", "max_pixels", b"max_pixels", "min_pixels", b"min_pixels", "source", b"source"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_pixels", b"_max_pixels", "_min_pixels", b"_min_pixels", "low_detail", b"low_detail", "max_pixels", b"max_pixels", "min_pixels", b"min_pixels", "source", b"source"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__max_pixels: _TypeAlias = _typing.Literal["max_pixels"]  # noqa: Y015
     _WhichOneofArgType__max_pixels: _TypeAlias = _typing.Literal["_max_pixels", b"_max_pixels"]  # noqa: Y015
@@ -216,10 +222,19 @@ class VideoPart(_message.Message):
     MAX_FRAME_COUNT_FIELD_NUMBER: _builtins.int
     START_OFFSET_FIELD_NUMBER: _builtins.int
     END_OFFSET_FIELD_NUMBER: _builtins.int
+    MIN_FRAME_COUNT_FIELD_NUMBER: _builtins.int
+    MIN_PIXELS_FIELD_NUMBER: _builtins.int
+    MAX_PIXELS_FIELD_NUMBER: _builtins.int
     frames_per_second: _builtins.float
     """Frames sampled per second of video. Model default when unset."""
     max_frame_count: _builtins.int
     """Upper bound on sampled frames. Model default when unset."""
+    min_frame_count: _builtins.int
+    """Lower bound on sampled frames, where the video has so many. Model default when unset."""
+    min_pixels: _builtins.int
+    """Pixel bounds a frame is resized into. Model defaults when unset."""
+    max_pixels: _builtins.int
+    """See min_pixels."""
     @_builtins.property
     def source(self) -> Global___MediaSource:
         """The encoded video."""
@@ -240,21 +255,109 @@ class VideoPart(_message.Message):
         max_frame_count: _builtins.int | None = ...,
         start_offset: _duration_pb2.Duration | None = ...,
         end_offset: _duration_pb2.Duration | None = ...,
+        min_frame_count: _builtins.int | None = ...,
+        min_pixels: _builtins.int | None = ...,
+        max_pixels: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_frames_per_second", b"_frames_per_second", "_max_frame_count", b"_max_frame_count", "end_offset", b"end_offset", "frames_per_second", b"frames_per_second", "max_frame_count", b"max_frame_count", "source", b"source", "start_offset", b"start_offset"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_frames_per_second", b"_frames_per_second", "_max_frame_count", b"_max_frame_count", "_max_pixels", b"_max_pixels", "_min_frame_count", b"_min_frame_count", "_min_pixels", b"_min_pixels", "end_offset", b"end_offset", "frames_per_second", b"frames_per_second", "max_frame_count", b"max_frame_count", "max_pixels", b"max_pixels", "min_frame_count", b"min_frame_count", "min_pixels", b"min_pixels", "source", b"source", "start_offset", b"start_offset"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_frames_per_second", b"_frames_per_second", "_max_frame_count", b"_max_frame_count", "end_offset", b"end_offset", "frames_per_second", b"frames_per_second", "max_frame_count", b"max_frame_count", "source", b"source", "start_offset", b"start_offset"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_frames_per_second", b"_frames_per_second", "_max_frame_count", b"_max_frame_count", "_max_pixels", b"_max_pixels", "_min_frame_count", b"_min_frame_count", "_min_pixels", b"_min_pixels", "end_offset", b"end_offset", "frames_per_second", b"frames_per_second", "max_frame_count", b"max_frame_count", "max_pixels", b"max_pixels", "min_frame_count", b"min_frame_count", "min_pixels", b"min_pixels", "source", b"source", "start_offset", b"start_offset"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__frames_per_second: _TypeAlias = _typing.Literal["frames_per_second"]  # noqa: Y015
     _WhichOneofArgType__frames_per_second: _TypeAlias = _typing.Literal["_frames_per_second", b"_frames_per_second"]  # noqa: Y015
     _WhichOneofReturnType__max_frame_count: _TypeAlias = _typing.Literal["max_frame_count"]  # noqa: Y015
     _WhichOneofArgType__max_frame_count: _TypeAlias = _typing.Literal["_max_frame_count", b"_max_frame_count"]  # noqa: Y015
+    _WhichOneofReturnType__max_pixels: _TypeAlias = _typing.Literal["max_pixels"]  # noqa: Y015
+    _WhichOneofArgType__max_pixels: _TypeAlias = _typing.Literal["_max_pixels", b"_max_pixels"]  # noqa: Y015
+    _WhichOneofReturnType__min_frame_count: _TypeAlias = _typing.Literal["min_frame_count"]  # noqa: Y015
+    _WhichOneofArgType__min_frame_count: _TypeAlias = _typing.Literal["_min_frame_count", b"_min_frame_count"]  # noqa: Y015
+    _WhichOneofReturnType__min_pixels: _TypeAlias = _typing.Literal["min_pixels"]  # noqa: Y015
+    _WhichOneofArgType__min_pixels: _TypeAlias = _typing.Literal["_min_pixels", b"_min_pixels"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__frames_per_second) -> _WhichOneofReturnType__frames_per_second | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_frame_count) -> _WhichOneofReturnType__max_frame_count | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_pixels) -> _WhichOneofReturnType__max_pixels | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__min_frame_count) -> _WhichOneofReturnType__min_frame_count | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__min_pixels) -> _WhichOneofReturnType__min_pixels | None: ...
 
 Global___VideoPart: _TypeAlias = VideoPart  # noqa: Y015
+
+@_typing.final
+class MediaOptions(_message.Message):
+    """How the images and videos of a request are prepared where their parts do not say. The server's defaults when unset."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    IMAGE_MIN_PIXELS_FIELD_NUMBER: _builtins.int
+    IMAGE_MAX_PIXELS_FIELD_NUMBER: _builtins.int
+    VIDEO_MIN_PIXELS_FIELD_NUMBER: _builtins.int
+    VIDEO_MAX_PIXELS_FIELD_NUMBER: _builtins.int
+    VIDEO_FRAMES_PER_SECOND_FIELD_NUMBER: _builtins.int
+    VIDEO_MIN_FRAME_COUNT_FIELD_NUMBER: _builtins.int
+    VIDEO_MAX_FRAME_COUNT_FIELD_NUMBER: _builtins.int
+    image_min_pixels: _builtins.int
+    """Pixel bounds of images."""
+    image_max_pixels: _builtins.int
+    """See image_min_pixels."""
+    video_min_pixels: _builtins.int
+    """Pixel bounds of one video frame."""
+    video_max_pixels: _builtins.int
+    """See video_min_pixels."""
+    video_frames_per_second: _builtins.float
+    """Frames sampled per second of video."""
+    video_min_frame_count: _builtins.int
+    """Lower bound on sampled frames."""
+    video_max_frame_count: _builtins.int
+    """Upper bound on sampled frames."""
+    def __init__(
+        self,
+        *,
+        image_min_pixels: _builtins.int | None = ...,
+        image_max_pixels: _builtins.int | None = ...,
+        video_min_pixels: _builtins.int | None = ...,
+        video_max_pixels: _builtins.int | None = ...,
+        video_frames_per_second: _builtins.float | None = ...,
+        video_min_frame_count: _builtins.int | None = ...,
+        video_max_frame_count: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_image_max_pixels", b"_image_max_pixels", "_image_min_pixels", b"_image_min_pixels", "_video_frames_per_second", b"_video_frames_per_second", "_video_max_frame_count", b"_video_max_frame_count", "_video_max_pixels", b"_video_max_pixels", "_video_min_frame_count", b"_video_min_frame_count", "_video_min_pixels", b"_video_min_pixels", "image_max_pixels", b"image_max_pixels", "image_min_pixels", b"image_min_pixels", "video_frames_per_second", b"video_frames_per_second", "video_max_frame_count", b"video_max_frame_count", "video_max_pixels", b"video_max_pixels", "video_min_frame_count", b"video_min_frame_count", "video_min_pixels", b"video_min_pixels"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_image_max_pixels", b"_image_max_pixels", "_image_min_pixels", b"_image_min_pixels", "_video_frames_per_second", b"_video_frames_per_second", "_video_max_frame_count", b"_video_max_frame_count", "_video_max_pixels", b"_video_max_pixels", "_video_min_frame_count", b"_video_min_frame_count", "_video_min_pixels", b"_video_min_pixels", "image_max_pixels", b"image_max_pixels", "image_min_pixels", b"image_min_pixels", "video_frames_per_second", b"video_frames_per_second", "video_max_frame_count", b"video_max_frame_count", "video_max_pixels", b"video_max_pixels", "video_min_frame_count", b"video_min_frame_count", "video_min_pixels", b"video_min_pixels"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__image_max_pixels: _TypeAlias = _typing.Literal["image_max_pixels"]  # noqa: Y015
+    _WhichOneofArgType__image_max_pixels: _TypeAlias = _typing.Literal["_image_max_pixels", b"_image_max_pixels"]  # noqa: Y015
+    _WhichOneofReturnType__image_min_pixels: _TypeAlias = _typing.Literal["image_min_pixels"]  # noqa: Y015
+    _WhichOneofArgType__image_min_pixels: _TypeAlias = _typing.Literal["_image_min_pixels", b"_image_min_pixels"]  # noqa: Y015
+    _WhichOneofReturnType__video_frames_per_second: _TypeAlias = _typing.Literal["video_frames_per_second"]  # noqa: Y015
+    _WhichOneofArgType__video_frames_per_second: _TypeAlias = _typing.Literal["_video_frames_per_second", b"_video_frames_per_second"]  # noqa: Y015
+    _WhichOneofReturnType__video_max_frame_count: _TypeAlias = _typing.Literal["video_max_frame_count"]  # noqa: Y015
+    _WhichOneofArgType__video_max_frame_count: _TypeAlias = _typing.Literal["_video_max_frame_count", b"_video_max_frame_count"]  # noqa: Y015
+    _WhichOneofReturnType__video_max_pixels: _TypeAlias = _typing.Literal["video_max_pixels"]  # noqa: Y015
+    _WhichOneofArgType__video_max_pixels: _TypeAlias = _typing.Literal["_video_max_pixels", b"_video_max_pixels"]  # noqa: Y015
+    _WhichOneofReturnType__video_min_frame_count: _TypeAlias = _typing.Literal["video_min_frame_count"]  # noqa: Y015
+    _WhichOneofArgType__video_min_frame_count: _TypeAlias = _typing.Literal["_video_min_frame_count", b"_video_min_frame_count"]  # noqa: Y015
+    _WhichOneofReturnType__video_min_pixels: _TypeAlias = _typing.Literal["video_min_pixels"]  # noqa: Y015
+    _WhichOneofArgType__video_min_pixels: _TypeAlias = _typing.Literal["_video_min_pixels", b"_video_min_pixels"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__image_max_pixels) -> _WhichOneofReturnType__image_max_pixels | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__image_min_pixels) -> _WhichOneofReturnType__image_min_pixels | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__video_frames_per_second) -> _WhichOneofReturnType__video_frames_per_second | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__video_max_frame_count) -> _WhichOneofReturnType__video_max_frame_count | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__video_max_pixels) -> _WhichOneofReturnType__video_max_pixels | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__video_min_frame_count) -> _WhichOneofReturnType__video_min_frame_count | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__video_min_pixels) -> _WhichOneofReturnType__video_min_pixels | None: ...
+
+Global___MediaOptions: _TypeAlias = MediaOptions  # noqa: Y015
 
 @_typing.final
 class Tool(_message.Message):

@@ -201,6 +201,10 @@ class GenerateRequest(_message.Message):
     CACHE_SALT_FIELD_NUMBER: _builtins.int
     TOOL_CHOICE_FIELD_NUMBER: _builtins.int
     PARALLEL_TOOL_CALLS_FIELD_NUMBER: _builtins.int
+    PROMPT_TEXT_FIELD_NUMBER: _builtins.int
+    PROMPT_TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    ADD_SPECIAL_TOKENS_FIELD_NUMBER: _builtins.int
+    MEDIA_OPTIONS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Name of the model. May be empty when one model is served."""
     thinking_mode: Global___ThinkingMode.ValueType
@@ -227,13 +231,17 @@ class GenerateRequest(_message.Message):
     """Cached prefixes are shared only among requests of the same salt. At most 256 characters."""
     parallel_tool_calls: _builtins.bool
     """False ends a reply behind its first call. True when unset."""
+    prompt_text: _builtins.str
+    """Special tokens spelled in it are special tokens."""
+    add_special_tokens: _builtins.bool
+    """Adds what the tokenizer's own post-processor puts around prompt_text. True when unset."""
     @_builtins.property
     def messages(self) -> _containers.RepeatedCompositeFieldContainer[_content_pb2.ChatMessage]:
         """The conversation, oldest first."""
 
     @_builtins.property
     def tools(self) -> _containers.RepeatedCompositeFieldContainer[_content_pb2.Tool]:
-        """Functions the model may call, at most 128. Not together with structured_output, unless tool_choice is NONE."""
+        """Functions the model may call, at most 128."""
 
     @_builtins.property
     def sampling_params(self) -> Global___SamplingParams:
@@ -245,11 +253,22 @@ class GenerateRequest(_message.Message):
 
     @_builtins.property
     def structured_output(self) -> Global___StructuredOutput:
-        """What the answer must match. It begins after any thinking, and stop sequences do not cut it."""
+        """What the answer must match. It begins after any thinking, and stop sequences do not cut it. Where the model may call
+        tools as it sees fit, only a JSON schema or object: the reply is then either calls, whose arguments match their
+        parameters, or such an answer.
+        """
 
     @_builtins.property
     def tool_choice(self) -> Global___ToolChoice:
         """Whether the model calls tools. As it sees fit when unset."""
+
+    @_builtins.property
+    def prompt_token_ids(self) -> Global___TokenIds:
+        """Every id must be one of the model's, and none a media placeholder."""
+
+    @_builtins.property
+    def media_options(self) -> _content_pb2.MediaOptions:
+        """How images and videos are prepared where their parts do not say."""
 
     def __init__(
         self,
@@ -271,25 +290,61 @@ class GenerateRequest(_message.Message):
         cache_salt: _builtins.str = ...,
         tool_choice: Global___ToolChoice | None = ...,
         parallel_tool_calls: _builtins.bool | None = ...,
+        prompt_text: _builtins.str = ...,
+        prompt_token_ids: Global___TokenIds | None = ...,
+        add_special_tokens: _builtins.bool | None = ...,
+        media_options: _content_pb2.MediaOptions | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_parallel_tool_calls", b"_parallel_tool_calls", "_prompt_top_logprob_count", b"_prompt_top_logprob_count", "_top_logprob_count", b"_top_logprob_count", "parallel_tool_calls", b"parallel_tool_calls", "prompt_top_logprob_count", b"prompt_top_logprob_count", "sampling_params", b"sampling_params", "structured_output", b"structured_output", "timeout", b"timeout", "tool_choice", b"tool_choice", "top_logprob_count", b"top_logprob_count"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens", "_parallel_tool_calls", b"_parallel_tool_calls", "_prompt_top_logprob_count", b"_prompt_top_logprob_count", "_top_logprob_count", b"_top_logprob_count", "add_special_tokens", b"add_special_tokens", "media_options", b"media_options", "parallel_tool_calls", b"parallel_tool_calls", "prompt", b"prompt", "prompt_text", b"prompt_text", "prompt_token_ids", b"prompt_token_ids", "prompt_top_logprob_count", b"prompt_top_logprob_count", "sampling_params", b"sampling_params", "structured_output", b"structured_output", "timeout", b"timeout", "tool_choice", b"tool_choice", "top_logprob_count", b"top_logprob_count"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_parallel_tool_calls", b"_parallel_tool_calls", "_prompt_top_logprob_count", b"_prompt_top_logprob_count", "_top_logprob_count", b"_top_logprob_count", "cache_salt", b"cache_salt", "choice_count", b"choice_count", "messages", b"messages", "model", b"model", "parallel_tool_calls", b"parallel_tool_calls", "priority", b"priority", "prompt_top_logprob_count", b"prompt_top_logprob_count", "request_id", b"request_id", "return_timings", b"return_timings", "return_token_ids", b"return_token_ids", "sampling_params", b"sampling_params", "structured_output", b"structured_output", "thinking_mode", b"thinking_mode", "timeout", b"timeout", "tool_choice", b"tool_choice", "tools", b"tools", "top_logprob_count", b"top_logprob_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens", "_parallel_tool_calls", b"_parallel_tool_calls", "_prompt_top_logprob_count", b"_prompt_top_logprob_count", "_top_logprob_count", b"_top_logprob_count", "add_special_tokens", b"add_special_tokens", "cache_salt", b"cache_salt", "choice_count", b"choice_count", "media_options", b"media_options", "messages", b"messages", "model", b"model", "parallel_tool_calls", b"parallel_tool_calls", "priority", b"priority", "prompt", b"prompt", "prompt_text", b"prompt_text", "prompt_token_ids", b"prompt_token_ids", "prompt_top_logprob_count", b"prompt_top_logprob_count", "request_id", b"request_id", "return_timings", b"return_timings", "return_token_ids", b"return_token_ids", "sampling_params", b"sampling_params", "structured_output", b"structured_output", "thinking_mode", b"thinking_mode", "timeout", b"timeout", "tool_choice", b"tool_choice", "tools", b"tools", "top_logprob_count", b"top_logprob_count"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__add_special_tokens: _TypeAlias = _typing.Literal["add_special_tokens"]  # noqa: Y015
+    _WhichOneofArgType__add_special_tokens: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens"]  # noqa: Y015
     _WhichOneofReturnType__parallel_tool_calls: _TypeAlias = _typing.Literal["parallel_tool_calls"]  # noqa: Y015
     _WhichOneofArgType__parallel_tool_calls: _TypeAlias = _typing.Literal["_parallel_tool_calls", b"_parallel_tool_calls"]  # noqa: Y015
     _WhichOneofReturnType__prompt_top_logprob_count: _TypeAlias = _typing.Literal["prompt_top_logprob_count"]  # noqa: Y015
     _WhichOneofArgType__prompt_top_logprob_count: _TypeAlias = _typing.Literal["_prompt_top_logprob_count", b"_prompt_top_logprob_count"]  # noqa: Y015
     _WhichOneofReturnType__top_logprob_count: _TypeAlias = _typing.Literal["top_logprob_count"]  # noqa: Y015
     _WhichOneofArgType__top_logprob_count: _TypeAlias = _typing.Literal["_top_logprob_count", b"_top_logprob_count"]  # noqa: Y015
+    _WhichOneofReturnType_prompt: _TypeAlias = _typing.Literal["prompt_text", "prompt_token_ids"]  # noqa: Y015
+    _WhichOneofArgType_prompt: _TypeAlias = _typing.Literal["prompt", b"prompt"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__add_special_tokens) -> _WhichOneofReturnType__add_special_tokens | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__parallel_tool_calls) -> _WhichOneofReturnType__parallel_tool_calls | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__prompt_top_logprob_count) -> _WhichOneofReturnType__prompt_top_logprob_count | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__top_logprob_count) -> _WhichOneofReturnType__top_logprob_count | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_prompt) -> _WhichOneofReturnType_prompt | None: ...
 
 Global___GenerateRequest: _TypeAlias = GenerateRequest  # noqa: Y015
+
+@_typing.final
+class TokenIds(_message.Message):
+    """Token ids of a prompt."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    IDS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """At least one."""
+
+    def __init__(
+        self,
+        *,
+        ids: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ids", b"ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TokenIds: _TypeAlias = TokenIds  # noqa: Y015
 
 @_typing.final
 class ToolChoice(_message.Message):
@@ -775,6 +830,7 @@ class Usage(_message.Message):
     OUTPUT_TOKEN_COUNT_FIELD_NUMBER: _builtins.int
     REASONING_TOKEN_COUNT_FIELD_NUMBER: _builtins.int
     TIME_TO_FIRST_TOKEN_FIELD_NUMBER: _builtins.int
+    VIDEO_TOKEN_COUNT_FIELD_NUMBER: _builtins.int
     prompt_token_count: _builtins.int
     """Prompt tokens, media included."""
     media_token_count: _builtins.int
@@ -785,6 +841,8 @@ class Usage(_message.Message):
     """Generated tokens."""
     reasoning_token_count: _builtins.int
     """Of these, thinking."""
+    video_token_count: _builtins.int
+    """Of the media tokens, from video."""
     @_builtins.property
     def time_to_first_token(self) -> _duration_pb2.Duration:
         """From arrival to the first token."""
@@ -798,10 +856,11 @@ class Usage(_message.Message):
         output_token_count: _builtins.int = ...,
         reasoning_token_count: _builtins.int = ...,
         time_to_first_token: _duration_pb2.Duration | None = ...,
+        video_token_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["time_to_first_token", b"time_to_first_token"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_token_count", b"cached_token_count", "media_token_count", b"media_token_count", "output_token_count", b"output_token_count", "prompt_token_count", b"prompt_token_count", "reasoning_token_count", b"reasoning_token_count", "time_to_first_token", b"time_to_first_token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_token_count", b"cached_token_count", "media_token_count", b"media_token_count", "output_token_count", b"output_token_count", "prompt_token_count", b"prompt_token_count", "reasoning_token_count", b"reasoning_token_count", "time_to_first_token", b"time_to_first_token", "video_token_count", b"video_token_count"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1195,10 +1254,18 @@ class CountTokensRequest(_message.Message):
     MESSAGES_FIELD_NUMBER: _builtins.int
     THINKING_MODE_FIELD_NUMBER: _builtins.int
     TOOLS_FIELD_NUMBER: _builtins.int
+    PROMPT_TEXT_FIELD_NUMBER: _builtins.int
+    PROMPT_TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    ADD_SPECIAL_TOKENS_FIELD_NUMBER: _builtins.int
+    MEDIA_OPTIONS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Name of the model."""
     thinking_mode: Global___ThinkingMode.ValueType
     """Whether the model would think before it answers: templates differ."""
+    prompt_text: _builtins.str
+    """Special tokens spelled in it are special tokens."""
+    add_special_tokens: _builtins.bool
+    """Adds what the tokenizer's own post-processor puts around prompt_text. True when unset."""
     @_builtins.property
     def messages(self) -> _containers.RepeatedCompositeFieldContainer[_content_pb2.ChatMessage]:
         """The conversation."""
@@ -1207,6 +1274,14 @@ class CountTokensRequest(_message.Message):
     def tools(self) -> _containers.RepeatedCompositeFieldContainer[_content_pb2.Tool]:
         """Functions the model would be offered."""
 
+    @_builtins.property
+    def prompt_token_ids(self) -> Global___TokenIds:
+        """Every id must be one of the model's, and none a media placeholder."""
+
+    @_builtins.property
+    def media_options(self) -> _content_pb2.MediaOptions:
+        """How images and videos would be prepared where their parts do not say."""
+
     def __init__(
         self,
         *,
@@ -1214,12 +1289,23 @@ class CountTokensRequest(_message.Message):
         messages: _abc.Iterable[_content_pb2.ChatMessage] | None = ...,
         thinking_mode: Global___ThinkingMode.ValueType = ...,
         tools: _abc.Iterable[_content_pb2.Tool] | None = ...,
+        prompt_text: _builtins.str = ...,
+        prompt_token_ids: Global___TokenIds | None = ...,
+        add_special_tokens: _builtins.bool | None = ...,
+        media_options: _content_pb2.MediaOptions | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens", "add_special_tokens", b"add_special_tokens", "media_options", b"media_options", "prompt", b"prompt", "prompt_text", b"prompt_text", "prompt_token_ids", b"prompt_token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["messages", b"messages", "model", b"model", "thinking_mode", b"thinking_mode", "tools", b"tools"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens", "add_special_tokens", b"add_special_tokens", "media_options", b"media_options", "messages", b"messages", "model", b"model", "prompt", b"prompt", "prompt_text", b"prompt_text", "prompt_token_ids", b"prompt_token_ids", "thinking_mode", b"thinking_mode", "tools", b"tools"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__add_special_tokens: _TypeAlias = _typing.Literal["add_special_tokens"]  # noqa: Y015
+    _WhichOneofArgType__add_special_tokens: _TypeAlias = _typing.Literal["_add_special_tokens", b"_add_special_tokens"]  # noqa: Y015
+    _WhichOneofReturnType_prompt: _TypeAlias = _typing.Literal["prompt_text", "prompt_token_ids"]  # noqa: Y015
+    _WhichOneofArgType_prompt: _TypeAlias = _typing.Literal["prompt", b"prompt"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__add_special_tokens) -> _WhichOneofReturnType__add_special_tokens | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_prompt) -> _WhichOneofReturnType_prompt | None: ...
 
 Global___CountTokensRequest: _TypeAlias = CountTokensRequest  # noqa: Y015
 

@@ -10,6 +10,7 @@ from google.protobuf import json_format
 from actors.errors import InvalidRequest
 from actors.types import (
     ImagePart,
+    MediaOptions,
     MediaSource,
     Message,
     MessageRole,
@@ -118,6 +119,27 @@ def test_every_field_is_carried_over() -> None:
 IMAGE = {"source": {"content": "cG5n"}}
 
 
+def test_how_media_are_prepared() -> None:
+    options = {
+        "image_min_pixels": 1,
+        "image_max_pixels": 2,
+        "video_min_pixels": 3,
+        "video_max_pixels": 4,
+        "video_frames_per_second": 0.5,
+        "video_min_frame_count": 6,
+        "video_max_frame_count": 7,
+    }
+    assert grpc_request.generate_call(request(media_options=options)).media_options == MediaOptions(
+        image_min_pixels=1,
+        image_max_pixels=2,
+        video_min_pixels=3,
+        video_max_pixels=4,
+        video_fps=0.5,
+        video_min_frames=6,
+        video_max_frames=7,
+    )
+
+
 @pytest.mark.parametrize(
     ("fields", "field"),
     [
@@ -168,6 +190,11 @@ IMAGE = {"source": {"content": "cG5n"}}
         ({"request_id": "has space"}, "request_id"),
         ({"request_id": "x" * 129}, "request_id"),
         ({"request_id": "chatcmpl-1"}, "request_id"),
+        ({"media_options": {"image_max_pixels": 0}}, "media_options.image_max_pixels"),
+        ({"media_options": {"image_min_pixels": 2, "image_max_pixels": 1}}, "media_options.image_min_pixels"),
+        ({"media_options": {"video_frames_per_second": "NaN"}}, "media_options.video_frames_per_second"),
+        ({"media_options": {"video_max_frame_count": -1}}, "media_options.video_max_frame_count"),
+        ({"media_options": {"video_max_pixels": 2**31}}, "media_options.video_max_pixels"),
         ({"messages": []}, "messages"),
         ({"messages": [{"parts": [{"text": "a"}]}]}, "messages[0].role"),
         ({"messages": [HELLO, {"role": 9, "parts": [{"text": "a"}]}]}, "messages[1].role"),
@@ -202,6 +229,8 @@ def test_wrong_values_name_their_field(fields: dict[str, Any], field: str) -> No
         ({"video": IMAGE | {"frames_per_second": 0}}, ".video.frames_per_second"),
         ({"video": IMAGE | {"frames_per_second": "NaN"}}, ".video.frames_per_second"),
         ({"video": IMAGE | {"max_frame_count": 0}}, ".video.max_frame_count"),
+        ({"video": IMAGE | {"min_frame_count": 3, "max_frame_count": 2}}, ".video.min_frame_count"),
+        ({"video": IMAGE | {"min_pixels": 3, "max_pixels": 2}}, ".video.min_pixels"),
         ({"video": IMAGE | {"start_offset": "-1s"}}, ".video.start_offset"),
         ({"video": IMAGE | {"end_offset": "0s"}}, ".video.end_offset"),
         ({"video": IMAGE | {"start_offset": "2s", "end_offset": "1s"}}, ".video.end_offset"),
@@ -283,12 +312,48 @@ def test_structures(proto: dict[str, Any], expected: Structure) -> None:
 
 
 def test_every_attribute_has_a_field() -> None:
-    """What SPELLING does not rename must be a field of the request."""
-    fields = {field.name for field in GenerateRequest.DESCRIPTOR.fields}
+    """What SPELLING does not rename must be a field or a oneof of the request."""
+    fields = {field.name for field in (*GenerateRequest.DESCRIPTOR.fields, *GenerateRequest.DESCRIPTOR.oneofs)}
     params = {f"sampling_params.{field.name}" for field in inference_pb2.SamplingParams.DESCRIPTOR.fields}
     for attribute in GenerateCall.__dataclass_fields__:
         assert grpc_request.SPELLING.get(attribute, attribute) in fields | params
     assert set(grpc_request.SPELLING.values()) <= fields | params
+
+
+@pytest.mark.parametrize(
+    ("fields", "prompt", "added"),
+    [
+        ({"prompt_text": "<s>a"}, "<s>a", True),
+        ({"prompt_text": "a", "add_special_tokens": False}, "a", False),
+        ({"prompt_token_ids": {"ids": [3, 1]}}, (3, 1), True),
+    ],
+)
+def test_raw_prompts(fields: dict[str, Any], prompt: str | tuple[int, ...], added: bool) -> None:
+    for call in (
+        grpc_request.generate_call(GenerateRequest(**fields)),
+        grpc_request.count_call(inference_pb2.CountTokensRequest(**fields)),
+    ):
+        assert (call.messages, call.prompt, call.add_special_tokens) == ((), prompt, added)
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"prompt_text": ""}, "prompt"),
+        ({"prompt_token_ids": {}}, "prompt"),
+        ({"prompt_text": "a", "messages": [ChatMessage(role=ROLE_USER)]}, "prompt"),
+        ({"prompt_text": "a", "tools": [{"name": "f"}]}, "tools"),
+        ({"prompt_text": "a", "thinking_mode": inference_pb2.THINKING_MODE_ENABLED}, "thinking_mode"),
+        (
+            {"prompt_text": "a", "sampling_params": {"max_reasoning_token_count": 3}},
+            "sampling_params.max_reasoning_token_count",
+        ),
+    ],
+)
+def test_a_raw_prompt_stands_alone(fields: dict[str, Any], field: str) -> None:
+    with pytest.raises(InvalidRequest, match=field) as caught:
+        grpc_request.generate_call(GenerateRequest(**fields))
+    assert caught.value.field == field
 
 
 def test_every_thinking_mode_has_a_translation() -> None:
@@ -305,6 +370,8 @@ def test_every_thinking_mode_has_a_translation() -> None:
         ("messages[0].parts[1].image", "messages[0].parts[1].image"),
         ("messages[0].content[1].image_url", "messages[0].parts[1].image"),
         ("messages[0].content[1].video_url.max_frames", "messages[0].parts[1].video.max_frame_count"),
+        ("media_options.video_fps", "media_options.video_frames_per_second"),
+        ("media_options.image_max_pixels", "media_options.image_max_pixels"),
         ("messages[0].content[1].video_url.start_s", "messages[0].parts[1].video.start_offset"),
         ("messages[10].reasoning", "messages[10].reasoning_text"),
         ("messages", "messages"),
@@ -317,6 +384,8 @@ def test_every_thinking_mode_has_a_translation() -> None:
         ("reasoning_max_tokens", "sampling_params.max_reasoning_token_count"),
         ("prompt_logprobs", "prompt_top_logprob_count"),
         ("n", "choice_count"),
+        ("prompt", "prompt"),
+        ("prompt[3]", "prompt_token_ids.ids[3]"),
     ],
 )
 def test_fields_named_by_later_stages(ours: str, theirs: str) -> None:

@@ -163,13 +163,13 @@ async def test_silence_is_bridged(monkeypatch: pytest.MonkeyPatch) -> None:
 async def test_cancel_takes_names_in_either_form() -> None:
     service = ScriptedService()
     async with stubs(service) as stub:
-        for name in ("r-1", "chatcmpl-r-1"):
+        for name in ("r-1", "chatcmpl-r-1", "cmpl-r-1", "resp_r-1"):
             await stub.CancelGeneration(inference_pb2.CancelGenerationRequest(request_id=name))
         for name, code in (("", grpc.StatusCode.INVALID_ARGUMENT), ("r-2", grpc.StatusCode.NOT_FOUND)):
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await stub.CancelGeneration(inference_pb2.CancelGenerationRequest(request_id=name))
             assert caught.value.code() is code
-    assert service.cancelled == ["r-1", "r-1"]
+    assert service.cancelled == ["r-1"] * 4
 
 
 async def test_count_tokens() -> None:
@@ -184,8 +184,8 @@ async def test_count_tokens() -> None:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await stub.CountTokens(inference_pb2.CountTokensRequest())
     assert (reply.token_count, reply.media_token_count) == (12, 6)
-    ((model, _, thinking, tools),) = service.counted
-    assert (model, thinking, tools) == (None, ThinkingMode.OFF, (Tool(name="f"),))
+    (call,) = service.tokenized
+    assert (call.model, call.thinking, call.tools) == (None, ThinkingMode.OFF, (Tool(name="f"),))
     assert error_info(caught.value).metadata["field"] == "messages"
 
 

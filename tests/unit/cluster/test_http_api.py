@@ -30,7 +30,7 @@ from actors.errors import (
     Unavailable,
 )
 from actors.types import FinishReason, StructureKind, ThinkingMode
-from cluster import http_api
+from cluster import http_api, http_exchange
 from cluster.generation import ChoiceFinished, Delta, Finished, Started
 from tests.doubles import FINISHED, SCORED, SCRIPT, STARTED, USAGE, Pause, ScriptedService
 
@@ -378,7 +378,7 @@ async def test_unknown_fields_are_named() -> None:
                 {"stream_options": {"continuous_usage_stats": True}, "stream": True},
             ),
             ("functions", {"functions": [{"name": "f", "parameters": {}}]}),
-            ("user", {"user": "u"}),
+            ("chat_template_kwargs.options", {"extra_body": {"chat_template_kwargs": {"options": {}}}}),
         ):
             with pytest.raises(openai.BadRequestError) as caught:
                 await client.chat.completions.create(model="m", messages=ASK, **extra)
@@ -393,14 +393,14 @@ async def test_long_names_are_cut() -> None:
 
 
 async def test_oversized_bodies_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http_api, "MAX_BODY_BYTES", 100)
+    monkeypatch.setattr(http_exchange, "MAX_BODY_BYTES", 100)
     async with plain(ScriptedService()) as client:
         response = await client.post(CHAT, content=b"x" * 101)
     assert response.status_code == 400 and "100 bytes" in response.text
 
 
 async def test_silence_is_bridged_by_comments(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http_api, "KEEP_ALIVE_S", 0.01)
+    monkeypatch.setattr(http_exchange, "KEEP_ALIVE_S", 0.01)
     service = ScriptedService(script=(Pause(), *SCRIPT))
     async with plain(service) as client, client.stream("POST", CHAT, json={"messages": ASK, "stream": True}) as reply:
         pieces = reply.aiter_text()
@@ -411,7 +411,7 @@ async def test_silence_is_bridged_by_comments(monkeypatch: pytest.MonkeyPatch) -
 
 
 async def test_openais_client_skips_comments(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http_api, "KEEP_ALIVE_S", 0.01)
+    monkeypatch.setattr(http_exchange, "KEEP_ALIVE_S", 0.01)
     service = ScriptedService(script=(Pause(), *SCRIPT))
     async with sdk(service) as client:
         stream = await client.chat.completions.create(model="m", messages=ASK, stream=True)

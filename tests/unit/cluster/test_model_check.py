@@ -32,7 +32,7 @@ BREAKS: list[tuple[Callable[[Path], object], str]] = [
     (drop_tensor, f"missing (1): {NORM}"),
     (truncate, "is not a whole safetensors file"),
     (lambda folder: (folder / "config.json").unlink(), "is not a checkpoint directory"),
-    (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer.json is missing"),
+    (lambda folder: (folder / "tokenizer.json").unlink(), "holds neither tokenizer.json nor tokenizer.model"),
     (lambda folder: (folder / "preprocessor_config.json").unlink(), "no preprocessor_config.json"),
     (lambda folder: (folder / "chat_template.jinja").write_text("{% if %}"), "chat_template.jinja"),
     (lambda folder: (folder / "generation_config.json").write_text('{"top_p": 3}'), "generation_config.json"),

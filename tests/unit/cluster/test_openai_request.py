@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from actors.errors import InvalidRequest
 from actors.types import (
     ImagePart,
+    MediaOptions,
     MediaSource,
     Message,
     MessageRole,
@@ -139,6 +141,7 @@ def test_every_field_is_carried_over() -> None:
         ({"bad_words": None}, "bad_words", ()),
         ({"allowed_token_ids": None}, "allowed_token_ids", None),
         ({"stream": True, "stream_options": None}, "n", 1),
+        ({"request_id": "mine"}, "request_id", "mine"),
     ],
 )
 def test_spellings(fields: dict[str, Any], attribute: str, value: object) -> None:
@@ -214,7 +217,9 @@ def test_spellings(fields: dict[str, Any], attribute: str, value: object) -> Non
         ({"stream": True, "stream_options": {"include_usage": 1}}, "stream_options.include_usage"),
         ({"stream": True, "stream_options": {"continuous_usage_stats": True}},
          "stream_options.continuous_usage_stats"),
+        ({"stream": True, "stream_options": {"include_obfuscation": True}}, "stream_options.include_obfuscation"),
         ({"stream": "yes"}, "stream"),
+        ({"request_id": "no spaces"}, "request_id"),
         ({"timeout": 0}, "timeout"),
         ({"timeout": -1}, "timeout"),
         ({"timeout": 1e9}, "timeout"),
@@ -251,14 +256,141 @@ def test_wrong_values_name_their_field(fields: dict[str, Any], field: str) -> No
 
 @pytest.mark.parametrize(
     "field",
-    ["functions", "function_call", "metadata", "user", "best_of", "guided_decoding_backend",
-     "chat_template_kwargs", "extra", "(odd)"],
+    ["functions", "function_call", "best_of", "guided_decoding_backend", "chat_template", "documents", "extra",
+     "(odd)"],
 )  # fmt: skip
 @pytest.mark.parametrize("value", [None, 1, {}])
 def test_fields_outside_the_list_are_refused_by_name(field: str, value: object) -> None:
     error = refused(**{field: value})
     assert (error.field, error.reason) == (field, "UNSUPPORTED_FIELD")
     assert error.message == f"{field} is not supported"
+
+
+THINKING_FIELDS = [
+    lambda on: {"enable_thinking": on},
+    lambda on: {"chat_template_kwargs": {"enable_thinking": on}},
+    lambda on: {"metadata": {"enable_thinking": on, "who": "me"}},
+    lambda on: {"metadata": {"enable_thinking": str(on)}},
+    lambda on: {"reasoning_effort": "low" if on else "none"},
+]
+
+
+@pytest.mark.parametrize("say", THINKING_FIELDS, ids=range(len(THINKING_FIELDS)))
+def test_thinking_in_every_spelling(say: Callable[[bool], dict[str, Any]]) -> None:
+    assert call(**say(True)).thinking is ThinkingMode.ON
+    assert call(**say(False)).thinking is ThinkingMode.OFF
+    # Said twice alike is said once; said twice otherwise is an error that names both.
+    for other in THINKING_FIELDS:
+        assert call(**(other(True) | say(True))).thinking is ThinkingMode.ON
+        if not set(other(True)) & set(say(True)):
+            error = refused(**other(True), **say(False))
+            fields = [next(iter(fields)) for fields in (other(True), say(False))]
+            assert error.field is not None and error.field.partition(".")[0] in fields
+            assert all(field in error.message for field in fields)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"metadata": {"a": "b"}}, {"chat_template_kwargs": {}}, {"metadata": None, "reasoning_effort": None}]
+)
+def test_thinking_that_nobody_spoke_of(fields: dict[str, Any]) -> None:
+    assert call(**fields) == call()
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"chat_template_kwargs": {"options": {"thinking_mode": "close"}}}, "chat_template_kwargs.options"),
+        ({"chat_template_kwargs": {"enable_thinking": "yes"}}, "chat_template_kwargs.enable_thinking"),
+        ({"chat_template_kwargs": [1]}, "chat_template_kwargs"),
+        ({"metadata": {"enable_thinking": "maybe"}}, "metadata.enable_thinking"),
+        ({"metadata": {"enable_thinking": 1}}, "metadata.enable_thinking"),
+        ({"metadata": {"a": True}}, "metadata.a"),
+        ({"metadata": {"a": "x" * 513}}, "metadata.a"),
+        ({"metadata": {"x" * 65: "a"}}, "metadata"),
+        ({"metadata": {str(index): "a" for index in range(17)}}, "metadata"),
+        ({"metadata": "a"}, "metadata"),
+        ({"reasoning_effort": "much"}, "reasoning_effort"),
+    ],
+)
+def test_wrong_thinking_and_metadata(fields: dict[str, Any], field: str) -> None:
+    error = refused(**fields)
+    assert error.field == field and field in error.message
+
+
+NEUTRAL: dict[str, tuple[list[Any], list[Any]]] = {
+    "user": (["u"], [1]),
+    "safety_identifier": (["u"], [{}]),
+    "prompt_cache_key": (["u"], [True]),
+    "store": ([False], [True]),
+    "service_tier": (["auto", "default"], ["flex", "priority"]),
+    "verbosity": (["medium"], ["low"]),
+    "modalities": ([["text"]], [["text", "audio"]]),
+    "include_reasoning": ([True], [False]),
+    "skip_special_tokens": ([True], [False]),
+    "include_stop_str_in_output": ([False], [True]),
+    "use_beam_search": ([False], [True]),
+    "echo": ([False], [True]),
+    "add_generation_prompt": ([True], [False]),
+    "continue_final_message": ([False], [True]),
+    "disable_chat_template": ([False], [True]),
+}
+
+
+@pytest.mark.parametrize("field", NEUTRAL)
+def test_fields_that_ask_for_what_is_done_anyway(field: str) -> None:
+    done, others = NEUTRAL[field]
+    for value in [None, *done]:
+        assert call(**{field: value}) == call()
+    for value in others:
+        error = refused(**{field: value})
+        assert (error.field or "").startswith(field) and field in error.message
+    if isinstance(others[0], type(done[0])):
+        assert error.reason == "UNSUPPORTED_FIELD"
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "options"),
+    [
+        ({}, {}),
+        ({"image_max_pixels": 12845056}, {"image_max_pixels": 12845056}),
+        ({"min_pixels": 784, "max_pixels": 1568}, {"image_min_pixels": 784, "image_max_pixels": 1568}),
+        ({"size": {"shortest_edge": 784, "longest_edge": 999}}, {"image_min_pixels": 784, "image_max_pixels": 999}),
+        ({"max_pixels": 999, "image_max_pixels": 999}, {"image_max_pixels": 999}),
+        ({"video_min_pixels": 784, "video_max_pixels": 999}, {"video_min_pixels": 784, "video_max_pixels": 999}),
+        ({"video_fps": 1, "video_max_frames": 8}, {"video_fps": 1, "video_max_frames": 8}),
+        ({"fps": 0.5, "min_frames": 2, "max_frames": 4},
+         {"video_fps": 0.5, "video_min_frames": 2, "video_max_frames": 4}),
+        ({"video_target_frames": 8, "video_fps": -1}, {"video_min_frames": 8, "video_max_frames": 8}),
+        ({"num_frames": 8}, {"video_min_frames": 8, "video_max_frames": 8}),
+        ({"video_target_frames": -1, "video_frames_sample": "leading", "spatial_conv_size": 2}, {}),
+    ],
+)  # fmt: skip
+def test_how_media_are_prepared(kwargs: dict[str, Any], options: dict[str, Any]) -> None:
+    assert call(mm_processor_kwargs=kwargs).media_options == MediaOptions(**options)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "field"),
+    [
+        ({"do_resize": False}, "do_resize"),
+        ({"image_max_pixels": 0}, "image_max_pixels"),
+        ({"max_pixels": 0}, "max_pixels"),
+        ({"image_max_pixels": 999, "max_pixels": 998}, "max_pixels"),
+        ({"image_max_pixels": "999"}, "image_max_pixels"),
+        ({"image_min_pixels": 5, "image_max_pixels": 4}, "image_min_pixels"),
+        ({"video_fps": 0}, "video_fps"),
+        ({"fps": -1}, "fps"),
+        ({"fps": 1, "video_fps": 2}, "fps"),
+        ({"video_min_frames": 5, "video_max_frames": 4}, "video_min_frames"),
+        ({"video_target_frames": 4, "max_frames": 4}, "max_frames"),
+        ({"num_frames": 0}, "num_frames"),
+        ({"video_frames_sample": "rand"}, "video_frames_sample"),
+        ({"temporal_conv_size": 1}, "temporal_conv_size"),
+    ],
+)
+def test_wrong_processor_options(kwargs: dict[str, Any], field: str) -> None:
+    error = refused(mm_processor_kwargs=kwargs)
+    assert error.field == f"mm_processor_kwargs.{field}" and error.field in error.message
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"\xff", b'{"messages": [}', b"[]", b"3", b"null"])
@@ -288,6 +420,28 @@ def test_bodies_that_are_no_json_object(body: bytes) -> None:
             VideoPart(source=MediaSource(content=b"png bytes")),
         ),
         ({"type": "video", "url": "http://a/b.mp4"}, VideoPart(source=MediaSource(uri="http://a/b.mp4"))),
+        (
+            {"type": "image_url", "image_url": {"url": "https://a", "detail": "low"}, "uuid": "u"},
+            ImagePart(source=MediaSource(uri="https://a"), low_detail=True),
+        ),
+        (
+            {"type": "input_image", "image_url": f"data:image/png;base64,{PIXEL}", "detail": "high"},
+            ImagePart(source=MediaSource(content=b"png bytes")),
+        ),
+        ({"type": "image", "image": "https://a"}, ImagePart(source=MediaSource(uri="https://a"))),
+        ({"type": "image", "base64": PIXEL}, ImagePart(source=MediaSource(content=b"png bytes"))),
+        (
+            {"type": "video", "base64": PIXEL, "fps": 1, "min_frames": 2, "max_frames": 4},
+            VideoPart(source=MediaSource(content=b"png bytes"), frames_per_second=1, min_frames=2, max_frames=4),
+        ),
+        (
+            {"type": "video_url", "video_url": {"url": "https://a"}, "target_frames": 8, "frames_sample": "leading"},
+            VideoPart(source=MediaSource(uri="https://a"), min_frames=8, max_frames=8),
+        ),
+        (
+            {"type": "video", "video": "https://a", "max_pixels": 9, "video_start": 0, "video_end": 1.5},
+            VideoPart(source=MediaSource(uri="https://a"), max_pixels=9, start_s=0, end_s=1.5),
+        ),
     ],
 )
 def test_parts(part: dict[str, Any], expected: object) -> None:
@@ -314,14 +468,27 @@ def test_parts(part: dict[str, Any], expected: object) -> None:
         ({"type": "image_url", "image_url": {"url": "data:image/png;base64,a?b"}}, ".image_url.url"),
         ({"type": "image_url", "image_url": {"url": "data:image/png;base64,"}}, ".image_url.url"),
         ({"type": "image_url", "image_url": {"url": "data:image/png;base64,\u00e9"}}, ".image_url.url"),
-        ({"type": "image_url", "image_url": {"url": "https://a", "detail": "low"}}, ".image_url.detail"),
         ({"type": "image_url", "image_url": {"url": "https://a", "detail": "best"}}, ".image_url.detail"),
         ({"type": "image_url", "image_url": {"url": "https://a"}, "min_pixels": 0}, ".min_pixels"),
         ({"type": "image_url", "image_url": {"url": "https://a"}, "max_pixels": 0}, ".max_pixels"),
         ({"type": "image", "url": "https://a", "min_pixels": 5, "max_pixels": 4}, ".min_pixels"),
         ({"type": "image", "url": "https://a", "fps": 1}, ".fps"),
         ({"type": "video_url", "video_url": {"url": "ftp://a"}}, ".video_url.url"),
-        ({"type": "video_url", "video_url": {"url": "https://a"}, "min_pixels": 1}, ".min_pixels"),
+        ({"type": "video_url", "video_url": {"url": "https://a"}, "min_pixels": 0}, ".min_pixels"),
+        ({"type": "video_url", "video_url": {"url": "https://a"}, "fps": 0}, ".fps"),
+        ({"type": "video_url", "video_url": {"url": "https://a"}, "min_frames": 3, "max_frames": 2}, ".min_frames"),
+        ({"type": "video_url", "video_url": {"url": "https://a"}, "target_frames": 3, "fps": 2}, ".fps"),
+        ({"type": "video_url", "video_url": {"url": "https://a"}, "target_frames": 0}, ".target_frames"),
+        ({"type": "video_url", "video_url": {"url": "https://a"}, "frames_sample": "rand"}, ".frames_sample"),
+        ({"type": "video", "url": "https://a", "video_start": -1}, ".video_start"),
+        ({"type": "video", "url": "https://a", "video_start": 3, "video_end": 3}, ".video_end"),
+        ({"type": "image"}, ".url"),
+        ({"type": "image", "url": "https://a", "image": "https://a"}, ".url"),
+        ({"type": "image", "image": "a.png"}, ".image"),
+        ({"type": "image", "base64": "?"}, ".base64"),
+        ({"type": "video", "base64": ""}, ".base64"),
+        ({"type": "input_image", "image_url": {"url": "https://a"}}, ".image_url"),
+        ({"type": "input_image", "file_id": "f", "image_url": "https://a"}, ".file_id"),
         ({"type": "video", "url": "gopher:x"}, ".url"),
     ],
 )
@@ -347,6 +514,11 @@ def test_assistant_history_keeps_thinking_and_calls(name: str) -> None:
         reasoning="hm",
         tool_calls=(ToolCall(id="c1", name="f", arguments="{}"),),
     )
+
+
+def test_arguments_may_be_an_object() -> None:
+    called = {"id": "c1", "function": {"name": "f", "arguments": {"a": "\u00e9"}}}
+    assert message(role="assistant", tool_calls=[called]).tool_calls[0].arguments == '{"a": "\u00e9"}'
 
 
 def test_tool_results_may_be_empty_text() -> None:
@@ -388,6 +560,20 @@ def test_fields_named_by_later_stages(ours: str, theirs: str) -> None:
         ({"guided_json": {}}, "structure", "guided_json"),
         ({"structured_outputs": {"choice": ["a"]}}, "structure", "structured_outputs.choice"),
         ({}, "logit_bias[5]", "logit_bias[5]"),
+        ({}, "thinking", "enable_thinking"),
+        ({"metadata": {"enable_thinking": True}}, "enable_thinking", "metadata.enable_thinking"),
+        ({"reasoning_effort": "high"}, "enable_thinking", "reasoning_effort"),
+        ({}, "media_options.image_max_pixels", "mm_processor_kwargs.image_max_pixels"),
+        (
+            {"mm_processor_kwargs": {"max_pixels": 9}},
+            "media_options.image_max_pixels",
+            "mm_processor_kwargs.max_pixels",
+        ),
+        (
+            {"mm_processor_kwargs": {"num_frames": 9}},
+            "media_options.video_max_frames",
+            "mm_processor_kwargs.num_frames",
+        ),
     ],
 )
 def test_fields_named_as_this_client_did(fields: dict[str, Any], ours: str, theirs: str) -> None:

@@ -156,16 +156,42 @@ def test_what_is_out_of_bounds_is_named_as_its_client_wrote_it(
         assert caught.value.field == field and field in caught.value.message
 
 
-@pytest.mark.parametrize("choice", [None, "auto", "required", NAMED])
-def test_tools_do_not_go_together_with_structures(choice: Any) -> None:
-    for ask, structure, field in (
-        (over_http, {"response_format": {"type": "json_object"}}, "response_format"),
-        (over_http, {"guided_choice": ["a"]}, "guided_choice"),
-        (over_grpc, {"json_object": True}, "structured_output"),
+@pytest.mark.parametrize("choice", [None, "auto"])
+def test_a_free_reply_is_calls_or_what_matches_a_json_schema(choice: Any) -> None:
+    schema = {"type": "object", "properties": {"b": {}, "a": {}}}
+    for asked in (
+        over_http(tools=[F], tool_choice=choice, guided_json=schema, parallel_tool_calls=False),
+        over_grpc(tools=[F], tool_choice=choice, json_schema=schema, parallel_tool_calls=False),
     ):
-        with pytest.raises(InvalidRequest, match="tool_choice none") as caught:
+        structure = answer_structure(asked)
+        assert structure is not None and structure.kind is StructureKind.TOOL_CALLS
+        functions = [{"name": "f", "parameters": F["function"].get("parameters")}]
+        assert structure.text == json.dumps({"functions": functions, "several": False, "answer": schema})
+    whole = answer_structure(over_http(tools=[F], tool_choice=choice, response_format={"type": "json_object"}))
+    assert whole is not None and json.loads(whole.text)["answer"] == {"type": "object"}
+    assert json.loads(whole.text)["several"] is True
+
+
+@pytest.mark.parametrize("choice", [None, "auto"])
+def test_other_structures_do_not_go_together_with_tools(choice: Any) -> None:
+    for ask, structure, field in (
+        (over_http, {"guided_choice": ["a"]}, "guided_choice"),
+        (over_http, {"guided_regex": "a"}, "guided_regex"),
+        (over_grpc, {"grammar": "start: /a/"}, "structured_output"),
+    ):
+        with pytest.raises(InvalidRequest, match="tool_choice is none") as caught:
             ask(tools=[F], tool_choice=choice, **structure)
         assert caught.value.field == field
+    with pytest.raises(InvalidRequest, match="as a structure of calls") as caught:
+        over_http(tools=[tool(parameters={"enum": ["x" * 65530]})], response_format={"type": "json_object"})
+    assert caught.value.field == "tools"
+
+
+@pytest.mark.parametrize("choice", ["required", NAMED])
+def test_forced_calls_leave_no_answer_that_could_match(choice: Any) -> None:
+    assert answer_structure(over_http(tools=[F], tool_choice=choice, guided_regex="a")) == answer_structure(
+        over_http(tools=[F], tool_choice=choice)
+    )
 
 
 @pytest.mark.parametrize(

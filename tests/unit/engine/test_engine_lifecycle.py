@@ -165,6 +165,19 @@ def test_stop_ends_everything_and_refuses_more() -> None:
     assert not rig.engine._thread.is_alive()
 
 
+def test_move_ends_all_there_is_for_others_to_go_on() -> None:
+    with Rig(max_num_seqs=1) as rig:
+        gate = Gate(rig)
+        names = [rig.submit(index, request([5] * 10, max_tokens=50)) for index in range(2)]
+        gate.wait()
+        rig.engine.drain()
+        rig.engine.move()
+        gate.open()
+        rig.wait_released(*names)
+        assert {(type(error), error.reason) for error in rig.sink.ended.values()} == {(Unavailable, "MOVED")}
+        assert rig.engine.wait_idle(5)
+
+
 def test_drain_lets_the_present_finish() -> None:
     with Rig() as rig:
         gate = Gate(rig)

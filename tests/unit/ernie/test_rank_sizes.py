@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import re
-import struct
 from pathlib import Path
 
 import pytest
 import torch
 
 from actors.checkpoint.presets import build_documents
-from actors.checkpoint.writer import write_json, write_neighbours, write_random_checkpoint
 from actors.ernie.bank import vision_bank_bytes
 from actors.ernie.config import ErnieConfig
 from actors.ernie.text import LanguageModel
 from actors.ernie.weights import Checkpoint
 from actors.parallel.layout import ExpertShare, even_placement
-from tests.tiny_model import tiny_checkpoint
+from tests.hollow_checkpoint import hollow_checkpoint
 
 README = Path(__file__).parents[3] / "README.md"
 EXPERT_BYTES = (3 * 1536 * 2560 * 2, 3 * 512 * 2560 * 2)
 """Gate, up and down of a text and of a vision expert in bfloat16."""
-SHARDS = 12
 
 
 @pytest.fixture(scope="module")
@@ -62,31 +58,7 @@ def test_the_readme_tells_these_sizes(config: ErnieConfig) -> None:
 
 @pytest.fixture(scope="module", params=["hf", "baidu"])
 def hollow(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of 58.8 GB that takes no room: true headers, and nothing written behind them."""
-    directory = tmp_path_factory.mktemp(f"hollow-{request.param}")
-    summary = write_random_checkpoint(
-        directory / "none", "28b", dtype="bfloat16", naming=request.param, overrides=None, write=False
-    )
-    documents = build_documents("28b", None, dtype="bfloat16")
-    with (tiny_checkpoint() / "tokenizer.json").open() as file:
-        write_neighbours(directory, documents, json.load(file), "pt")
-    write_json(directory / "config.json", summary.config)
-    weight_map: dict[str, str] = {}
-    names = list(summary.tensors)
-    for shard in range(SHARDS):
-        header, end = {}, 0
-        for name in names[shard * len(names) // SHARDS : (shard + 1) * len(names) // SHARDS]:
-            tensor = summary.tensors[name]
-            kind = {torch.bfloat16: "BF16", torch.float32: "F32"}[tensor.dtype]
-            header[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [end, end + tensor.nbytes]}
-            weight_map[name] = f"model-{shard:05}-of-{SHARDS:05}.safetensors"
-            end += tensor.nbytes
-        text = json.dumps(header).encode()
-        with (directory / weight_map[name]).open("wb") as file:
-            file.write(struct.pack("<Q", len(text)) + text)
-            file.truncate(8 + len(text) + end)
-    write_json(directory / "model.safetensors.index.json", {"weight_map": weight_map})
-    return directory
+    return hollow_checkpoint(tmp_path_factory.mktemp("hollow") / request.param, request.param)
 
 
 def test_a_rank_reads_what_it_holds(config: ErnieConfig, hollow: Path) -> None:

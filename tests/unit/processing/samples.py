@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import shutil
+from collections.abc import Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -36,18 +38,25 @@ def video(
     codec: str = "libx264",
     form: str = "mp4",
     gop: int = 12,
+    times: Sequence[float] | None = None,
 ) -> bytes:
-    """Frame i is grey of level 4 + 6 * i (modulo 40 frames)."""
+    """Frame i is grey of level 4 + 6 * i (modulo 40 frames), and comes at ``times[i]`` seconds if given."""
     buffer = io.BytesIO()
     with av.open(buffer, "w", format=form) as container:
         stream = container.add_stream(codec, rate=fps)
         stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
         stream.codec_context.gop_size = gop
+        if times is not None:
+            stream.codec_context.time_base = Fraction(1, 1000)
         stream.bit_rate = 5_000_000
         stream.codec_context.thread_count = 1
         for i in range(frames):
             pixels = np.full((size[1], size[0], 3), 4 + 6 * (i % 40), np.uint8)
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            if times is not None:
+                frame.time_base = Fraction(1, 1000)
+                frame.pts = round(1000 * times[i])
+            container.mux(stream.encode(frame))
         container.mux(stream.encode())
     return buffer.getvalue()
 

@@ -43,6 +43,7 @@ CALLING = message(ASSISTANT, tool_calls=(call(),))
 def test_good_conversations() -> None:
     check(user("hello"))
     check(message(SYSTEM, "a"), message(SYSTEM, "b"), user("hello", IMAGE))
+    check(user("hello"), CALLING, message(TOOL, "of the one call there is"))
     check(
         user("hello"),
         message(ASSISTANT, "x", tool_calls=(call("1"), call("2")), reasoning="why"),
@@ -64,7 +65,11 @@ def test_good_conversations() -> None:
         ((message("developer", "a"), user("b")), "messages[0].role"),  # type: ignore[arg-type]
         ((user(),), "messages[0].content"),
         ((user("a"), message(ASSISTANT), user("b")), "messages[1].content"),
-        ((user("a"), CALLING, message(TOOL, "b")), "messages[2].tool_call_id"),
+        ((user("a"), message(TOOL, "b")), "messages[1].tool_call_id"),
+        (
+            (user("a"), message(ASSISTANT, tool_calls=(call("1"), call("2"))), message(TOOL, "b")),
+            "messages[2].tool_call_id",
+        ),
         ((user("a"), CALLING, message(TOOL, "b", tool_call_id="9")), "messages[2].tool_call_id"),
         ((user("a"), message(TOOL, "b", tool_call_id="1")), "messages[1].tool_call_id"),
         ((CALLING, message(TOOL, "b", tool_call_id="1")), "messages"),

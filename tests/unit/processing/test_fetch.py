@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import base64
 import http.server
+import ipaddress
 import threading
 from collections.abc import Iterator
 
@@ -54,8 +55,15 @@ def resolve(host: str, port: int) -> list[str]:
     return [NAMES[host]]
 
 
-def read(uri: str, *allowed: str, web: Web | None = None, limit: int = 1000, resolver: Resolve = resolve) -> bytes:
-    fetcher = MediaFetcher(allowed, 5.0, transport=httpx.MockTransport(web or Web()), resolve=resolver)
+def read(
+    uri: str,
+    *allowed: str,
+    web: Web | None = None,
+    limit: int = 1000,
+    resolver: Resolve = resolve,
+    networks: tuple[str, ...] = (),
+) -> bytes:
+    fetcher = MediaFetcher(allowed, 5.0, networks, transport=httpx.MockTransport(web or Web()), resolve=resolver)
     try:
         return fetcher.read(MediaSource(uri=uri), limit, FIELD, lambda: None)
     finally:
@@ -68,10 +76,11 @@ def refused(
     web: Web | None = None,
     reason: str = "MEDIA_NOT_ALLOWED",
     resolver: Resolve | None = None,
+    networks: tuple[str, ...] = (),
 ) -> InvalidRequest:
     web = web or Web()
     with pytest.raises(InvalidRequest) as caught:
-        read(uri, *allowed, web=web, resolver=resolver or resolve)
+        read(uri, *allowed, web=web, resolver=resolver or resolve, networks=networks)
     assert caught.value.field == FIELD
     assert caught.value.reason == reason
     return caught.value
@@ -165,11 +174,20 @@ def test_wildcards() -> None:
         "multicast.example.com",
     ],
 )
-def test_private_addresses_need_the_host_itself(host: str) -> None:
+def test_private_addresses_need_their_network_or_to_be_listed_themselves(host: str) -> None:
     web = Web()
-    assert "private" in refused(f"http://{host}/", "*", "*.example.com", web=web).message
+    refusal = refused(f"http://{host}/", "*", "*.example.com", web=web).message
+    assert "private" in refusal and "--allowed-media-networks" in refusal
+    literal = not host[0].isalpha()
+    if literal:
+        assert read(f"http://{host}/", host) == BODY
+    else:
+        refused(f"http://{host}/", host, web=web)
     assert not web.seen
-    assert read(f"http://{host}/", host) == BODY
+    address = ipaddress.ip_address(NAMES[host.strip("[]")])
+    opened = str(ipaddress.ip_network(f"{address}/{'8' if address.version == 4 else '64'}", strict=False))
+    assert read(f"http://{host}/", "*", networks=(opened,)) == BODY
+    refused(f"http://{host}/", "*", web=web, networks=("192.168.0.0/16", "fd00::/8"))
 
 
 def test_redirects_are_checked_again() -> None:
@@ -291,6 +309,20 @@ def test_addresses_of_version_six() -> None:
     assert web.seen[0].url == "http://[2606:2800:220:1::1]/a"
     assert web.seen[0].headers["host"] == "six.example.com"
     assert read("http://dns64.example.com/a", "*") == BODY
+
+
+def test_a_slow_resolver_is_not_waited_for() -> None:
+    asked = threading.Event()
+
+    def hang(host: str, port: int) -> list[str]:
+        asked.wait(30)
+        return [PUBLIC]
+
+    fetcher = MediaFetcher(("*",), 0.05, transport=httpx.MockTransport(Web()), resolve=hang)
+    with pytest.raises(InvalidRequest, match=r"within 0\.05 s"):
+        fetcher.read(MediaSource(uri="http://media.example.com/"), 100, FIELD, lambda: None)
+    asked.set()
+    fetcher.close()
 
 
 def test_requests_share_no_cookies() -> None:

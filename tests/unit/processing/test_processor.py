@@ -55,6 +55,46 @@ def test_thinking_mode_is_passed_on(processor: Processor) -> None:
     assert not processor.process(request(user("hello"), thinking=ThinkingMode.OFF)).starts_thinking
 
 
+def test_raw_prompts_are_used_as_they_stand(processor: Processor) -> None:
+    text = "<|begin_of_sentence|>User: hi</s>\nAssistant: <think>"
+    result = processor.process(request(prompt=text))
+    assert list(result.prompt_ids) == processor.tokenizer.encode(text)
+    assert processor.tokenizer.token_id("</s>") in result.prompt_ids
+    assert processor.tokenizer.spell(result.prompt_ids) == text
+    assert (result.media, result.units, result.starts_thinking) == ((), {}, False)
+    assert processor.process(request(prompt=result.prompt_ids)) == result
+
+
+def test_special_tokens_of_the_tokenizer_go_around_raw_text(tmp_path: Path) -> None:
+    directory = model_dir(tmp_path)
+    file = directory / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    bos = {"SpecialToken": {"id": "<s>", "type_id": 0}}
+    tokenizer["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [bos, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [bos, {"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+        "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}},
+    }
+    file.write_text(json.dumps(tokenizer))
+    processor = Processor(directory)
+    added = processor.process(request(prompt="hello")).prompt_ids
+    plain = processor.process(request(prompt="hello", add_special_tokens=False)).prompt_ids
+    assert added == (1, *plain)
+
+
+def test_raw_prompts_that_cannot_be_used(processor: Processor) -> None:
+    image = processor.tokens.image
+    spelled = processor.tokenizer.token_text(image)
+    for prompt, wrong in (("a \ud800", "Unicode"), (f"a {spelled}", "placeholder"), ((5, image), "token 1")):
+        with pytest.raises(InvalidRequest, match=wrong) as caught:
+            processor.process(request(prompt=prompt))
+        assert caught.value.field == "prompt"
+    with pytest.raises(ContextExceeded) as long:
+        processor.process(request(prompt=(5,) * 9, max_prompt_tokens=8))
+    assert long.value.field == "prompt"
+
+
 def test_media_everywhere(processor: Processor) -> None:
     first, second = encode(noise(100, 75)), encode(noise(60, 200, seed=1))
     clip = video(6, fps=4, size=(64, 48))
@@ -289,12 +329,12 @@ def test_a_directory_in_the_original_form(tmp_path: Path) -> None:
     assert result.prompt_ids.count(processor.tokens.image) == sum(item.grid.tokens for item in result.media)
 
 
-def test_a_sentencepiece_model_alone_says_where_the_other_form_is(tmp_path: Path) -> None:
+def test_a_directory_needs_a_tokenizer(tmp_path: Path) -> None:
     directory = model_dir(tmp_path, tokenizer=None)
-    with pytest.raises(ValueError, match=r"tokenizer\.json is missing: it is needed"):
+    with pytest.raises(ValueError, match=r"holds neither tokenizer\.json nor tokenizer\.model"):
         Processor(directory)
     (directory / "tokenizer.model").write_bytes(b"pieces")
-    with pytest.raises(ValueError, match=r"only tokenizer\.model.*take tokenizer\.json from .*refs/pr/10"):
+    with pytest.raises(ValueError, match=r"tokenizer\.model: not a SentencePiece model"):
         Processor(directory)
 
 

@@ -18,9 +18,9 @@ Found = tuple[str, list[tuple[str, str]], bool]
 """Text, (name, arguments) of the calls, and whether the last call broke off."""
 
 
-def parse(*chunks: str, most: int | None = None) -> Found:
+def parse(*chunks: str, most: int | None = None, leading: bool = False) -> Found:
     ids = itertools.count()
-    parser = ToolCallParser(lambda: f"call_{next(ids)}", most=most)
+    parser = ToolCallParser(lambda: f"call_{next(ids)}", most=most, leading=leading)
     pieces = [*map(parser.push, chunks), parser.flush()]
     for _, deltas in pieces:
         assert len({delta.index for delta in deltas}) == len(deltas)
@@ -159,15 +159,39 @@ PIECES = [
 PIECES += [F, G, "<tool_call>{", '<tool_call>{"name": "f", "arguments": {', '"', "\\", "<", "</tool_", "é"]
 
 
+LEADING: list[tuple[str, Found]] = [
+    (F, ("", [CALL_F], False)),
+    ("\n\n" + F + "\n" + G + "\n", ("", [CALL_F, CALL_G], False)),
+    ("Let me look.\n" + F, ("Let me look.\n" + F, [], False)),
+    ("a" + F + "\n", ("a" + F + "\n", [], False)),
+    ("<" + F, ("<" + F, [], False)),
+    ("<tool_cal" + F, ("<tool_cal" + F, [], False)),
+    (F + "\nThere.\n" + G, ("There.\n" + G, [CALL_F], False)),
+    (block("no") + F, (block("no") + F, [], False)),
+    ('{"a": "' + F + '"}\n', ('{"a": "' + F + '"}\n', [], False)),
+    ("\n plain \n", ("\n plain \n", [], False)),
+    (" \n", (" \n", [], False)),
+]
+
+
+@pytest.mark.parametrize(("text", "found"), LEADING, ids=range(len(LEADING)))
+def test_calls_that_must_lead_in_every_cut(text: str, found: Found) -> None:
+    assert parse(text, leading=True) == found
+    assert parse(*text, leading=True) == found
+    for first in range(len(text) + 1):
+        assert parse(text[:first], text[first:], leading=True) == found
+
+
 @settings(deadline=None, max_examples=400)
 @given(st.lists(st.sampled_from(PIECES), max_size=14).map("".join), st.lists(st.integers(0, 999), max_size=6))
 def test_cuts_never_matter(text: str, cuts: list[int]) -> None:
     edges = sorted({0, len(text), *(cut % (len(text) + 1) for cut in cuts)})
-    whole = parse(text)
-    assert parse(*(text[a:b] for a, b in itertools.pairwise(edges))) == whole
-    assert parse(*text) == whole
-    if not whole[1]:
-        assert whole[0] == text
+    for leading in (False, True):
+        whole = parse(text, leading=leading)
+        assert parse(*(text[a:b] for a, b in itertools.pairwise(edges)), leading=leading) == whole
+        assert parse(*text, leading=leading) == whole
+        if not whole[1]:
+            assert whole[0] == text
 
 
 NAMES = st.text(min_size=1, max_size=6).filter(lambda text: text.isprintable())

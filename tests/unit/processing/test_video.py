@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import io
+from fractions import Fraction
 from pathlib import Path
 
 import av
+import av.stream
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFont
@@ -67,6 +69,83 @@ def test_odd_count_repeats_the_last_frame() -> None:
 
 def test_one_frame() -> None:
     assert shown(decode(video(1))) == [0, 0]
+
+
+def unsteady_times() -> list[float]:
+    """40 frames in 14 s: ten a second for two seconds, then two a second for eight, then one that stays for two."""
+    return [*(i / 10 for i in range(20)), *(2 + i / 2 for i in range(19)), 11.5]
+
+
+@pytest.mark.parametrize(("codec", "form"), [("libx264", "mp4"), ("libx264", "matroska"), ("libvpx-vp9", "webm")])
+def test_unsteady_frames_are_those_on_screen_at_steady_times(codec: str, form: str) -> None:
+    times = unsteady_times()
+    content = video(40, codec=codec, form=form, times=times)
+    wanted = [at / 2 for at in range(23)]
+    expected = [max(i for i, time in enumerate(times) if time <= at + 1e-6) for at in wanted]
+    assert shown(decode(content))[:23] == expected
+    assert shown(decode(content, video_part(content, start_s=5.0, end_s=5.5))) == [26] * 16
+
+
+def test_unsteady_frames_bear_the_time_at_which_they_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[float] = []
+    monkeypatch.setattr("actors.processing.video.draw_timestamp", lambda image, seconds, font: drawn.append(seconds))
+    content = video(40, times=unsteady_times())
+    decode(content, config=VideoConfig(min_pixels=784, max_pixels=784 * 4))
+    assert len(drawn) >= 23 and drawn == pytest.approx([at / 2 for at in range(len(drawn))])
+
+
+def test_long_unsteady_videos_are_bounded() -> None:
+    content = video(3, times=[0.0, 0.1, 500.0])
+    with pytest.raises(MediaTooLarge, match="over the limit of 100 s"):
+        decode(content, max_video_seconds=100.0)
+    assert len(shown(decode(content))) == 180
+
+
+def sound(cover: bytes | None = None) -> bytes:
+    """Half a second of silence, mp4; ``cover``: a JPEG, as a stream of one picture."""
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mp4") as container:
+        stream = container.add_stream("aac", rate=44100)
+        pictures = container.add_stream("mjpeg", rate=1) if cover else None
+        if pictures is not None:
+            pictures.width, pictures.height, pictures.pix_fmt = 64, 64, "yuvj420p"
+            pictures.disposition = av.stream.Disposition.attached_pic
+        frame = av.AudioFrame.from_ndarray(np.zeros((2, 1024), np.float32), format="fltp", layout="stereo")
+        frame.sample_rate = 44100
+        for index in range(20):
+            frame.pts = 1024 * index
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+        if cover is not None and pictures is not None:
+            packet = av.Packet(cover)
+            packet.stream, packet.pts, packet.dts, packet.time_base = pictures, 0, 0, Fraction(1, 1)
+            packet.is_keyframe = True
+            container.mux(packet)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("cover", [None, encode(noise(64, 64), "JPEG")], ids=["plain", "cover"])
+def test_sound_alone_is_refused(cover: bytes | None) -> None:
+    content = sound(cover)
+    with av.open(io.BytesIO(content)) as container:
+        assert len(container.streams.video) == (cover is not None)
+    with pytest.raises(MediaUnreadable, match="no video stream") as caught:
+        decode(content)
+    assert caught.value.field == FIELD
+
+
+@pytest.mark.parametrize(("codec", "form"), [("libx264", "matroska"), ("mpeg2video", "mpegts"), ("mpeg4", "avi")])
+def test_a_video_cut_off_gives_the_frames_there_are(codec: str, form: str) -> None:
+    content = video(40, codec=codec, form=form, gop=5)
+    seen = shown(decode(content[: len(content) * 6 // 10]))
+    assert 1 < len(set(seen)) < 40 and seen == sorted(seen)
+
+
+def test_an_mp4_without_its_index_is_refused() -> None:
+    content = video(40)
+    with pytest.raises(MediaUnreadable, match="not a readable video") as caught:
+        decode(content[: len(content) // 2])
+    assert caught.value.field == FIELD
 
 
 def test_portrait_grid() -> None:
@@ -141,12 +220,18 @@ def test_limits(limits: dict[str, float], said: str) -> None:
     assert caught.value.field == FIELD
 
 
+def test_the_usual_font_comes_with_the_package(tmp_path: Path) -> None:
+    content, config = video(4), VideoConfig(min_pixels=784, max_pixels=784 * 4)
+    units = VideoDecoder(tmp_path, config, ProcessingLimits()).units(content, video_part(content), FIELD, lambda: None)
+    assert [unit.key for unit in units] == [unit.key for unit in decode(content, config=config)]
+
+
 def test_missing_font_refuses_videos_only_when_times_are_drawn(tmp_path: Path) -> None:
     content = video(4)
-    for config, fails in ((VideoConfig(), True), (PLAIN, False)):
+    for config, fails in ((VideoConfig(font="Own.ttf"), True), (PLAIN, False)):
         decoder = VideoDecoder(tmp_path, config, ProcessingLimits())
         if fails:
-            with pytest.raises(InvalidRequest, match=r"Roboto-Regular\.ttf") as caught:
+            with pytest.raises(InvalidRequest, match=r"Own\.ttf") as caught:
                 decoder.units(content, video_part(content), FIELD, lambda: None)
             assert caught.value.reason == "VIDEO_UNSUPPORTED"
         else:

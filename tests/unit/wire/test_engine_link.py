@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -32,7 +33,7 @@ from actors.types import (
 from actors.wire import convert
 from actors.wire.channels import make_server, open_channel
 from actors.wire.engine_link import EngineLinkServicer
-from cluster.router.link import AttemptError, AttemptEvent, EngineLink, MediaNeed, Milestone
+from cluster.router.link import AttemptError, AttemptEvent, EngineLink, EngineLost, MediaNeed, Milestone
 from ernie_serving.internal.v1 import engine_link_pb2, engine_link_pb2_grpc
 
 LOAD = LoadReport(
@@ -64,6 +65,7 @@ class Host:
     def __init__(self) -> None:
         self.calls: asyncio.Queue[tuple[object, ...]] = asyncio.Queue()
         self.refuse: ServingError | None = None
+        self.draining = False
 
     def submit(self, key: SequenceKey, request: EngineRequest, mode: AttemptMode, peer: tuple[str, str] | None) -> None:
         if self.refuse is not None:
@@ -77,12 +79,12 @@ class Host:
         self.calls.put_nowait(("supply", key, media))
 
     def load(self) -> LoadReport:
-        return LOAD
+        return replace(LOAD, draining=self.draining)
 
 
 class Pair:
-    def __init__(self, info: EngineInfo, host: Host, servicer: EngineLinkServicer) -> None:
-        self.info, self.host, self.servicer = info, host, servicer
+    def __init__(self, info: EngineInfo, host: Host, servicer: EngineLinkServicer, server: grpc.aio.Server) -> None:
+        self.info, self.host, self.servicer, self.server = info, host, servicer, server
         self.events: asyncio.Queue[AttemptEvent] = asyncio.Queue()
         self.loaded = asyncio.Event()
         self.lost = asyncio.Event()
@@ -130,7 +132,7 @@ async def engine() -> AsyncIterator[Pair]:
     servicer = EngineLinkServicer(host, lambda: info)
     engine_link_pb2_grpc.add_EngineLinkServiceServicer_to_server(servicer, server)
     await server.start()
-    pair = Pair(info, host, servicer)
+    pair = Pair(info, host, servicer, server)
     pair.link.start()
     try:
         await asyncio.wait_for(pair.loaded.wait(), 5)
@@ -224,6 +226,57 @@ async def test_a_lost_engine_fails_its_attempts() -> None:
         await dead.close()
 
 
+async def test_an_engine_that_leaves_is_known_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with engine() as pair:
+        monkeypatch.setattr("actors.wire.engine_link.LOAD_S", 60.0)
+        await asyncio.sleep(0.6)  # the last heartbeat of before
+        assert pair.link.takes_new
+        pair.host.draining = True
+        pair.servicer.tell_load()
+        assert await pair.until(lambda: not pair.link.takes_new)
+        assert pair.link.usable
+
+
+@pytest.mark.parametrize("died", [True, False])
+async def test_only_what_a_dead_engine_may_have_computed_is_suspect(died: bool) -> None:
+    """Not what it had handed over, nor what waited in its queue as long as it computed anything."""
+    async with engine() as pair:
+        names = [SequenceKey(f"router-{index}", 0, 0) for index in range(4)]
+        waiting, started, handed_over, decoding = names
+        modes = [AttemptMode.PREFILL, AttemptMode.PREFILL, AttemptMode.PREFILL, AttemptMode.COLOCATED]
+        for name, mode in zip(names, modes, strict=True):
+            pair.link.submit(name, REQUEST, mode, pair.info, pair.events)
+            await pair.call()
+        for name in (started, handed_over):
+            pair.servicer.deliver_milestone(name, MilestoneKind.PREFILL_STARTED, 0.0)
+        tokens = [TokenEvent(key=name, index=1, token_id=1) for name in (handed_over, decoding)]
+        pair.servicer.deliver_tokens(tokens)
+        for _ in range(4):
+            await pair.event()
+        if died:
+            await pair.server.stop(None)
+        else:
+            await pair.link.close()
+        found = {}
+        for _ in names:
+            event = await pair.event()
+            assert isinstance(event, AttemptError) and isinstance(event.error, EngineLost)
+            assert (event.engine, event.error.incarnation, event.error.reason) == ("first", "first", "ENGINE_LOST")
+            assert event.error.computed == event.error.died
+            found[event.key] = event.error.died
+        assert found == {waiting: False, started: died, handed_over: False, decoding: died}
+
+
+async def test_what_a_dead_engine_had_just_been_given_is_suspect_when_nothing_else_is() -> None:
+    async with engine() as pair:
+        pair.link.submit(KEY, REQUEST, AttemptMode.COLOCATED, None, pair.events)
+        await pair.call()
+        await pair.server.stop(None)
+        event = await pair.event()
+        assert isinstance(event, AttemptError) and isinstance(event.error, EngineLost)
+        assert event.error.died and not event.error.computed
+
+
 async def test_a_silent_engine_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     async with engine() as pair:
         monkeypatch.setattr("actors.wire.engine_link.LOAD_S", 60.0)
@@ -234,6 +287,20 @@ async def test_a_silent_engine_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
         event = await pair.event()
         assert isinstance(event, AttemptError) and "silent" in event.error.message
         await silent.close()
+
+
+async def test_a_router_that_stood_still_itself_hears_the_engine_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("actors.wire.engine_link.LOAD_S", 0.05)
+    async with engine() as pair:
+        link = pair.connect(pair.info, lost_after_s=0.6)
+        pair.loaded.clear()
+        pair.lost.clear()
+        link.start()
+        await asyncio.wait_for(pair.loaded.wait(), 5)
+        time.sleep(0.9)  # noqa: ASYNC251
+        await asyncio.sleep(0.2)
+        assert link.usable and not pair.lost.is_set()
+        await link.close()
 
 
 async def test_a_second_submit_of_a_running_attempt_is_refused_and_the_first_goes_on() -> None:

@@ -75,6 +75,34 @@ async def test_many_pulls_share_one_channel(client: MediaClient) -> None:
         assert list(client._peers) == [place.address]
 
 
+async def test_a_place_that_falls_silent_under_a_pull_is_a_miss() -> None:
+    """Long before the pull's own deadline; a slow one that goes on is none."""
+
+    class Frozen(media_pb2_grpc.MediaServiceServicer):
+        async def Pull(  # type: ignore[override]  # noqa: N802
+            self, request: media_pb2.PullRequest, context: grpc.aio.ServicerContext[object, object]
+        ) -> None:
+            header = media_pb2.TensorHeader(dtype="uint8", shape=[4])
+            await context.write(media_pb2.PullResponse(header=header, data=b"a"))
+            for _ in range(3):
+                await asyncio.sleep(0.2 if request.key == b"slow" else 60.0)
+                await context.write(media_pb2.PullResponse(data=b"a"))
+
+    server = make_server()
+    media_pb2_grpc.add_MediaServiceServicer_to_server(Frozen(), server)
+    address = bind(server, HOST)
+    await server.start()
+    client = MediaClient(pull_timeout_s=30.0, silent_s=0.5)
+    try:
+        assert len(await client.pull(address, b"slow", "one")) == 4
+        async with asyncio.timeout(10):
+            with pytest.raises(MediaMiss, match="silent"):
+                await client.pull(address, b"frozen", "one")
+    finally:
+        await client.close()
+        await server.stop(None)
+
+
 async def test_what_is_not_there_is_a_miss(client: MediaClient) -> None:
     async with patch_place() as place:
         with pytest.raises(MediaMiss, match="NOT_FOUND"):

@@ -35,6 +35,7 @@ from cluster.router.sampling import SamplingDefaults, resolve_sampling
 from cluster.router.services import Services
 from cluster.router.stages import Preprocessed
 from cluster.router.suspects import Suspects
+from tests.doubles import ByteVocabulary
 from tests.unit.cluster.router.world import CALL, SCORE, endings, logprobs_of, make_output, text_of
 
 PROMPT = (5, 6, 7)
@@ -217,6 +218,7 @@ def services(engines: Engines) -> Services:
         model_name="tiny",
         context_limit=lambda: 64,
         vocab_size=100,
+        vocabulary=ByteVocabulary(),
         resolve_sampling=lambda call, reply: resolve_sampling(
             call,
             SamplingDefaults(),

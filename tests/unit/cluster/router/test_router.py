@@ -22,7 +22,7 @@ from actors.errors import (
     Unavailable,
 )
 from actors.types import AttemptMode, EngineRole, FinishReason, MilestoneKind, Stage
-from cluster.generation import Delta, Finished, GenerateCall, Started
+from cluster.generation import Delta, Finished, GenerateCall, PromptTokens, Started
 from cluster.registry import Snapshot
 from tests.unit.cluster.router.world import CALL, END, IMAGE, endings, eventually, text_of, world
 
@@ -64,6 +64,26 @@ async def test_a_reply_through_prefill_and_decode() -> None:
             Stage.DECODE: 1.5,
         }
         assert prefill.cancels.empty() and decode.cancels.empty()
+
+
+async def test_it_tells_where_every_request_is() -> None:
+    async with world(EngineRole.PREFILL, EngineRole.DECODE) as w:
+        prefill, decode = w.engines
+        w.stages.media = (IMAGE,)
+        w.stages.gate.clear()
+        task = w.ask(replace(CALL, request_id="mine"))
+        await eventually(lambda: w.router.active_count == 1)
+        await asyncio.sleep(0)
+        (where,) = w.router.whereabouts()
+        assert (where.alias, where.stage, where.prefill) == ("mine", Stage.PREPROCESS, None)
+        w.stages.gate.set()
+        key, *_ = await prefill.taken()
+        (where,) = w.router.whereabouts()
+        assert (where.request_id, where.stage, where.encoder) == (key.request_id, Stage.QUEUED, "enc:1")
+        assert (where.prefill, where.decode) == (prefill.info.address, decode.info.address)
+        prefill.say(key, 0, 0, finish=FinishReason.LENGTH)
+        await task
+        assert w.router.whereabouts() == []
 
 
 async def test_a_stop_string_ends_the_reply_and_the_attempt() -> None:
@@ -274,14 +294,30 @@ async def test_a_defect_of_ours_shows_no_details(monkeypatch: pytest.MonkeyPatch
 
 async def test_tokens_are_counted_without_keeping_anything() -> None:
     async with world(EngineRole.COLOCATED) as w:
-        assert await w.router.count_tokens(None, CALL.messages, CALL.thinking) == (3, 0)
+        assert len((await w.router.tokenize(CALL)).ids) == 3
+
+
+async def test_preprocessors_and_encoders_that_are_lost_are_asked_elsewhere() -> None:
+    """What preprocessing gave is kept while encoders are lost; only losses draw on the retry budget."""
+    async with world(EngineRole.COLOCATED) as w:
+        w.stages.media, w.stages.losses, w.stages.encoder_losses, w.stages.misses = (IMAGE,), 2, 2, 1
+        budget = w.router._services.budget
+        budget._clock = lambda since=budget._since: since  # type: ignore[misc]
+        task = w.ask()
+        key, *_ = await w.engines[0].taken()
+        w.engines[0].say(key, 0, END, finish=FinishReason.STOP)
+        await task
+        assert (w.stages.preprocessed, w.stages.encoded) == (2, 4)
+        assert budget.saved == 64 - 4
+        w.stages.losses = 3
+        assert await w.router.tokenize(CALL) == PromptTokens(ids=(5, 6, 7), media_tokens=1)
 
 
 async def test_counting_has_a_deadline_too() -> None:
     async with world(EngineRole.COLOCATED, default_timeout_s=0.05) as w:
         w.stages.gate.clear()
         with pytest.raises(DeadlineExceeded, match=r"0\.05 s"):
-            await asyncio.wait_for(w.router.count_tokens(None, CALL.messages, CALL.thinking), 5)
+            await asyncio.wait_for(w.router.tokenize(CALL), 5)
 
 
 async def test_token_ids_are_told_only_on_request() -> None:

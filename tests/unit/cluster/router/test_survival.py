@@ -93,6 +93,7 @@ async def test_a_silent_engine_gets_nothing_new_and_is_lost_at_last(monkeypatch:
         task = w.ask()
         frozen, key, _ = await taker(*w.engines)
         frozen.say(key, 0, 0)
+        await eventually(lambda: told(w) == 1)
         spare = other(w, frozen)
         frozen.freeze()
         since = time.monotonic()
@@ -119,6 +120,7 @@ async def test_the_last_engine_is_waited_for() -> None:
         task = w.ask()
         key, *_ = await engine.taken()
         engine.say(key, 0, 0)
+        await eventually(lambda: told(w) == 1)
         await engine.server.stop(None)
         await eventually(lambda: not w.fleet.engines())
         newcomer = w.ask()
@@ -153,32 +155,29 @@ async def test_an_engine_that_leaves_gives_its_requests_away() -> None:
 async def test_suspects_are_tried_one_at_a_time_and_cleared() -> None:
     async with world(COLOCATED, COLOCATED, max_active=8) as w:
         victim, spare = w.engines
-        fleet = w.router._services.fleet
         spare.draining = True
-        spare.links.tell_load()
-        await eventually(lambda: len(fleet.engines()) == 1)
-        tasks = [w.ask(replace(CALL, request_id=name)) for name in ("one", "two", "three")]
+        await eventually(lambda: len(w.fleet.engines()) == 1)
+        tasks = [w.ask() for _ in range(3)]
         for _ in tasks:
-            key, _, _ = await victim.taken()
-            victim.say(key, 0, 0, 1)
+            key, *_ = await victim.taken()
+            victim.say(key, 0, 0)
+        await eventually(lambda: all(run._choices[0].output.token_ids for run in w.router._active.values()))
         spare.draining = False
-        spare.links.tell_load()
-        await eventually(lambda: len(fleet.engines()) == 2)
+        await eventually(lambda: len(w.fleet.engines()) == 2)
         await victim.server.stop(None)
         for left in (2, 1, 0):
             key, request, _ = await spare.taken()
             await asyncio.sleep(0.05)
             assert spare.submits.empty()
-            assert w.router._services.suspects.count == left + 1
-            count = len(request.output_ids)
-            spare.say(key, count, 3)
+            assert (request.output_ids, w.router._services.suspects.count) == ((0,), left + 1)
+            spare.say(key, 1, 1)
             await asyncio.sleep(0.05)
             assert spare.submits.empty()
-            spare.say(key, count + 1, 4)
+            spare.say(key, 2, 2)
             await eventually(lambda left=left: w.router._services.suspects.count == left)
-            spare.say(key, count + 2, 5, finish=FinishReason.LENGTH)
+            spare.say(key, 3, 3, finish=FinishReason.LENGTH)
         for task in tasks:
-            assert text_of(await task).endswith("def")
+            assert text_of(await task) == "abcd"
 
 
 async def test_a_request_under_which_two_engines_die_is_refused() -> None:
@@ -195,6 +194,22 @@ async def test_a_request_under_which_two_engines_die_is_refused() -> None:
             await task
         assert caught.value.reason == "POISON"
         assert w.router._services.suspects.count == 0
+
+
+async def test_engines_that_die_in_one_moment_refuse_nobody() -> None:
+    """The second one was dead when it got what the first had lost, and nobody knew yet."""
+    async with world(COLOCATED, COLOCATED, COLOCATED) as w:
+        task = w.ask()
+        first, key, _ = await taker(*w.engines)
+        first.say(key, 0, 0)
+        await eventually(lambda: told(w) == 1)
+        await first.server.stop(None)
+        second, *_ = await taker(*w.engines)
+        await second.server.stop(None)
+        third, key, known = await taker(*w.engines)
+        assert (key.attempt, known) == (2, (0,))
+        third.say(key, 1, 1, finish=FinishReason.LENGTH)
+        assert text_of(await task) == "ab"
 
 
 async def test_who_waited_in_the_queue_of_a_dead_engine_is_no_suspect() -> None:

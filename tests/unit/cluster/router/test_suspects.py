@@ -15,7 +15,7 @@ P, D, E = "prefill", "decode", "other decode"
 def accused(*choices: ChoiceKey, engine: str = D, tokens: int = 5) -> Suspects:
     suspects = Suspects()
     for choice in choices:
-        assert not suspects.accuse(choice, engine, tokens)
+        assert not suspects.accuse(choice, engine, tokens, computed=True)
     return suspects
 
 
@@ -36,16 +36,29 @@ def test_a_suspect_is_cleared_beyond_the_token_where_the_death_fell(got: int, cl
     suspects.advance(A, 5 + got)
     assert (A not in suspects) is cleared
     assert suspects.may_try(B, E)  # no suspect
-    assert suspects.accuse(A, E, 5 + got) is not cleared
+    assert suspects.accuse(A, E, 5 + got, computed=True) is not cleared
 
 
 @pytest.mark.parametrize("engine", [P, E])
 def test_a_second_death_under_a_suspect_refuses_it(engine: str) -> None:
     suspects = accused(A, B)
     suspects.begin(A, frozenset({P, E}))
-    assert not suspects.accuse(C, engine, 3)  # beside it, and never accused before
-    assert suspects.accuse(A, engine, 5)
+    assert not suspects.accuse(C, engine, 3, computed=True)  # beside it, and never accused before
+    assert suspects.accuse(A, engine, 5, computed=True)
     assert A not in suspects and B in suspects and C in suspects
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_second_engine_that_had_not_begun_spares_it_once(first: bool) -> None:
+    """Whatever was known of the first death."""
+    suspects = Suspects()
+    suspects.accuse(A, D, 5, computed=first)
+    assert not suspects.is_spared(A)
+    suspects.begin(A, frozenset({P, E}))
+    assert not suspects.accuse(A, E, 5, computed=False)
+    assert suspects.is_spared(A) and A in suspects
+    suspects.begin(A, frozenset({P, "third"}))
+    assert suspects.accuse(A, "third", 5, computed=False)
 
 
 def test_what_says_nothing_of_a_suspect_leaves_it_one() -> None:
@@ -54,7 +67,7 @@ def test_what_says_nothing_of_a_suspect_leaves_it_one() -> None:
     suspects.begin(A, frozenset({P, E}))
     suspects.rest(A)
     assert A in suspects
-    assert not suspects.accuse(A, E, 6)
+    assert not suspects.accuse(A, E, 6, computed=True)
     suspects.drop(A)
     suspects.drop(A)
     assert suspects.count == 0

@@ -44,9 +44,10 @@ from cluster.router.router import Router
 from cluster.router.sampling import SamplingDefaults, resolve_sampling
 from cluster.router.scores import TokenScorer
 from cluster.router.services import Services
-from cluster.router.stages import MissingPatches, Preprocessed
+from cluster.router.stages import MissingPatches, Preprocessed, StageLost
 from cluster.router.suspects import Suspects
 from ernie_serving.internal.v1 import engine_link_pb2, engine_link_pb2_grpc
+from tests.doubles import ByteVocabulary
 
 CALL = GenerateCall(messages=(Message(role=MessageRole.USER, parts=(TextPart(text="hi"),)),), max_tokens=8)
 IMAGE = PromptMedia(kind=MediaKind.IMAGE, offset=1, grid=Grid(1, 2, 2), content_keys=(b"c" * 32,))
@@ -224,9 +225,12 @@ class Stages:
         self.media: tuple[PromptMedia, ...] = ()
         self.prompt_ids: tuple[int, ...] = (5, 6, 7)
         self.error: Exception | None = None
+        self.losses = 0
+        """Preprocessors that are lost before one answers."""
         self.gate = asyncio.Event()
         self.gate.set()
         self.misses = 0
+        self.encoder_losses = 0
         self.preprocessed = 0
         self.encoded = 0
         self.leases: set[tuple[str, str]] = set()
@@ -239,8 +243,11 @@ class Stages:
         await self.gate.wait()
         if self.error is not None:
             raise self.error
+        if self.losses:
+            self.losses -= 1
+            raise StageLost("a preprocessor")
         self.preprocessed += 1
-        if self.media:
+        if self.media and request.keep_patches:
             self.keeper.hold("pre:1", request.lease)
             self.leases.add(("pre:1", request.lease))
         reply = PreprocessReply(
@@ -262,6 +269,9 @@ class Stages:
         if self.misses:
             self.misses -= 1
             raise MissingPatches
+        if self.encoder_losses:
+            self.encoder_losses -= 1
+            raise StageLost("a vision encoder")
         return tuple(
             MediaSpan(
                 kind=item.kind,
@@ -366,6 +376,7 @@ async def world(
         model_name="tiny",
         context_limit=lambda: fleet.context_limit(64),
         vocab_size=100,
+        vocabulary=ByteVocabulary(),
         resolve_sampling=lambda call, reply: resolve_sampling(
             call,
             SamplingDefaults(),

@@ -25,9 +25,12 @@ G = {"name": "g", "parameters": None}
 RIGHT = '<tool_call>\n{"name": "f", "arguments": {"at": [1, 2]}}\n</tool_call>'
 
 
-def calls(*functions: dict[str, Any], several: bool = False) -> Structure:
-    text = json.dumps({"functions": functions, "several": several})
+def calls(*functions: dict[str, Any], several: bool = False, **answer: Any) -> Structure:
+    text = json.dumps({"functions": functions, "several": several, **answer})
     return Structure(kind=StructureKind.TOOL_CALLS, text=text)
+
+
+EITHER = calls(F, several=True, answer={"type": "object", "properties": {"a": {"type": "string"}}, "required": ["a"]})
 
 
 def follows(structure: Structure, ids: tuple[int, ...], vocabulary: ConstraintVocabulary | None = None) -> bool:
@@ -60,6 +63,14 @@ def follows(structure: Structure, ids: tuple[int, ...], vocabulary: ConstraintVo
         (calls(F, several=True), f"{RIGHT}\n{RIGHT}", True),
         (calls(F, several=True), RIGHT, True),
         (calls(F, several=True), "", False),
+        (EITHER, f"{RIGHT}\n{RIGHT}", True),
+        (EITHER, '{"a": "b"}', True),
+        (EITHER, '{\n  "a":"b"\n}', True),
+        (EITHER, '{"a": 1}', False),
+        (EITHER, RIGHT.replace("at", "to"), False),
+        (EITHER, RIGHT + '\n{"a": "b"}', False),
+        (EITHER, '{"a": "b"}\n' + RIGHT, False),
+        (EITHER, "Look.", False),
     ],
 )
 def test_what_is_a_call(structure: Structure, text: str, fits: bool) -> None:
@@ -77,6 +88,11 @@ def test_markers_stand_in_calls_alone() -> None:
     text = json.dumps({"type": "string"})
     other = Structure(kind=StructureKind.JSON_SCHEMA, text=text)
     assert follows(other, st.encode('"a"')) and not follows(other, (*st.encode('"'), OPEN, *st.encode('"')))
+
+
+def test_markers_are_no_part_of_the_answer_in_place_of_calls() -> None:
+    quoted = (*st.encode('{"a": "'), OPEN, *st.encode('"}'))
+    assert OPEN in quoted and not follows(EITHER, quoted)
 
 
 def test_a_checkpoint_without_markers_spells_them() -> None:
@@ -108,5 +124,7 @@ def test_whatever_is_drawn_is_a_call(thinking: bool) -> None:
 
 @pytest.mark.parametrize("schema", [{"properties": {"a": {"uniqueItems": True}}}, {"x-guidance": {}}])
 def test_schemas_that_cannot_be_enforced_are_refused(schema: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequest):
+        StructureTemplate(calls(F, answer=schema), st.vocabulary())
     with pytest.raises(InvalidRequest, match=r"uniqueItems|x-guidance"):
         StructureTemplate(calls({"name": "f", "parameters": schema}), st.vocabulary())

@@ -1,0 +1,150 @@
+"""Which engine takes another role, and when. Pure: entries of the registry in, decisions out, on a given clock.
+
+An engine that changes its role is away for a while: it finishes or moves what it has and reads the vision experts or
+gives them up. So it may only go if the others can do everything without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from actors.errors import InvalidRequest, NotFound, Unavailable
+from actors.types import EngineRole
+from cluster.config import RoleMoves
+from cluster.registry import EngineEntry
+
+
+def serving(entries: Iterable[EngineEntry], moving: Iterable[str] = ()) -> list[EngineEntry]:
+    """Engines that take requests: ready, not leaving, and not among those ordered to move."""
+    away = set(moving)
+    return [
+        entry
+        for entry in entries
+        if entry.ready and entry.info.incarnation not in away and not (entry.load is not None and entry.load.draining)
+    ]
+
+
+def substitutes(entries: Iterable[EngineEntry], without: str) -> tuple[str, ...]:
+    """Incarnations of serving engines other than ``without``, if they can answer requests alone; else empty."""
+    others = [entry for entry in entries if entry.info.incarnation != without]
+    roles = {entry.info.role for entry in others}
+    alone = EngineRole.COLOCATED in roles or {EngineRole.PREFILL, EngineRole.DECODE} <= roles
+    return tuple(entry.info.incarnation for entry in others) if alone else ()
+
+
+def find_engine(entries: Sequence[EngineEntry], name: str) -> EngineEntry:
+    """By its id, or a part of it that no other has. Raises NotFound or InvalidRequest with the field ``engine``."""
+    found = [entry for entry in entries if entry.info.engine_id == name]
+    found = found or [entry for entry in entries if name and name in entry.info.engine_id]
+    if not found:
+        known = ", ".join(sorted(entry.info.engine_id for entry in entries)) or "none"
+        raise NotFound(f"engine: {name!r} is not known; there are {known}", reason="ENGINE_NOT_FOUND", field="engine")
+    if len(found) > 1:
+        several = ", ".join(sorted(entry.info.engine_id for entry in found))
+        raise InvalidRequest(f"engine: {name!r} could be {several}", field="engine")
+    return found[0]
+
+
+def check_move(entries: Sequence[EngineEntry], mover: EngineEntry, moving: Iterable[str]) -> tuple[str, ...]:
+    """The substitutes of an engine that is to take another role. ``moving``: incarnations of those that do already.
+
+    Raises:
+        Unavailable: reason ROLE_BUSY for an engine that is not ready, leaves or moves already; LAST_OF_ROLE if the
+            others could not answer requests alone.
+    """
+    info = mover.info
+    stays = serving(entries, moving)
+    if mover not in stays:
+        raise Unavailable(f"engine {info.engine_id} is not ready, leaves or changes its role now", reason="ROLE_BUSY")
+    alone = substitutes(stays, info.incarnation)
+    if not alone:
+        message = f"engine {info.engine_id} is needed as {info.role}: the others cannot prefill and decode without it"
+        raise Unavailable(message, reason="LAST_OF_ROLE")
+    return alone
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pressure:
+    """How much there is to do of each kind of work, over what its engines bear well: 1 is the most they should have."""
+
+    prefill: float
+    decode: float
+
+
+def measure(entries: Iterable[EngineEntry], config: RoleMoves) -> Pressure:
+    """Prefill: tokens of prompts in the queue of an engine. Decode: share of KV blocks in use, at least 1 where
+    somebody waits for blocks.
+    """
+    queues, uses = [0.0], [0.0]
+    for entry in entries:
+        load = entry.load
+        if load is None:
+            continue
+        if entry.info.role.prefills:
+            queues.append(load.queued_tokens / config.queued_tokens)
+        if entry.info.role.decodes:
+            used = 1.0 - load.free_blocks / max(1, load.total_blocks)
+            uses.append(max(used / config.kv_use, float(load.waiting > 0)))
+    return Pressure(prefill=_mean(queues), decode=_mean(uses))
+
+
+def _mean(values: Sequence[float]) -> float:
+    """Of all but the first, which stands for none."""
+    return sum(values) / max(1, len(values) - 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    mover: EngineEntry
+    role: EngineRole
+    why: str
+
+
+@dataclass(slots=True)
+class RoleMover:
+    """Decides for one pool, again and again: hysteresis needs memory. ``now`` in seconds of any clock."""
+
+    config: RoleMoves
+    _short: EngineRole | None = None
+    _since: float = 0.0
+    _moved_at: float = field(default=float("-inf"))
+
+    def decide(self, entries: Sequence[EngineEntry], pool: str, now: float, moving: Sequence[str]) -> Move | None:
+        """One engine of the pool whose role changes now, if any. ``entries``: of all pools; ``moving``: see
+        ``check_move``. An empty registry decides nothing.
+        """
+        stays = serving(entries, moving)
+        pressure = measure(stays, self.config)
+        short = self._short_of(pressure)
+        if short is not self._short:
+            self._short, self._since = short, now
+        if short is None or moving or now - self._since < self.config.hold_s:
+            return None
+        if now - self._moved_at < self.config.cooldown_s:
+            return None
+        spare = EngineRole.DECODE if short is EngineRole.PREFILL else EngineRole.PREFILL
+        candidates = [
+            entry
+            for entry in stays
+            if entry.pool == pool and entry.info.role is spare and substitutes(stays, entry.info.incarnation)
+        ]
+        if not candidates:
+            return None
+        self._moved_at = now
+        why = f"prefill at {pressure.prefill:.2f}, decode at {pressure.decode:.2f} of what is well"
+        return Move(min(candidates, key=_work), short, why)
+
+    def _short_of(self, pressure: Pressure) -> EngineRole | None:
+        if pressure.prefill >= 1.0 and pressure.decode <= self.config.idle:
+            return EngineRole.PREFILL
+        if pressure.decode >= 1.0 and pressure.prefill <= self.config.idle:
+            return EngineRole.DECODE
+        return None
+
+
+def _work(entry: EngineEntry) -> tuple[int, int, str]:
+    """Whoever has least to finish goes."""
+    load = entry.load
+    busy = (0, 0) if load is None else (load.running + load.waiting + load.reserved, load.queued_tokens)
+    return (*busy, entry.info.engine_id)

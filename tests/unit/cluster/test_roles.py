@@ -1,0 +1,159 @@
+"""Who may change its role, and when engines do by themselves: tables, and a clock that only counts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from actors.errors import InvalidRequest, NotFound, Unavailable
+from actors.types import EngineRole, LoadReport
+from cluster.config import RoleMoves
+from cluster.registry import EngineEntry
+from cluster.roles import Pressure, RoleMover, check_move, find_engine, measure, serving, substitutes
+from tests.unit.cluster.test_registry import engine
+
+P, D, C = EngineRole.PREFILL, EngineRole.DECODE, EngineRole.COLOCATED
+CONFIG = RoleMoves(queued_tokens=1000, kv_use=0.5, idle=0.4, hold_s=5, cooldown_s=20)
+IDLE = LoadReport(step=0, running=0, waiting=0, free_blocks=100, total_blocks=100, block_size=16, queued_tokens=0)
+
+
+def fleet(*roles: EngineRole, **loads: LoadReport) -> list[EngineEntry]:
+    """Engines a, b, c ... with loads by name."""
+    names = "abcdefgh"[: len(roles)]
+    return [
+        replace(engine(name, role), pool="pool", load=loads.get(name, IDLE))
+        for name, role in zip(names, roles, strict=True)
+    ]
+
+
+def queue(tokens: int) -> LoadReport:
+    return replace(IDLE, queued_tokens=tokens)
+
+
+def used(blocks: int, **changes: int) -> LoadReport:
+    return replace(IDLE, free_blocks=100 - blocks, **changes)
+
+
+@pytest.mark.parametrize(
+    ("roles", "without", "alone"),
+    [
+        ((P, D), "a", ""),
+        ((P, D, D), "b", "ac"),
+        ((P, D, D), "a", ""),
+        ((P, P, D), "a", "bc"),
+        ((C, C), "a", "b"),
+        ((C, P), "b", "a"),
+        ((C, P), "a", ""),
+        ((C, D), "a", ""),
+        ((P,), "a", ""),
+    ],
+)
+def test_an_engine_goes_only_where_the_others_do_without_it(
+    roles: tuple[EngineRole, ...], without: str, alone: str
+) -> None:
+    assert substitutes(fleet(*roles), without) == tuple(alone)
+
+
+def test_engines_that_are_away_are_nobodys_substitutes() -> None:
+    engines = fleet(P, P, D, D)
+    assert check_move(engines, engines[0], ()) == ("b", "c", "d")
+    for away in ([engines[0], replace(engines[1], ready=False), *engines[2:]],):
+        with pytest.raises(Unavailable) as refused:
+            check_move(away, away[0], ())
+        assert refused.value.reason == "LAST_OF_ROLE"
+    leaving = [engines[0], replace(engines[1], load=replace(IDLE, draining=True)), *engines[2:]]
+    with pytest.raises(Unavailable, match="cannot prefill and decode without it"):
+        check_move(leaving, leaving[0], ())
+    with pytest.raises(Unavailable, match="cannot prefill and decode without it"):
+        check_move(engines, engines[0], ("b",))
+    for mover, moving in ((leaving[1], ()), (engines[1], ("b",))):
+        with pytest.raises(Unavailable) as refused:
+            check_move(leaving if not moving else engines, mover, moving)
+        assert refused.value.reason == "ROLE_BUSY"
+    assert [entry.info.incarnation for entry in serving(leaving, ("c",))] == ["a", "d"]
+
+
+def test_an_engine_is_found_by_a_part_of_its_id() -> None:
+    engines = fleet(P, D)
+    first = engines[0].info.engine_id
+    assert find_engine(engines, first) is engines[0]
+    with pytest.raises(NotFound, match="'x' is not known; there are"):
+        find_engine(engines, "x")
+    with pytest.raises(NotFound):
+        find_engine(engines, "")
+    twins = [replace(entry, info=replace(entry.info, engine_id=f"engine-{n}")) for n, entry in enumerate(engines)]
+    with pytest.raises(InvalidRequest, match="'engine' could be engine-0, engine-1"):
+        find_engine(twins, "engine")
+    assert find_engine(twins, "1") is twins[1]
+
+
+def test_pressure_is_a_mean_over_those_who_do_the_work() -> None:
+    assert measure([], CONFIG) == Pressure(prefill=0, decode=0)
+    assert measure(fleet(P, P, a=queue(3000)), CONFIG) == Pressure(prefill=1.5, decode=0)
+    assert measure(fleet(D, D, a=used(50)), CONFIG) == Pressure(prefill=0, decode=0.5)
+    assert measure(fleet(D, a=used(1, waiting=1)), CONFIG).decode == 1
+    assert measure(fleet(C, a=used(50, queued_tokens=500)), CONFIG) == Pressure(prefill=0.5, decode=1)
+
+
+def moves(mover: RoleMover, engines: list[EngineEntry], seconds: range, moving: tuple[str, ...] = ()) -> list[str]:
+    decided = [(now, mover.decide(engines, "pool", float(now), moving)) for now in seconds]
+    return [f"{now} {move.mover.info.incarnation} {move.role}" for now, move in decided if move is not None]
+
+
+def test_a_short_kind_of_work_gets_an_engine_once_it_has_lasted() -> None:
+    busy = fleet(P, D, D, a=queue(5000), b=used(10, running=1))
+    assert moves(RoleMover(CONFIG), busy, range(12)) == ["5 c prefill"]
+    full = fleet(P, P, D, a=queue(100), c=used(80))
+    assert moves(RoleMover(CONFIG), full, range(12)) == ["5 b decode"]
+
+
+def test_nothing_moves_while_both_are_busy_or_neither_or_one_alone_is_left() -> None:
+    for engines in (
+        fleet(P, P, D, D, a=queue(5000), b=queue(5000), c=used(60), d=used(60)),
+        fleet(P, P, D, D, a=queue(500)),
+        fleet(P, D, a=queue(5000)),
+        fleet(P, C, a=queue(9000)),
+        [],
+    ):
+        assert moves(RoleMover(CONFIG), engines, range(60)) == []
+
+
+def test_a_shortage_that_comes_and_goes_moves_nobody() -> None:
+    mover = RoleMover(CONFIG)
+    busy, calm = fleet(P, D, D, a=queue(5000)), fleet(P, D, D)
+    for now in range(60):
+        assert mover.decide(busy if now % 5 < 4 else calm, "pool", float(now), ()) is None
+
+
+def test_moves_are_apart_and_none_begins_beside_another() -> None:
+    mover = RoleMover(CONFIG)
+    busy = fleet(P, D, D, D, a=queue(5000))
+    assert moves(mover, busy, range(10)) == ["5 b prefill"]
+    assert moves(mover, busy, range(10, 40), moving=("b",)) == []
+    busy = fleet(P, P, D, D, a=queue(5000))
+    assert moves(mover, busy, range(40, 50)) == ["40 c prefill"]
+    assert moves(mover, busy, range(50, 60)) == []
+
+
+def test_only_engines_of_the_pool_move_but_all_count() -> None:
+    engines = fleet(P, D, D, a=queue(5000))
+    others = [replace(entry, pool="other") if entry.info.incarnation == "c" else entry for entry in engines]
+    assert moves(RoleMover(CONFIG), others, range(12)) == ["5 b prefill"]
+
+
+def test_a_day_of_load_settles_on_each_side() -> None:
+    """Prompts in the morning, long replies in the evening: each shift moves whoever can go, and then nobody."""
+    mover, roles, told = RoleMover(CONFIG), [P, P, D, D], []
+    for now in range(600):
+        morning = now < 300
+        busy = queue(4000) if morning else queue(0)
+        full = used(5) if morning else used(90)
+        names = "abcd"
+        loads = {name: busy if role is P else full for name, role in zip(names, roles, strict=True)}
+        move = mover.decide(fleet(*roles, **loads), "pool", float(now), ())
+        if move is not None:
+            roles[names.index(move.mover.info.incarnation)] = move.role
+            told.append((now, move.role))
+    assert [role for _, role in told] == [P, D, D]
+    assert roles.count(P) == 1
