@@ -33,6 +33,8 @@ chaos: venv  ## Kill and freeze parts under requests; TRIALS=100 SEED=1 MUTANT=n
 
 test-clients: venv  ## Run other people's clients against a cluster; prints a line for each.
 	$(BIN)/python -m pip install --quiet --editable '.[test,clients]'
+	# Apart: instructor wants a jiter that the present openai does not.
+	test -d $(VENV)/instructor || $(BIN)/python -m pip install --quiet --target $(VENV)/instructor 'instructor>=1.17'
 	$(BIN)/python -m pytest tests/clients $(ARGS)
 
 test-ray-up: venv  ## Bring up a cluster of namespaces by deploy/README.md (root on Linux; minutes); ARGS="-s" shows it.

@@ -21,10 +21,12 @@ def locate(config: ClusterConfig) -> ClusterConfig:
     On several nodes nano needs the package at the same path on each; the random checkpoint is on this machine only.
 
     Raises:
-        ValueError: nano is not installed whole, or the random checkpoint cannot be written.
+        ValueError: a revision is asked for, nano is not installed whole, or the random checkpoint cannot be written.
     """
     if config.model not in (NANO, RANDOM):
         return config
+    if config.revision is not None:
+        raise ValueError(f"revision: {config.model} is built in and has none")
     try:
         directory = nano_directory() if config.model == NANO else random_directory()
     except OSError as error:

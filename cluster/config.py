@@ -189,6 +189,8 @@ class EnginePool(Pool):
     max_batched_tokens: Count = 2048
     max_waiting: Count = 256
     """Sequences that wait in an engine; the next is refused as overload."""
+    media_window_bytes: Count = 64_000_000
+    """Embeddings of pictures and videos held ahead of their use."""
     prefix_caching: bool = True
     """Prompts that begin like earlier ones are not computed again."""
 

@@ -99,7 +99,8 @@ ROUTES = (
         summary="Generates a reply to a conversation.",
         body=ChatRequest,
         reply=replies.ChatReply,
-        streams="`chat.completion.chunk` objects, then `[DONE]`; an error is an `{error}` object and the last event.",
+        event=replies.ChatChunk | replies.ErrorReply,
+        streams="Chunks, then `[DONE]`; an error is the last event.",
         errors=_GENERATION_ERRORS,
     ),
     Route(
@@ -109,7 +110,8 @@ ROUTES = (
         summary="Continues raw prompts.",
         body=CompletionRequest,
         reply=replies.CompletionReply,
-        streams="`text_completion` objects, then `[DONE]`; an error is an `{error}` object and the last event.",
+        event=replies.CompletionChunk | replies.ErrorReply,
+        streams="Chunks, then `[DONE]`; an error is the last event.",
         errors=_GENERATION_ERRORS,
     ),
     Route(
@@ -119,8 +121,9 @@ ROUTES = (
         summary="Generates a response to a conversation that is sent whole.",
         body=ResponsesRequest,
         reply=replies.ResponsesReply,
-        streams="OpenAI's events, `response.created` to `response.completed`, `response.incomplete` or "
-        "`response.failed`; `error` where nothing was created.",
+        event=replies.ResponsesEvent,
+        streams="From `response.created` to `response.completed`, `response.incomplete` or `response.failed`; `error` "
+        "where nothing was created.",
         errors=_GENERATION_ERRORS,
     ),
     Route(

@@ -86,7 +86,8 @@ def locate_checkpoint(config: ClusterConfig, say: Say) -> tuple[ClusterConfig, S
     except ValueError as error:
         raise ValueError(f"model: {error}") from None
     served = config.served_model_name or name
-    return config.model_copy(update={"model": str(found.directory), "served_model_name": served}), found
+    place = {"model": str(found.directory), "revision": None, "served_model_name": served}
+    return config.model_copy(update=place), found
 
 
 def local_directory(model: str) -> str:

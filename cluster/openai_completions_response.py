@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from actors.errors import InternalError, ServingError
+from actors.types import FinishReason
 from cluster.generation import (
     ChoiceFinished,
     Delta,
@@ -95,7 +96,6 @@ class _Prompt:
 
 @dataclass(kw_only=True, slots=True)
 class _Choice:
-    prompt: int
     scores: LegacyLogprobs
     begun: bool = False
     pieces: list[dict[str, Any]] = field(default_factory=list)
@@ -118,11 +118,8 @@ class CompletionExchange:
 
     def events(self, service: GenerationService) -> AsyncIterator[PromptEvent]:
         self._vocabulary = service.vocabulary
-        self._choices = [
-            _Choice(prompt=prompt, scores=LegacyLogprobs(self._vocabulary))
-            for prompt in range(len(self._calls))
-            for _ in range(self._n)
-        ]
+        count = len(self._calls) * self._n
+        self._choices = [_Choice(scores=LegacyLogprobs(service.vocabulary)) for _ in range(count)]
         return generate_all(service, self._calls, self._body.prompt_names)
 
     def begins(self, event: PromptEvent) -> bool:
@@ -180,8 +177,9 @@ class CompletionExchange:
                 yield self._piece(first + event.choice, event)
             case ChoiceFinished() as event:
                 yield from self._begin(told.prompt)
-                end = {"finish_reason": "length", "stop_reason": None} if self._body.only_scores else ending(event)
-                yield self._piece(first + event.choice, Delta()) | end
+                if self._body.only_scores and event.reason is not FinishReason.CANCELLED:
+                    event = ChoiceFinished(reason=FinishReason.LENGTH)
+                yield self._piece(first + told.event.choice, Delta()) | ending(event)
 
     def _begin(self, prompt: int) -> Iterable[dict[str, Any]]:
         """The first piece of each choice of a prompt, where it says something: what was asked for of the prompt."""
@@ -200,7 +198,7 @@ class CompletionExchange:
                 piece["text"] = given if isinstance(given, str) else self._vocabulary.spell(ids)
                 if self._body.scores_prompt and scored is not None:
                     piece["logprobs"] = choice.scores.prompt(ids, scored.entries)
-            elif scored is not None:
+            if self._body.prompt_logprobs is not None and scored is not None:
                 piece["prompt_logprobs"] = prompt_logprobs_body(scored.entries)
             if self._body.return_token_ids:
                 piece["prompt_token_ids"] = list(ids)

@@ -196,6 +196,7 @@ class Conversation:
                 if self._turn is not None and isinstance(self._turn.last, MessageItem):
                     self._flush()
                 turn = self._assistant(item, path)
+                self._know("content", f"{path}.content")
                 for index, part in enumerate(item.content):
                     field_ = f"{path}.content[{index}]"
                     self._know(f"content[{len(turn.parts)}]", field_)

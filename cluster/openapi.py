@@ -29,12 +29,8 @@ _MEANINGS = {
     504: "The request took longer than its `timeout`.",
 }
 
-_EVENT = {
-    "type": "object",
-    "properties": {"event": {"type": "string"}, "data": {"type": "string"}},
-    "required": ["data"],
-}
-"""A server-sent event as it is read."""
+_DONE = "[DONE]"
+"""The one event of streams that is no JSON."""
 
 Handler = Callable[[GenerationService, Request], Awaitable[Response]]
 
@@ -51,8 +47,9 @@ class Route:
     summary: str
     reply: Any
     body: Any = None
+    event: Any = None
+    """Type of the JSON data of its stream's events, where it has one, and in words what they are."""
     streams: str = ""
-    """What its stream consists of, where it has one."""
     errors: tuple[int, ...] = (500,)
     replies: dict[int, Any] = field(default_factory=dict)
     parameters: tuple[dict[str, Any], ...] = ()
@@ -67,7 +64,8 @@ def openapi_document(routes: Iterable[Route]) -> dict[str, Any]:
     routes = list(routes)
     wanted: dict[str, Any] = {"error": ErrorReply}
     for route in routes:
-        bodies = {"body": route.body, "reply": route.reply} | {str(code): kind for code, kind in route.replies.items()}
+        bodies = {"body": route.body, "reply": route.reply, "event": route.event}
+        bodies |= {str(code): kind for code, kind in route.replies.items()}
         wanted |= {_key(route, name): kind for name, kind in bodies.items() if kind is not None}
     schemas, definitions = TypeAdapter.json_schemas(
         [(key, "validation", TypeAdapter(kind)) for key, kind in wanted.items()], ref_template=_TEMPLATE
@@ -86,9 +84,9 @@ def openapi_document(routes: Iterable[Route]) -> dict[str, Any]:
 
 def _operation(route: Route, schemas: dict[str, Any]) -> dict[str, Any]:
     content: dict[str, Any] = {"application/json": {"schema": schemas[_key(route, "reply")]}}
-    if route.streams:
+    if route.event is not None:
         # OpenAPI 3.2's word, which tools of 3.1 pass over.
-        content["text/event-stream"] = {"itemSchema": _EVENT | {"description": route.streams}}
+        content["text/event-stream"] = {"itemSchema": _server_sent(schemas[_key(route, "event")], route.streams)}
     responses = {"200": {"description": _MEANINGS[200], "content": content}}
     told = dict.fromkeys(route.errors, schemas["error"]) | {
         code: schemas[_key(route, str(code))] for code in route.replies
@@ -103,6 +101,17 @@ def _operation(route: Route, schemas: dict[str, Any]) -> dict[str, Any]:
     if route.parameters:
         operation["parameters"] = list(route.parameters)
     return operation
+
+
+def _server_sent(data: dict[str, Any], description: str) -> dict[str, Any]:
+    """A server-sent event as it is read."""
+    told = {"contentMediaType": "application/json", "contentSchema": data}
+    return {
+        "type": "object",
+        "description": description,
+        "properties": {"event": {"type": "string"}, "data": {"type": "string", "anyOf": [{"const": _DONE}, told]}},
+        "required": ["data"],
+    }
 
 
 def _key(route: Route, name: str) -> str:

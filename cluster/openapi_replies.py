@@ -1,5 +1,5 @@
-"""Replies of the HTTP API as the published document describes them, stream events left out. Nothing is built from
-these: tests hold real replies to them, and a key that is not here is wrong.
+"""Replies and stream events of the HTTP API as the published document describes them. Nothing is built from these:
+tests hold real replies to them, and a key that is not here is wrong.
 """
 
 from __future__ import annotations
@@ -162,6 +162,62 @@ class ChatReply(TypedDict):
 
 
 @_exact
+class FunctionDelta(TypedDict):
+    """``name`` comes with the first delta of a call."""
+
+    name: NotRequired[str]
+    arguments: str
+
+
+@_exact
+class ToolCallDeltaReply(TypedDict):
+    """More of a call."""
+
+    index: int
+    id: NotRequired[str]
+    type: NotRequired[Literal["function"]]
+    function: FunctionDelta
+
+
+@_exact
+class AssistantDelta(TypedDict):
+    """More of a message. ``reasoning`` and ``reasoning_content`` are the same text."""
+
+    role: NotRequired[Literal["assistant"]]
+    content: NotRequired[str]
+    reasoning: NotRequired[str]
+    reasoning_content: NotRequired[str]
+    tool_calls: NotRequired[list[ToolCallDeltaReply]]
+
+
+@_exact
+class ChatChunkChoice(TypedDict):
+    """The last chunk of a choice has its finish reason."""
+
+    index: int
+    delta: AssistantDelta
+    finish_reason: FinishReply | None
+    stop_reason: NotRequired[str | int | None]
+    logprobs: NotRequired[LogprobsReply | None]
+    token_ids: NotRequired[list[int]]
+
+
+@_exact
+class ChatChunk(TypedDict):
+    """What the request asked for of the prompt comes with the first, usage and timings with the last."""
+
+    id: str
+    object: Literal["chat.completion.chunk"]
+    created: int
+    model: str
+    choices: list[ChatChunkChoice]
+    usage: NotRequired[UsageReply | None]
+    prompt_token_ids: NotRequired[list[int]]
+    prompt_logprobs: NotRequired[PromptLogprobsReply]
+    timings: NotRequired[TimingsReply]
+
+
+@_exact
 class LegacyLogprobsReply(TypedDict):
     """Parallel lists, one entry per token; null where a prompt's token has none."""
 
@@ -195,6 +251,33 @@ class CompletionReply(TypedDict):
     model: str
     choices: list[CompletionChoiceReply]
     usage: UsageReply
+    timings: NotRequired[TimingsReply]
+
+
+@_exact
+class CompletionChunkChoice(TypedDict):
+    """More of a choice."""
+
+    index: int
+    text: str
+    logprobs: LegacyLogprobsReply | None
+    finish_reason: FinishReply | None
+    stop_reason: str | int | None
+    token_ids: NotRequired[list[int]]
+    prompt_token_ids: NotRequired[list[int]]
+    prompt_logprobs: NotRequired[PromptLogprobsReply]
+
+
+@_exact
+class CompletionChunk(TypedDict):
+    """Usage and timings come with the last."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[CompletionChunkChoice]
+    usage: NotRequired[UsageReply | None]
     timings: NotRequired[TimingsReply]
 
 
@@ -292,6 +375,30 @@ class ResponsesReply(TypedDict):
     usage: ResponsesUsageReply
     user: str | None
     timings: NotRequired[TimingsReply]
+
+
+class ResponsesEvent(TypedDict):
+    """One of OpenAI's events; what else it has depends on its type, which is also the name of the event."""
+
+    type: Literal[
+        "response.created",
+        "response.in_progress",
+        "response.output_item.added",
+        "response.output_item.done",
+        "response.content_part.added",
+        "response.content_part.done",
+        "response.reasoning_text.delta",
+        "response.reasoning_text.done",
+        "response.output_text.delta",
+        "response.output_text.done",
+        "response.function_call_arguments.delta",
+        "response.function_call_arguments.done",
+        "response.completed",
+        "response.incomplete",
+        "response.failed",
+        "error",
+    ]
+    sequence_number: int
 
 
 @_exact

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from cluster.config import ClusterConfig, EnginePool
+from cluster.config import ClusterConfig, EnginePool, PreprocessorPool
 
 PLANNER_CPUS = 0.1
 
@@ -99,17 +99,33 @@ def describe(config: ClusterConfig) -> list[tuple[str, str, str]]:
     rows = [
         ("router", str(config.router.replicas), "HTTP and gRPC"),
         ("planner", "1", "registry and roles"),
-        ("preprocessor", str(config.preprocessor.replicas), f"{config.preprocessor.concurrency} at once"),
-        ("vision_encoder", str(config.vision_encoder.replicas), _device(encoder_claim(config), config.dtype)),
+        ("preprocessor", str(config.preprocessor.replicas), _preprocessing(config.preprocessor)),
+        ("vision_encoder", str(config.vision_encoder.replicas), _encoding(config)),
     ]
     for pool in config.pools:
         roles = " + ".join(f"{count} {role}" for role, count in pool.role_counts().items())
-        rows.append((pool.name, roles, _device(engine_claim(pool), config.dtype)))
+        window = f"{_size(pool.media_window_bytes)} of embeddings ahead of use"
+        rows.append((pool.name, roles, f"{_device(engine_claim(pool), config.dtype)}; {window}"))
     return rows
 
 
 def _count(replicas: int, ranks: int) -> str:
     return f"{replicas}" if ranks == 1 else f"{replicas} x {ranks} ranks"
+
+
+def _preprocessing(pool: PreprocessorPool) -> str:
+    return f"{pool.concurrency} at once; {_size(pool.patch_bytes)} of patches, made or in the making"
+
+
+def _encoding(config: ClusterConfig) -> str:
+    pool = config.vision_encoder
+    held = f"{_size(pool.embedding_bytes)} of embeddings, {_size(pool.cache_bytes)} of them kept for later"
+    window = f"{_size(pool.patch_window_bytes)} of patches ahead of use"
+    return f"{_device(encoder_claim(config), config.dtype)}; {window}; {held}"
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
 
 
 def _device(claim: Claim, dtype: str) -> str:

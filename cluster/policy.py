@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
@@ -24,6 +25,8 @@ class EngineView:
 PrefixHashes = Callable[[KvIdentity], Sequence[bytes]]
 """Chain hashes of the whole blocks of a prompt, for engines of an identity."""
 
+QUEUE_STEP = 8192
+"""Patches queued at encoders that differ by less are about equal: a large picture has 24,000."""
 USED_STEP = 0.1
 """Shares of blocks in use that differ by less are about equal."""
 
@@ -127,6 +130,14 @@ def admissible(view: EngineView, waiting: Sequence[int]) -> int:
     return len(waiting)
 
 
-def pick_encoder(encoders: Sequence[EncoderEntry]) -> EncoderInfo | None:
-    """Picks the encoder with the fewest queued patches."""
-    return min(encoders, key=lambda entry: entry.queued_patches).info if encoders else None
+def pick_encoder(encoders: Sequence[EncoderEntry], content_key: bytes = b"") -> EncoderInfo | None:
+    """Picks among the encoders with the fewest queued patches the one where media of that key always go, as long as the
+    same encoders are there (rendezvous hashing): it may still have their embeddings, and other media go elsewhere.
+    """
+    least = min((entry.queued_patches for entry in encoders), default=0)
+    near = [entry.info for entry in encoders if entry.queued_patches < least + QUEUE_STEP]
+    return max(near, key=lambda info: _weight(content_key, info.incarnation), default=None)
+
+
+def _weight(content_key: bytes, incarnation: str) -> bytes:
+    return hashlib.blake2b(content_key + incarnation.encode(), digest_size=16).digest()

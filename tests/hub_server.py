@@ -135,9 +135,11 @@ def hub_server(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         use_hub(hub.url, cache, monkeypatch)
-        yield hub
-        server.shutdown()
-        thread.join()
+        try:
+            yield hub
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 def use_hub(url: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from functools import partial
@@ -135,12 +135,15 @@ async def in_process_cluster(
     embedding_cache_bytes: int | None = None,
     encoders: int = 1,
     preprocessors: int = 1,
+    ranks: Sequence[int] | None = None,
+    preprocessor: Mapping[str, Any] | None = None,
+    encoder: Mapping[str, Any] | None = None,
     **engine: Any,
 ) -> AsyncIterator[InProcessCluster]:
     """Starts preprocessors, encoders, one router and an engine per role; ends them all.
 
-    ``embedding_cache_bytes``: what the encoder keeps without a lease; its default when None. ``engine``: further fields
-    of EngineReplicaConfig.
+    ``embedding_cache_bytes``: what the encoder keeps without a lease; its default when None. ``ranks``: of each engine;
+    one when None. ``preprocessor``, ``encoder`` and ``engine``: further fields of the parts' configs.
     """
     counts = {role.value: roles.count(role) for role in set(roles)}
     config = ClusterConfig(
@@ -155,21 +158,24 @@ async def in_process_cluster(
         await planner.__init__(config, term=1)  # type: ignore[func-returns-value,misc]
         stack.callback(planner._expiry.cancel)
         cluster.planner, handle = planner, Handle(planner)
+        preprocessor_config = PreprocessorConfig(model_dir=str(model_dir), **(preprocessor or {}))
         for _ in range(preprocessors):
-            part = await _made(Preprocessor, PreprocessorConfig(model_dir=str(model_dir)), None, HOST)
+            part = await _made(Preprocessor, preprocessor_config, None, HOST)
             cluster.preprocessors.append(part)
             stack.push_async_callback(part.close)
             renew = partial(planner.renew_preprocessor, part.incarnation, part.address)
             stack.callback(cluster.keep_known(part, renew).cancel)
         for index in range(encoders):
-            encoder_config = VisionEncoderConfig(model_dir=str(model_dir), encoder_id=f"encoder-{index}", dtype=dtype)
+            encoder_config = VisionEncoderConfig(
+                model_dir=str(model_dir), encoder_id=f"encoder-{index}", dtype=dtype, **(encoder or {})
+            )
             if embedding_cache_bytes is not None:
                 encoder_config = replace(encoder_config, cache_bytes=embedding_cache_bytes)
-            encoder = await _made(VisionEncoder, encoder_config, HOST)
-            cluster.encoders.append(encoder)
-            stack.push_async_callback(encoder.close)
-            stack.callback(cluster.keep_known(encoder, partial(planner.renew_encoder, encoder.identity, 0)).cancel)
-        for _ in roles:
+            place = await _made(VisionEncoder, encoder_config, HOST)
+            cluster.encoders.append(place)
+            stack.push_async_callback(place.close)
+            stack.callback(cluster.keep_known(place, partial(planner.renew_encoder, place.identity, 0)).cancel)
+        for size in ranks or [1] * len(roles):
             engine_config = EngineReplicaConfig(
                 model_dir=str(model_dir),
                 pool="engine",
@@ -177,6 +183,7 @@ async def in_process_cluster(
                 compat=compat,
                 kv_cache_gib=kv_cache_gib,
                 drain_timeout_s=5.0,
+                ranks=size,
                 **engine,
             )
             replica = await _made(EngineReplica, engine_config, handle, None, HOST)

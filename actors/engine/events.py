@@ -175,7 +175,9 @@ class EngineSink(Protocol):
         """See ``TransferCancelled``."""
 
     def on_reservation_dropped(self, key: SequenceKey) -> None:
-        """See ``ReservationDropped``. Once this returns, nothing may write to the reservation's blocks."""
+        """See ``ReservationDropped``. Once this returns, nothing may write to the reservation's blocks any more, or, on
+        another rank, no later than that rank begins its next part of a step.
+        """
 
     def on_blocks_changed(self, stored: tuple[bytes, ...], removed: tuple[bytes, ...]) -> None:
         """Hashes of blocks that the prefix cache can find from now on, and of those that it cannot any more."""

@@ -16,7 +16,7 @@ _T = TypeVar("_T")
 
 
 class Received(NamedTuple):
-    """A chunk in the staging buffer, or one sent out of it."""
+    """A chunk that went into the staging buffer, or out of it."""
 
     checksums: list[int]
     """CRC-32 of each message."""
@@ -45,6 +45,15 @@ class SendingEnd(Protocol):
     ) -> Work[Received]:
         """Sends a chunk through the generation of that name, met at ``address`` when it is new. See ``send_chunk``."""
 
+    def stage(self, *, block_table: Sequence[int], first: int, tokens: int, guard: BlockGuard) -> Future[Received]:
+        """Gathers a chunk, to be read in pieces. See ``stage_chunk``; staged until ``forget``."""
+
+    def piece(self, offset: int, size: int) -> Future[bytes]:
+        """Bytes of what is staged."""
+
+    def forget(self) -> None:
+        """Frees the staging buffer."""
+
     def close(self) -> Future[None]:
         """Leaves the generation and ends, once what is done now is done or has timed out. Never fails."""
 
@@ -57,6 +66,12 @@ class ReceivingEnd(Protocol):
 
     def receive(self, name: str, tokens: int) -> Work[Received]:
         """Receives a chunk through the generation of that name, met at the rank's own address when it is new."""
+
+    def put(self, tokens: int, offset: int, content: bytes) -> Future[None]:
+        """A piece of a chunk of so many tokens; pieces come in order, the first has offset 0 and begins it."""
+
+    def filled(self) -> Future[Received]:
+        """All pieces are in."""
 
     def scatter(self, block_table: Sequence[int], first: int, guard: BlockGuard) -> Future[float]:
         """Writes what was received to its places, unless ``guard`` is shut, and forgets it; the seconds it took."""

@@ -24,9 +24,11 @@ from actors.parallel.kv_transfer import (
     Staging,
     Transport,
     TransportError,
+    checksum,
     receive_chunk,
     scatter_chunk,
     send_chunk,
+    stage_chunk,
 )
 
 _T = TypeVar("_T")
@@ -130,6 +132,22 @@ class SendingThread(_DataThread):
 
         return ThreadWork(self._thread.submit(work), stop)
 
+    def stage(self, *, block_table: Sequence[int], first: int, tokens: int, guard: BlockGuard) -> Future[Received]:
+        def work() -> Received:
+            started = time.perf_counter()
+            checksums = stage_chunk(
+                self._staging, self._cache, block_table=block_table, first=first, tokens=tokens, guard=guard
+            )
+            return Received(checksums, time.perf_counter() - started)
+
+        return self._thread.submit(work)
+
+    def piece(self, offset: int, size: int) -> Future[bytes]:
+        return self._thread.submit(self._staging.piece, offset, size)
+
+    def forget(self) -> None:
+        self._staging.release()
+
 
 class ReceivingThread(_DataThread):
     """Implements ``ReceivingEnd``."""
@@ -137,6 +155,8 @@ class ReceivingThread(_DataThread):
     def __init__(self, name: str, cache: KvCache, geometry: KvGeometry, meeting: Meeting) -> None:
         super().__init__(name, cache, geometry, meeting)
         self._messages: list[Tensor] = []
+        self._seconds = 0.0
+        """What pieces took so far."""
 
     def receive(self, name: str, tokens: int) -> ThreadWork[Received]:
         stop = threading.Event()
@@ -152,6 +172,19 @@ class ReceivingThread(_DataThread):
             return Received(checksums, time.perf_counter() - started)
 
         return ThreadWork(self._thread.submit(work), stop)
+
+    def put(self, tokens: int, offset: int, content: bytes) -> Future[None]:
+        def work() -> None:
+            started = time.perf_counter()
+            if offset == 0:
+                self._messages, self._seconds = self._staging.take(tokens), 0.0
+            self._staging.put(offset, content)
+            self._seconds += time.perf_counter() - started
+
+        return self._thread.submit(work)
+
+    def filled(self) -> Future[Received]:
+        return self._thread.submit(lambda: Received([checksum(message) for message in self._messages], self._seconds))
 
     def scatter(self, block_table: Sequence[int], first: int, guard: BlockGuard) -> Future[float]:
         def work() -> float:

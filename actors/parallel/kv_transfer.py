@@ -6,6 +6,7 @@ A *chunk* is the tokens one step computed of a sequence. A *message* is one laye
 a chunk costs ``T * layers * 2 * H * d * itemsize`` bytes on the wire. Messages are gathered into (and scattered out
 of) a staging buffer, so that neither the checksum nor the wire ever sees live cache memory. Order is strict and there
 are no tags: one thread per end and pair; both ends complete the list of messages once the receiver accepted a chunk.
+Where the data path does not work, the bytes of the staging buffer travel otherwise, in *pieces*.
 
 A *generation* is one build of the data path of a pair. Any failure on the data path ends the generation for both
 ends; chunks without an acknowledgement go again through the next one.
@@ -43,7 +44,9 @@ class KvTransferConfig:
     resend_limit: int = 3
     """Times one chunk goes again because its bytes did not verify."""
     break_limit: int = 2
-    """Generations lost without an acknowledged chunk between them, after which the chunks' sequences fail."""
+    """Generations lost without an acknowledged chunk between them, after which chunks go over the control stream."""
+    streaming_s: float = 60.0
+    """For so long; then the data path is tried again, and given up at the first failure."""
     pair_limit: int = 16
     """Pairs a sender keeps open; the longest idle one closes first. Busy pairs are never closed for it."""
 
@@ -179,6 +182,15 @@ class Staging:
             for layer in range(geometry.num_layers)
         ]
 
+    def piece(self, offset: int, size: int) -> bytes:
+        """Bytes of what was taken."""
+        return self._buffer[offset : offset + size].cpu().numpy().tobytes()
+
+    @torch.inference_mode()
+    def put(self, offset: int, content: bytes) -> None:
+        """Fills in bytes of what was taken."""
+        self._buffer[offset : offset + len(content)] = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+
     def release(self) -> None:
         self.in_use = False
 
@@ -215,25 +227,48 @@ def send_chunk(
     the receiver has been promised the bytes and has been told not to use them.
     """
     checksums: list[int] = []
-
-    def gathered() -> Iterator[Tensor]:
-        for layer, kv_T2Hd in enumerate(staging.take(tokens)):
-
-            def copy(layer: int = layer, into: Tensor = kv_T2Hd) -> None:
-                into.copy_(cache.read_tokens(layer, block_table, first, tokens))
-                _finish_copies(into.device)
-
-            guard.use(copy)
-            checksums.append(checksum(kv_T2Hd))
-            yield as_bytes(kv_T2Hd)
-
     try:
-        transport.send(gathered())
+        transport.send(_gathered(staging, cache, block_table, first, tokens, guard, checksums))
     except BaseException:
         staging.discard()
         raise
     staging.release()
     return checksums
+
+
+@torch.inference_mode()
+def stage_chunk(
+    staging: Staging, cache: KvCache, *, block_table: Sequence[int], first: int, tokens: int, guard: BlockGuard
+) -> list[int]:
+    """Gathers a chunk into ``staging``, which stays taken. Returns the CRC-32 of each message. ``guard`` as above."""
+    checksums: list[int] = []
+    try:
+        for _message in _gathered(staging, cache, block_table, first, tokens, guard, checksums):
+            pass
+    except BaseException:
+        staging.discard()
+        raise
+    return checksums
+
+
+def _gathered(
+    staging: Staging,
+    cache: KvCache,
+    block_table: Sequence[int],
+    first: int,
+    tokens: int,
+    guard: BlockGuard,
+    checksums: list[int],
+) -> Iterator[Tensor]:
+    for layer, kv_T2Hd in enumerate(staging.take(tokens)):
+
+        def copy(layer: int = layer, into: Tensor = kv_T2Hd) -> None:
+            into.copy_(cache.read_tokens(layer, block_table, first, tokens))
+            _finish_copies(into.device)
+
+        guard.use(copy)
+        checksums.append(checksum(kv_T2Hd))
+        yield as_bytes(kv_T2Hd)
 
 
 @torch.inference_mode()

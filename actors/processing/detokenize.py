@@ -66,4 +66,8 @@ def _anchor(tokenizer: TextTokenizer) -> int:
         token_id = tokenizer.token_id(text)
         if token_id is not None and not tokenizer.is_hidden(token_id):
             return token_id
-    raise ValueError("the tokenizer has no single-letter token")
+    for token_id in range(tokenizer.vocab_size):
+        text = tokenizer.token_bytes(token_id).decode(errors="ignore")
+        if text.strip() == text and text.isprintable() and text and not tokenizer.is_hidden(token_id):
+            return token_id
+    raise ValueError("the tokenizer has no token that is text by itself")

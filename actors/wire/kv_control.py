@@ -6,6 +6,7 @@ sequence goes
 
     Reserve -> Reserved | Refused
     for each chunk: Offer -> Accept(generation) | Decline;  bytes;  Sent(checksums) | SendFailed -> Ack | Nack
+    where bytes cannot go beside: Piece -> Taken -> Piece -> Taken ...
     TransferCancel at any time, either way
 
 Two ranks that have met are a *lane* of the pair, with a data path and generations of its own; lanes know nothing of
@@ -91,6 +92,8 @@ class TransferCounters:
     sent_bytes: int = 0
     resent_bytes: int = 0
     received_bytes: int = 0
+    streamed_bytes: int = 0
+    """Of those sent or received, those that went over the control stream: the data path did not work."""
     chunks: int = 0
     """Acknowledged, whichever way they went."""
     generations: int = 0
@@ -160,6 +163,11 @@ class TaskSet:
     def cancel(self) -> None:
         for task in self._tasks:
             task.cancel()
+
+    async def all_ended(self) -> None:
+        """After ``cancel``."""
+        if self._tasks:
+            await asyncio.wait(self._tasks)
 
 
 async def read_message(

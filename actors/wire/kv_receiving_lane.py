@@ -8,12 +8,13 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from actors.errors import ServingError
+from actors.errors import ServingError, Unavailable
 from actors.parallel.kv_ends import Received, Work
 from actors.parallel.kv_transfer import BlockGuard, TransportError, pair_name
 from actors.types import SequenceKey
 from actors.wire import convert
-from actors.wire.kv_control import BROKEN, CHECKSUM, PairParts
+from actors.wire.kv_control import BROKEN, CHECKSUM, PROTOCOL, PairParts
+from actors.wire.tensors import CHUNK_BYTES
 from ernie_serving.internal.v1 import kv_control_pb2 as pb
 
 log = logging.getLogger(__name__)
@@ -69,6 +70,8 @@ class _Exchange:
     generation: int
     sent: asyncio.Future[pb.Sent | None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
     work: Work[Received] | None = None
+    pieces: asyncio.Queue[pb.Piece | None] = field(default_factory=asyncio.Queue)
+    """Of a streamed chunk; None when no more come."""
 
     def stop(self) -> None:
         if self.work is not None:
@@ -112,16 +115,21 @@ class ReceivingLane:
     def offer(self, offer: pb.Offer) -> None:
         self._offers.put_nowait(offer)
 
-    def hear(self, message: pb.Sent | pb.SendFailed, sent: pb.Sent | None) -> None:
+    def hear(self, message: pb.Sent | pb.SendFailed | pb.Piece) -> None:
         """What the sender says of a chunk, if its exchange is under way here."""
         exchange = self._exchange
         named = (convert.key_from_proto(message.key), message.chunk, message.generation)
         if exchange is None or named != (exchange.key, exchange.chunk, exchange.generation):
             return
+        if isinstance(message, pb.Piece):
+            exchange.pieces.put_nowait(message)
+            return
+        sent = message if isinstance(message, pb.Sent) else None
         if not exchange.sent.done():
             exchange.sent.set_result(sent)
         if sent is None:
             exchange.stop()
+            exchange.pieces.put_nowait(None)
 
     def stop(self) -> None:
         """Nothing more will come."""
@@ -136,8 +144,10 @@ class ReceivingLane:
             if entry is None:
                 self._say(pb.TransferResponse(decline=pb.Decline(key=offer.key, chunk=offer.chunk)))
                 continue
-            await self._take(entry, offer)
-            self._exchange = None
+            try:
+                await self._take(entry, offer)
+            finally:
+                self._exchange = None
 
     def close(self) -> Awaitable[None]:
         """Done when the end is; ``run`` must have ended."""
@@ -145,35 +155,23 @@ class ReceivingLane:
 
     async def _take(self, entry: Incoming, offer: pb.Offer) -> None:
         """Sees one accepted chunk through; whatever becomes of the sequence, the bytes are received."""
-        if self._generation == 0:
-            self._generation = self._next_generation()
-            self._parts.counters.generations += 1
-        exchange = _Exchange(entry.key, offer.chunk, self._generation)
-        self._exchange = exchange
-        accept = pb.Accept(key=offer.key, chunk=offer.chunk, generation=exchange.generation)
-        self._say(pb.TransferResponse(accept=accept))
-        name = pair_name(self._peer, self._parts.incarnation, exchange.generation)
-        exchange.work = self._end.receive(name, offer.token_count)
-        try:
-            received = await asyncio.wrap_future(exchange.work.future)
-        except TransportError as error:
-            self._generation = 0
-            if not (exchange.sent.done() and exchange.sent.result() is None):
-                log.warning("generation %d from engine %s failed: %s", exchange.generation, self._peer, error)
-                self._nack(offer, exchange.generation, BROKEN)
+        received = await (self._collect(entry, offer) if offer.streamed else self._receive(entry, offer))
+        if received is None or self._exchange is None:
             return
-        sent = await exchange.sent
+        sent = await self._exchange.sent
         if sent is None:
             self._generation = 0
             await asyncio.wrap_future(self._end.leave())
             return
-        self._parts.counters.received_bytes += self._parts.geometry.chunk_bytes(offer.token_count)
+        counters, size = self._parts.counters, self._parts.geometry.chunk_bytes(offer.token_count)
+        counters.received_bytes += size
+        counters.streamed_bytes += size if offer.streamed else 0
         if not self._still_wanted(entry):
             self._end.forget()
             return
         if list(sent.checksums) != received.checksums:
             self._end.forget()
-            self._nack(offer, exchange.generation, CHECKSUM)
+            self._nack(offer, self._exchange.generation, CHECKSUM)
             return
         scatter_s = await asyncio.wrap_future(
             self._end.scatter(entry.own_blocks or [], offer.first_token - entry.held_tokens, entry.guard)
@@ -181,6 +179,45 @@ class ReceivingLane:
         if self._still_wanted(entry):
             entry.busy_s += received.seconds + scatter_s
             self._place(entry, offer, sent)
+
+    def _accept(self, entry: Incoming, offer: pb.Offer, generation: int) -> _Exchange:
+        self._exchange = _Exchange(entry.key, offer.chunk, generation)
+        accept = pb.Accept(key=offer.key, chunk=offer.chunk, generation=generation)
+        self._say(pb.TransferResponse(accept=accept))
+        return self._exchange
+
+    async def _receive(self, entry: Incoming, offer: pb.Offer) -> Received | None:
+        """By the data path. None if that broke."""
+        if self._generation == 0:
+            self._generation = self._next_generation()
+            self._parts.counters.generations += 1
+        exchange = self._accept(entry, offer, self._generation)
+        name = pair_name(self._peer, self._parts.incarnation, exchange.generation)
+        exchange.work = self._end.receive(name, offer.token_count)
+        try:
+            return await asyncio.wrap_future(exchange.work.future)
+        except TransportError as error:
+            self._generation = 0
+            if not (exchange.sent.done() and exchange.sent.result() is None):
+                log.warning("generation %d from engine %s failed: %s", exchange.generation, self._peer, error)
+                self._nack(offer, exchange.generation, BROKEN)
+            return None
+
+    async def _collect(self, entry: Incoming, offer: pb.Offer) -> Received | None:
+        """Over the control stream, piece by piece. None if the sender gave the sequence up meanwhile."""
+        exchange = self._accept(entry, offer, self._next_generation())
+        size, offset = self._parts.geometry.chunk_bytes(offer.token_count), 0
+        while offset < size:
+            piece = await exchange.pieces.get()
+            if piece is None:
+                self._end.forget()
+                return None
+            if piece.offset != offset or not 0 < len(piece.content) <= min(CHUNK_BYTES, size - offset):
+                raise Unavailable(f"bytes {piece.offset} + {len(piece.content)} of {size} at {offset}", reason=PROTOCOL)
+            await asyncio.wrap_future(self._end.put(offer.token_count, offset, piece.content))
+            offset += len(piece.content)
+            self._say(pb.TransferResponse(taken=pb.Taken(key=offer.key, chunk=offer.chunk)))
+        return await asyncio.wrap_future(self._end.filled())
 
     def _nack(self, offer: pb.Offer, generation: int, reason: str) -> None:
         nack = pb.Nack(key=offer.key, chunk=offer.chunk, generation=generation, reason=reason)

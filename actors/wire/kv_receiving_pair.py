@@ -99,6 +99,7 @@ class ReceivingPair:
 
     async def release(self) -> None:
         """Returns when the lanes have ended; the stream must have."""
+        await self._tasks.all_ended()
         await asyncio.gather(*(lane.close() for lane in self._lanes.values()))
 
     def give_up(self, entry: Incoming, error: ServingError | None, *, tell_peer: str | None) -> None:
@@ -130,17 +131,19 @@ class ReceivingPair:
             case "offer":
                 self._offered(request.offer)
             case "sent":
-                self._answer(request.sent, request.sent)
+                self._hear(request.sent)
             case "send_failed":
-                self._answer(request.send_failed, None)
+                self._hear(request.send_failed)
+            case "piece":
+                self._hear(request.piece)
             case "cancel":
                 entry = self._own(convert.key_from_proto(request.cancel.key))
                 if entry is not None:
                     self.give_up(entry, given_up(request.cancel.reason), tell_peer=None)
 
-    def _answer(self, message: pb.Sent | pb.SendFailed, sent: pb.Sent | None) -> None:
+    def _hear(self, message: pb.Sent | pb.SendFailed | pb.Piece) -> None:
         for lane in self._lanes.values():
-            lane.hear(message, sent)
+            lane.hear(message)
 
     def _own(self, key: SequenceKey) -> Incoming | None:
         entry = self._parts.entries.get(key)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
@@ -13,6 +14,7 @@ from actors.parallel.kv_transfer import BlockGuard, TransportError, pair_name
 from actors.types import SequenceKey
 from actors.wire import convert
 from actors.wire.kv_control import PairParts
+from actors.wire.tensors import CHUNK_BYTES
 from ernie_serving.internal.v1 import kv_control_pb2 as pb
 
 log = logging.getLogger(__name__)
@@ -42,6 +44,8 @@ class Chunk:
     sends: int = 0
     rejections: int = 0
     broken: bool = False
+    streamed: bool = False
+    """The exchange under way, or the last one, goes over the control stream."""
     work: Work[Received] | None = None
 
     def stop(self) -> None:
@@ -62,21 +66,19 @@ class SendingLane:
         say: Callable[[pb.TransferRequest], None],
         wanted: Callable[[Outgoing], bool],
         declined: Callable[[Outgoing], None],
-        given_up: Callable[[SendingLane], None],
     ) -> None:
-        """``rank``: this engine's. ``wanted``: whether a sequence is still sent. ``given_up``: the data path broke too
-        often.
-        """
+        """``rank``: this engine's. ``wanted``: whether a sequence is still sent."""
         self._parts = parts
         self._peer = peer
         self._say = say
         self._wanted = wanted
         self._declined = declined
-        self._given_up = given_up
         self._ready: asyncio.Queue[Chunk] = asyncio.Queue()
         self._current: Chunk | None = None
         self._answer: asyncio.Future[pb.TransferResponse] | None = None
+        self._taken: asyncio.Future[None] | None = None
         self._breaks = 0
+        self._streams_until = 0.0
         self._generation = 0
         self._end = parts.ranks[rank].sending_end(peer)
 
@@ -93,17 +95,22 @@ class SendingLane:
 
     def takes_answer(self, key: SequenceKey, index: int, response: pb.TransferResponse) -> bool:
         """An Accept or Decline; False if it answers no offer of this lane."""
-        current = self._current
-        if current is None or self._answer is None or self._answer.done():
-            return False
-        if (current.computed.key, current.computed.index) != (key, index):
+        if self._answer is None or self._answer.done() or not self._is_current(key, index):
             return False
         self._answer.set_result(response)
         return True
 
-    def acked(self) -> None:
-        """The data path works."""
-        self._breaks = 0
+    def takes_taken(self, key: SequenceKey, index: int) -> bool:
+        """A Taken; False if it is of no chunk of this lane."""
+        if self._taken is None or self._taken.done() or not self._is_current(key, index):
+            return False
+        self._taken.set_result(None)
+        return True
+
+    def acked(self, chunk: Chunk) -> None:
+        """It has arrived."""
+        if not chunk.streamed:
+            self._breaks = 0
 
     def again(self, chunk: Chunk) -> None:
         """The receiver did not get what was sent."""
@@ -136,17 +143,39 @@ class SendingLane:
         """Done when the end is; ``run`` must have ended."""
         return asyncio.wrap_future(self._end.close())
 
+    def _is_current(self, key: SequenceKey, index: int) -> bool:
+        current = self._current
+        return current is not None and (current.computed.key, current.computed.index) == (key, index)
+
     async def _exchange(self, chunk: Chunk) -> None:
-        computed, entry = chunk.computed, chunk.entry
-        key = convert.key_to_proto(computed.key)
+        chunk.streamed = time.monotonic() < self._streams_until
         self._answer = asyncio.get_running_loop().create_future()
-        self._say(pb.TransferRequest(offer=self._offer(computed)))
+        self._say(pb.TransferRequest(offer=self._offer(chunk)))
         answer = await self._answer
         self._answer = None
         if answer.WhichOneof("message") == "decline":
-            self._declined(entry)
+            self._declined(chunk.entry)
             return
         chunk.generation, chunk.broken = answer.accept.generation, False
+        sent = await (self._stream(chunk) if chunk.streamed else self._send(chunk))
+        if sent is None:
+            return
+        self._count(chunk, sent.seconds)
+        computed = chunk.computed
+        done = pb.Sent(
+            key=convert.key_to_proto(computed.key),
+            chunk=computed.index,
+            generation=chunk.generation,
+            checksums=sent.checksums,
+            last=computed.last,
+            first_output_id=computed.first_output_id or 0,
+            finished=computed.finished,
+        )
+        self._say(pb.TransferRequest(sent=done))
+
+    async def _send(self, chunk: Chunk) -> Received | None:
+        """By the data path. None if that broke."""
+        computed, entry = chunk.computed, chunk.entry
         if chunk.generation != self._generation:
             self._generation = chunk.generation
             self._parts.counters.generations += 1
@@ -162,26 +191,50 @@ class SendingLane:
             sent = await asyncio.wrap_future(chunk.work.future)
         except TransportError as error:
             log.warning("generation %d to engine %s failed: %s", chunk.generation, self._peer, error)
-            failed = pb.SendFailed(key=key, chunk=computed.index, generation=chunk.generation)
-            self._say(pb.TransferRequest(send_failed=failed))
+            self._say_failed(chunk)
             self._broke(chunk)
-            return
+            return None
         if chunk.broken:
             self._broke(chunk)
-            return
-        self._count(chunk, sent.seconds)
-        done = pb.Sent(
-            key=key,
-            chunk=computed.index,
-            generation=chunk.generation,
-            checksums=sent.checksums,
-            last=computed.last,
-            first_output_id=computed.first_output_id or 0,
-            finished=computed.finished,
-        )
-        self._say(pb.TransferRequest(sent=done))
+            return None
+        return sent
 
-    def _offer(self, computed: ComputedChunk) -> pb.Offer:
+    async def _stream(self, chunk: Chunk) -> Received | None:
+        """Over the control stream, piece by piece. None if the sequence was given up meanwhile."""
+        computed, entry = chunk.computed, chunk.entry
+        try:
+            staged = await asyncio.wrap_future(
+                self._end.stage(
+                    block_table=computed.block_table,
+                    first=computed.first_token,
+                    tokens=computed.token_count,
+                    guard=entry.guard,
+                )
+            )
+            size = self._parts.geometry.chunk_bytes(computed.token_count)
+            for offset in range(0, size, CHUNK_BYTES):
+                if not self._wanted(entry):
+                    self._say_failed(chunk)
+                    return None
+                content = await asyncio.wrap_future(self._end.piece(offset, min(CHUNK_BYTES, size - offset)))
+                self._taken = asyncio.get_running_loop().create_future()
+                self._say(pb.TransferRequest(piece=self._piece(chunk, offset, content)))
+                await self._taken
+            return staged
+        finally:
+            self._end.forget()
+
+    def _say_failed(self, chunk: Chunk) -> None:
+        key, index = convert.key_to_proto(chunk.computed.key), chunk.computed.index
+        failed = pb.SendFailed(key=key, chunk=index, generation=chunk.generation)
+        self._say(pb.TransferRequest(send_failed=failed))
+
+    def _piece(self, chunk: Chunk, offset: int, content: bytes) -> pb.Piece:
+        key, index = convert.key_to_proto(chunk.computed.key), chunk.computed.index
+        return pb.Piece(key=key, chunk=index, generation=chunk.generation, offset=offset, content=content)
+
+    def _offer(self, chunk: Chunk) -> pb.Offer:
+        computed = chunk.computed
         size = self._parts.geometry.message_bytes(computed.token_count)
         return pb.Offer(
             key=convert.key_to_proto(computed.key),
@@ -190,6 +243,7 @@ class SendingLane:
             token_count=computed.token_count,
             messages=[pb.LayerMessage(layer=n, byte_count=size) for n in range(self._parts.geometry.num_layers)],
             rank=computed.rank,
+            streamed=chunk.streamed,
         )
 
     def _count(self, chunk: Chunk, busy_s: float) -> None:
@@ -197,14 +251,24 @@ class SendingLane:
         size = self._parts.geometry.chunk_bytes(chunk.computed.token_count)
         chunk.entry.busy_s += busy_s
         counters.sent_bytes += size
+        counters.streamed_bytes += size if chunk.streamed else 0
         counters.resent_bytes += size if chunk.sends else 0
         chunk.sends += 1
 
     def _broke(self, chunk: Chunk) -> None:
         """A generation ended under ``chunk``; the receiver will name another one when it accepts the next offer."""
         self._breaks += 1
-        if self._breaks >= self._parts.config.break_limit:
-            self._breaks = 0
-            self._given_up(self)
-        elif self._wanted(chunk.entry):
+        config = self._parts.config
+        if self._breaks >= config.break_limit:
+            self._breaks = config.break_limit - 1
+            self._streams_until = time.monotonic() + config.streaming_s
+            log.error(
+                "the data path from rank %d to rank %d of engine %s does not work: KV goes over the control stream, "
+                "which is slower; the path is tried again in %g s",
+                chunk.computed.rank,
+                chunk.entry.rank,
+                self._peer,
+                config.streaming_s,
+            )
+        if self._wanted(chunk.entry):
             self.again(chunk)

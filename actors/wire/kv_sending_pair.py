@@ -198,6 +198,10 @@ class SendingPair:
                 self._answered(response.accept, response)
             case "decline":
                 self._answered(response.decline, response)
+            case "taken":
+                key = convert.key_from_proto(response.taken.key)
+                if not any(lane.takes_taken(key, response.taken.chunk) for lane in self._lanes.values()):
+                    raise Unavailable("a piece was taken that was not sent", reason=PROTOCOL)
             case "ack":
                 self._acked(response.ack)
             case "nack":
@@ -222,7 +226,7 @@ class SendingPair:
             return
         chunk = entry.unacked.pop(ack.chunk, None)
         if chunk is not None:
-            self._lane_of(chunk).acked()
+            self._lane_of(chunk).acked(chunk)
         if entry.last_pushed and not entry.unacked:
             del self._entries[entry.key]
             self.used_at = time.monotonic()
@@ -259,7 +263,6 @@ class SendingPair:
                 say=self._outbox.put,
                 wanted=lambda entry: self._entries.get(entry.key) is entry,
                 declined=self._declined,
-                given_up=self._broken,
             )
             self._lanes[rank, peer_rank] = lane
             self._tasks.start(lane.run())
@@ -271,12 +274,6 @@ class SendingPair:
     def _declined(self, entry: Outgoing) -> None:
         if self._entries.get(entry.key) is entry:
             self._fail(entry, given_up(CANCELLED), tell_peer=False)
-
-    def _broken(self, lane: SendingLane) -> None:
-        error = Unavailable(f"the data path to engine {self.incarnation} broke again", reason=TRANSFER_FAILED)
-        for entry in list(self._entries.values()):
-            if any(self._lane_of(chunk) is lane for chunk in entry.unacked.values()):
-                self._fail(entry, error, tell_peer=True)
 
     def _drop(self, entry: Outgoing, reason: str | None) -> None:
         del self._entries[entry.key]
@@ -294,6 +291,7 @@ class SendingPair:
 
     async def _release(self) -> None:
         await asyncio.wait([self._task])
+        await self._tasks.all_ended()
         await asyncio.gather(*(lane.close() for lane in self._lanes.values()))
 
 

@@ -187,7 +187,7 @@ class PromptKeeper:
         if not reply.media:
             return ()
         self._progress.enter(choice, Stage.ENCODE)
-        encoder = await self._find_encoder()
+        encoder = await self._find_encoder(reply.media[0].content_keys[0])
         lease = self._new_lease()
         self._leases.embeddings.add((encoder.address, lease))
         spans, busy_s = await self._services.encode.run(
@@ -197,11 +197,15 @@ class PromptKeeper:
         self._release(self._leases.patches)
         return spans
 
-    async def _find_encoder(self) -> EncoderInfo:
-        """Waits for one while those there were are replaced. Raises Unavailable if there never was one."""
+    async def _find_encoder(self, content_key: bytes) -> EncoderInfo:
+        """For a request whose first unit has that key: all turns of a conversation go to one encoder.
+
+        Waits for one while those there were are replaced. Raises Unavailable if there never was one.
+        """
         fleet, leases = self._services.fleet, self._services.leases
         while True:
-            encoder = pick_encoder([entry for entry in fleet.encoders if not leases.doubts(entry.info.address)])
+            trusted = [entry for entry in fleet.encoders if not leases.doubts(entry.info.address)]
+            encoder = pick_encoder(trusted, content_key)
             if encoder is not None:
                 return encoder
             if not fleet.had_encoder:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import base64
 import os
 import secrets
+import sys
 from collections import Counter
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -21,6 +23,8 @@ from tests.nano_model import nano_checkpoint
 os.environ["RAY_AUTH_MODE"] = "token"
 os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
+INSTRUCTOR = Path(sys.prefix) / "instructor"
+"""Where ``make test-clients`` installs it, with its own versions of what it needs."""
 CLIENTS = {
     "test_openai_sdk": "openai",
     "test_openai_responses": "openai (responses)",
@@ -97,10 +101,9 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 
 
 def _titled(name: str) -> str:
-    try:
-        return f"{name} {version(name.partition(' ')[0])}"
-    except PackageNotFoundError:
-        return name
+    wanted = name.partition(" ")[0]
+    found = distributions(name=wanted, path=[str(INSTRUCTOR), *sys.path] if wanted == "instructor" else sys.path)
+    return " ".join([name, *(one.version for one in list(found)[:1])])
 
 
 @pytest.hookimpl(trylast=True)

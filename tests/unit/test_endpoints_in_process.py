@@ -13,6 +13,7 @@ import openai
 import pydantic
 import pytest
 
+from actors.processing.tokenizer import TextTokenizer
 from actors.types import EngineRole
 from ernie_serving.v1 import inference_pb2, inference_pb2_grpc
 from tests.doubles import grpc_serving
@@ -106,6 +107,18 @@ async def test_echo_scores_and_streams_through_openais_client() -> None:
         assert only.choices[0].logprobs is not None and first is not None and first.token_logprobs
         scored = only.choices[0].logprobs.token_logprobs or []
         assert scored[1:] == pytest.approx(first.token_logprobs[1 : len(scored)])
+
+
+async def test_a_prompt_may_hold_any_token_but_placeholders() -> None:
+    tokenizer = TextTokenizer.from_dir(tiny_checkpoint())
+    async with faces() as on:
+        placeholders = on.cluster.preprocessor._processor.tokens.placeholders
+        ids = [token for token in range(tokenizer.vocab_size) if token not in placeholders]
+        reply = await on.post("/v1/completions", prompt=ids, max_tokens=2, echo=True, prompt_logprobs=0)
+        (choice,) = reply["choices"]
+        assert reply["usage"]["prompt_tokens"] == len(ids) and choice["text"].startswith("<unk><s></s>")
+        again = await on.post("/v1/completions", prompt=["<|IMAGE_START|>x<|IMAGE_END|>"], max_tokens=1, **TOKENS)
+        assert len(again["choices"][0]["prompt_token_ids"]) == 3
 
 
 async def test_what_is_wrong_with_a_prompt_is_named() -> None:

@@ -139,7 +139,7 @@ def test_groups_that_share_experts_prefill_and_decode_what_one_rank_computes() -
         with EnginePair(*sides) as pair:
             assert pair.run(*((one, None) for one in wanted)) == outputs
             assert {there for there, _ in pair.lanes} == {here for _, here in pair.lanes} == {0, 1}
-            pair.assert_clean()
+            pair.wait_clean()
 
 
 def joined(rank: Rank, runner: GroupRunner) -> Callable[[Runner], GroupRunner]:

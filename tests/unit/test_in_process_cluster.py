@@ -82,6 +82,29 @@ async def test_float64_tokens_do_not_depend_on_route_batch_or_chunks(
     assert found == expected
 
 
+@pytest.mark.parametrize("ranks", [(1, 2), (2, 1)])
+async def test_float64_tokens_do_not_depend_on_how_many_ranks_an_engine_has(
+    ranks: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prefill and decode engine. Also who leaves in the midst of it leaves nothing on any rank."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # Of the other rank's process.
+    expected = await alone()
+    rng = random.Random(0)
+    async with in_process_cluster(
+        tiny_checkpoint(), *SPLIT, ranks=ranks, max_num_seqs=8, max_batched_tokens=19
+    ) as cluster:
+        leaving = [asyncio.create_task(tokens(cluster, call)) for call in calls()]
+        staying = [asyncio.create_task(tokens(cluster, call)) for call in calls()]
+        for task in leaving:
+            await asyncio.sleep(rng.random() * 0.05)
+            task.cancel()
+        await asyncio.wait(leaving)
+        assert await asyncio.gather(*staying) == expected
+        await cluster.wait_clean()
+        held = [(await engine.audit()).held for engine in cluster.engines]
+        assert ["rank_sequences" in one for one in held] == [size > 1 for size in ranks]
+
+
 async def test_more_requests_than_blocks_all_finish() -> None:
     """Decode has room for a few at a time; the others wait and none is lost."""
     call = GenerateCall(

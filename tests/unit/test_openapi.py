@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 import threading
 from collections.abc import Iterator
@@ -23,9 +24,10 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
+from actors.errors import Unavailable
 from actors.types import EngineRole
 from cluster.http_api import build_api
-from tests.doubles import SCORED, ScriptedService
+from tests.doubles import SCORED, SCRIPT, ScriptedService
 from tests.in_process import in_process_cluster
 from tests.tiny_model import tiny_checkpoint
 from tests.unit.cluster.test_completions import SCORED as COMPLETIONS_SCORED
@@ -34,7 +36,7 @@ from tests.unit.cluster.test_responses import CALLS
 
 CONTEXT = 64
 """Short, as what schemathesis asks for mostly has no bound of its own."""
-EXAMPLES = 25
+EXAMPLES = 15
 """Per operation, valid and invalid ones each."""
 RETRIES = 8
 """How often a refused request is asked again without the field it was refused for."""
@@ -56,6 +58,7 @@ async def test_every_route_is_described_and_nothing_is_fetched_from_elsewhere() 
     routes = {
         (route.path.replace(":path}", "}"), method)  # type: ignore[attr-defined]
         for route in app.routes
+        if route.include_in_schema  # type: ignore[attr-defined]
         for method in route.methods - {"HEAD"}  # type: ignore[attr-defined]
     }
     assert described == routes
@@ -124,6 +127,39 @@ async def test_replies_are_as_described(
         jsonschema.Draft202012Validator(schema | {"components": document["components"]}).validate(body)
 
 
+STREAMS: list[tuple[tuple[Any, ...], str, dict[str, Any]]] = [
+    (SCORED, "/v1/chat/completions", {"n": 2, "logprobs": True, "prompt_logprobs": 1, "return_token_ids": True}),
+    (CALLS, "/v1/chat/completions", {"stream_options": {"include_usage": True}, "return_timings": True}),
+    ((*CALLS[:3], Unavailable("lost")), "/v1/chat/completions", {}),
+    (COMPLETIONS_SCORED, "/v1/completions", {"n": 2, "logprobs": 1, "echo": True, "return_token_ids": True}),
+    (SCRIPT, "/v1/completions", {"stream_options": {"include_usage": True}, "return_timings": True}),
+    ((*SCRIPT[:3], Unavailable("lost")), "/v1/completions", {}),
+    (CALLS, "/v1/responses", {}),
+    ((*CALLS[:3], Unavailable("lost")), "/v1/responses", {}),
+]
+"""Scripts of the service, and what is asked for."""
+PROMPTS = {
+    "/v1/chat/completions": {"messages": ASK},
+    "/v1/completions": {"prompt": "hi"},
+    "/v1/responses": {"input": "hi"},
+}
+
+
+@pytest.mark.parametrize(("script", "path", "fields"), STREAMS, ids=lambda value: str(value)[:40])
+async def test_stream_events_are_as_described(script: tuple[Any, ...], path: str, fields: dict[str, Any]) -> None:
+    async with plain(ScriptedService(script=script)) as client:
+        document = (await client.get("/openapi.json")).json()
+        text = (await client.post(path, json=PROMPTS[path] | fields | {"stream": True})).text
+    content = document["paths"][path]["post"]["responses"]["200"]["content"]["text/event-stream"]
+    data = content["itemSchema"]["properties"]["data"]["anyOf"][1]["contentSchema"]
+    schema = jsonschema.Draft202012Validator(data | {"components": document["components"]})
+    events = [line.removeprefix("data: ") for line in text.splitlines() if line.startswith("data: ")]
+    assert len(events) > 2
+    for event in events:
+        if event != "[DONE]":
+            schema.validate(json.loads(event))
+
+
 @contextmanager
 def served() -> Iterator[str]:
     """The address of the API over a real router and engine, which live on a loop of a thread of their own."""
@@ -172,6 +208,7 @@ def without_blamed(body: Any, reply: Any) -> bool:
     return True
 
 
+@pytest.mark.timeout(900)
 def test_schemathesis_finds_nothing() -> None:
     answered: Answered = {}
     with served() as url:
@@ -199,9 +236,9 @@ def fuzz(operation: Any, mode: GenerationMode, checks: list[Any], answered: Answ
     @hypothesis.given(case=operation.as_strategy(generation_mode=mode))
     def ask(case: Any) -> None:
         if isinstance(case.body, dict) and isinstance(case.body.get("timeout"), int | float):
-            case.body["timeout"] = 60  # a shorter one may well pass, which is no defect
+            case.body["timeout"] = 600  # a shorter one may well pass, which is no defect
         for _ in range(RETRIES):
-            response = case.call_and_validate(checks=checks, timeout=60)
+            response = case.call_and_validate(checks=checks, timeout=600)
             told = operation.path, response.status_code
             answered[told] = answered.get(told, 0) + 1
             if mode is GenerationMode.NEGATIVE or not without_blamed(case.body, response):

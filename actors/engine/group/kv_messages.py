@@ -9,7 +9,7 @@ from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
-class OpenEnd:
+class MakeEnd:
     """A thread and a staging buffer for one end of a pair. No answer."""
 
     end: int
@@ -38,6 +38,48 @@ class SendChunk:
     tokens: int
     guard: int | None
     """Number of the guard of the blocks; None if it is shut: what is sent was promised, and nobody will use it."""
+
+
+@dataclass(frozen=True, slots=True)
+class StageChunk:
+    """See ``SendingEnd.stage``."""
+
+    number: int
+    end: int
+    block_table: tuple[int, ...]
+    first: int
+    tokens: int
+    guard: int | None
+    """As above."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReadPiece:
+    """See ``SendingEnd.piece``."""
+
+    number: int
+    end: int
+    offset: int
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class PutPiece:
+    """See ``ReceivingEnd.put``."""
+
+    number: int
+    end: int
+    tokens: int
+    offset: int
+    content: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class AskFilled:
+    """See ``ReceivingEnd.filled``."""
+
+    number: int
+    end: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,9 +130,9 @@ class ShutGuard:
     guard: int
 
 
-KvOrder = (
-    OpenEnd | CloseEnd | SendChunk | ReceiveChunk | ScatterChunk | ForgetChunk | LeaveGeneration | StopWork | ShutGuard
-)
+SendOrder = SendChunk | StageChunk | ReadPiece
+ReceiveOrder = ReceiveChunk | PutPiece | AskFilled | ScatterChunk | LeaveGeneration
+KvOrder = MakeEnd | CloseEnd | SendOrder | ReceiveOrder | ForgetChunk | StopWork | ShutGuard
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,16 +11,20 @@ from typing import Any
 
 from actors.engine.group.channel import ChannelBroken
 from actors.engine.group.kv_messages import (
+    AskFilled,
     CloseEnd,
     ForgetChunk,
     KvAnswer,
     KvOrder,
     LeaveGeneration,
-    OpenEnd,
+    MakeEnd,
+    PutPiece,
+    ReadPiece,
     ReceiveChunk,
     ScatterChunk,
     SendChunk,
     ShutGuard,
+    StageChunk,
     StopWork,
 )
 from actors.parallel.kv_threads import LocalKvRank, ReceivingThread, SendingThread
@@ -53,7 +57,7 @@ class KvOrders:
 
     def take(self, order: KvOrder) -> None:
         match order:
-            case OpenEnd(end, sends, peer):
+            case MakeEnd(end, sends, peer):
                 self._ends[end] = self._rank.sending_end(peer) if sends else self._rank.receiving_end(peer)
             case CloseEnd(number, end):
                 self._follow(number, self._ends.pop(end).close())
@@ -67,13 +71,27 @@ class KvOrders:
                     guard=self._guard(order.guard),
                 )
                 self._follow(order.number, sent.future, sent.stop)
+            case StageChunk():
+                staged = self._sending(order.end).stage(
+                    block_table=order.block_table,
+                    first=order.first,
+                    tokens=order.tokens,
+                    guard=self._guard(order.guard),
+                )
+                self._follow(order.number, staged)
+            case ReadPiece(number, end, offset, size):
+                self._follow(number, self._sending(end).piece(offset, size))
+            case PutPiece(number, end, tokens, offset, content):
+                self._follow(number, self._receiving(end).put(tokens, offset, content))
+            case AskFilled(number, end):
+                self._follow(number, self._receiving(end).filled())
             case ReceiveChunk(number, end, name, tokens):
                 received = self._receiving(end).receive(name, tokens)
                 self._follow(number, received.future, received.stop)
             case ScatterChunk(number, end, block_table, first, guard):
                 self._follow(number, self._receiving(end).scatter(block_table, first, self._guard(guard)))
             case ForgetChunk(end):
-                self._receiving(end).forget()
+                self._ends[end].forget()
             case LeaveGeneration(number, end):
                 self._follow(number, self._receiving(end).leave())
             case StopWork(number):

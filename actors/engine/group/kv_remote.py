@@ -16,16 +16,20 @@ from functools import partial
 from typing import Any, Generic, TypeVar
 
 from actors.engine.group.kv_messages import (
+    AskFilled,
     CloseEnd,
     ForgetChunk,
     KvAnswer,
     KvOrder,
     LeaveGeneration,
-    OpenEnd,
+    MakeEnd,
+    PutPiece,
+    ReadPiece,
     ReceiveChunk,
     ScatterChunk,
     SendChunk,
     ShutGuard,
+    StageChunk,
     StopWork,
 )
 from actors.parallel.kv_ends import Received
@@ -87,7 +91,7 @@ class RemoteKvRank:
 
     def open(self, peer: str, *, sends: bool) -> int:
         end = next(self._numbers)
-        self.tell(OpenEnd(end, sends, peer))
+        self.tell(MakeEnd(end, sends, peer))
         return end
 
     def tell(self, order: KvOrder) -> None:
@@ -138,6 +142,10 @@ class _RemoteEnd:
     def staging_in_use(self) -> bool:
         return self._staged
 
+    def forget(self) -> None:
+        self._rank.tell(ForgetChunk(self._end))
+        self._free()
+
     def close(self) -> Future[None]:
         closed: Future[None] = Future()
         closed.set_running_or_notify_cancel()
@@ -148,6 +156,10 @@ class _RemoteEnd:
 
     def _free(self, _future: object = None) -> None:
         self._staged = False
+
+    def _free_if_failed(self, future: Future[Any]) -> None:
+        if future.exception() is not None:
+            self._free()
 
 
 class RemoteSendingEnd(_RemoteEnd):
@@ -169,6 +181,20 @@ class RemoteSendingEnd(_RemoteEnd):
         work.future.add_done_callback(self._free)
         return work
 
+    def stage(self, *, block_table: Sequence[int], first: int, tokens: int, guard: BlockGuard) -> Future[Received]:
+        def order(number: int, guard_number: int | None) -> StageChunk:
+            return StageChunk(number, self._end, tuple(block_table), first, tokens, guard_number)
+
+        self._staged = True
+        work = self._rank.order_under(guard, lambda number: order(number, guard.number))
+        if work is None:
+            work = self._rank.order(lambda number: order(number, None))
+        work.future.add_done_callback(self._free_if_failed)
+        return work.future
+
+    def piece(self, offset: int, size: int) -> Future[bytes]:
+        return self._rank.order(lambda number: ReadPiece(number, self._end, offset, size)).future
+
 
 class RemoteReceivingEnd(_RemoteEnd):
     """Implements ``ReceivingEnd``."""
@@ -177,14 +203,17 @@ class RemoteReceivingEnd(_RemoteEnd):
         super().__init__(rank, peer, sends=False)
 
     def receive(self, name: str, tokens: int) -> Ordered[Received]:
-        def received(future: Future[Received]) -> None:
-            if future.exception() is not None:
-                self._free()
-
         self._staged = True
         work: Ordered[Received] = self._rank.order(lambda number: ReceiveChunk(number, self._end, name, tokens))
-        work.future.add_done_callback(received)
+        work.future.add_done_callback(self._free_if_failed)
         return work
+
+    def put(self, tokens: int, offset: int, content: bytes) -> Future[None]:
+        self._staged = True
+        return self._rank.order(lambda number: PutPiece(number, self._end, tokens, offset, content)).future
+
+    def filled(self) -> Future[Received]:
+        return self._rank.order(lambda number: AskFilled(number, self._end)).future
 
     def scatter(self, block_table: Sequence[int], first: int, guard: BlockGuard) -> Future[float]:
         work: Ordered[float] | None = self._rank.order_under(
@@ -197,10 +226,6 @@ class RemoteReceivingEnd(_RemoteEnd):
             return nothing
         work.future.add_done_callback(self._free)
         return work.future
-
-    def forget(self) -> None:
-        self._rank.tell(ForgetChunk(self._end))
-        self._free()
 
     def leave(self) -> Future[None]:
         left: Future[None] = self._rank.order(lambda number: LeaveGeneration(number, self._end)).future

@@ -163,10 +163,10 @@ function cost({ usage, timings, finishReason }) {
       bar.append(piece);
       list.append(make("li", { class: stage }, `${stage} ${seconds(time)}`));
     }
-    list.append(make("li", { class: "total" }, `total ${seconds(total)}`));
-    box.append(bar, list);
+    box.append(bar, list, make("p", {}, make("b", {}, seconds(total)), ` \u00b7 ${told(usage, timings, finishReason)}`));
+  } else {
+    box.append(make("p", {}, told(usage, timings, finishReason)));
   }
-  box.append(make("p", {}, told(usage, timings, finishReason)));
   return box;
 }
 

@@ -51,3 +51,8 @@ def test_the_random_checkpoint_is_written_once(tmp_path: Path, monkeypatch: pyte
     written = (directory / "config.json").stat().st_mtime_ns
     assert random_directory() == directory
     assert (directory / "config.json").stat().st_mtime_ns == written
+
+
+def test_built_in_models_have_no_revisions() -> None:
+    with pytest.raises(ValueError, match=r"^revision: nano is built in"):
+        locate(ClusterConfig(revision="main"))

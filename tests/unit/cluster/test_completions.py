@@ -106,11 +106,15 @@ async def test_only_the_prompt_is_told_where_no_token_is_wanted() -> None:
 
 
 async def test_prompt_scores_in_vllms_form() -> None:
+    asked = {"prompt": "hi", "n": 2, "prompt_logprobs": 1}
     async with plain(ScriptedService(script=SCORED)) as client:
-        body = (await client.post(COMPLETIONS, json={"prompt": "hi", "n": 2, "prompt_logprobs": 1})).json()
+        body = (await client.post(COMPLETIONS, json=asked)).json()
     scores = body["choices"][0]["prompt_logprobs"]
     assert scores[0] is None and scores[1]["105"] == {"logprob": -0.5, "rank": 1, "decoded_token": "i"}
     assert body["choices"][0]["text"] == "ä!" and "token_ids" not in body["choices"][0]
+    async with plain(ScriptedService(script=SCORED)) as client:
+        echoed = (await client.post(COMPLETIONS, json=asked | {"echo": True})).json()["choices"][1]
+    assert (echoed["text"], echoed["prompt_logprobs"], echoed["logprobs"]) == ("hino", scores, None)
 
 
 @pytest.mark.parametrize("prompt", [["a", "b"], [[97], [98]]])

@@ -162,8 +162,12 @@ def test_gpus_that_are_not_there_are_named_by_field() -> None:
 
 def test_the_topology_is_told_in_rows() -> None:
     rows = {pool: (replicas, what) for pool, replicas, what in describe(resolve(made(), gpus=1))}
-    assert rows["engine"] == ("1 colocated", "75% of a GPU, bfloat16")
-    assert rows["vision_encoder"] == ("1", "25% of a GPU, bfloat16")
+    assert rows["engine"] == ("1 colocated", "75% of a GPU, bfloat16; 64 MB of embeddings ahead of use")
+    assert rows["vision_encoder"] == (
+        "1",
+        "25% of a GPU, bfloat16; 64 MB of patches ahead of use; 2.1 GB of embeddings, 1.1 GB of them kept for later",
+    )
+    assert rows["preprocessor"] == ("1", "2 at once; 2.1 GB of patches, made or in the making")
 
 
 def test_a_description_survives_pickling() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,10 +10,12 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from actors.config import PreprocessorConfig
 from cluster.app import _deployed
 from cluster.cli import _config, app
 from cluster.config import ClusterConfig
 from cluster.hub import download, local_directory, locate_checkpoint, repository_name
+from cluster.workers import _with_files
 from tests.hub_server import Hub, Repository, hub_server, use_hub
 from tests.tiny_model import tiny_checkpoint
 
@@ -118,6 +121,8 @@ def test_every_node_fetches_the_commit_that_was_checked(
     use_hub(hub.url, tmp_path / "other node", monkeypatch)
     assert local_directory(config.model).endswith("1" * 40)
     assert local_directory("/models/x") == "/models/x"
+    settings = asyncio.run(_with_files(PreprocessorConfig(model_dir=config.model)))
+    assert settings.model_dir == local_directory(config.model)
 
 
 def test_the_download_command(hub: Hub, tmp_path: Path) -> None:

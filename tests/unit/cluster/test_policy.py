@@ -3,7 +3,7 @@ from __future__ import annotations
 import dataclasses
 
 from actors.types import EncoderInfo, EngineInfo, EngineRole, LoadReport
-from cluster.policy import EngineView, admissible, blocks_needed, has_room_on, pick_encoder, pick_route
+from cluster.policy import QUEUE_STEP, EngineView, admissible, blocks_needed, has_room_on, pick_encoder, pick_route
 from cluster.registry import EncoderEntry
 
 
@@ -86,11 +86,27 @@ def test_a_route_has_room_where_all_of_its_engines_do() -> None:
     assert not has_room_on(engines[1:], split, 1)
 
 
-def test_the_encoder_with_the_shortest_queue_is_picked() -> None:
-    def entry(name: str, queued: int) -> EncoderEntry:
-        info = EncoderInfo(encoder_id=name, incarnation=name, address=name, fingerprint="f", dtype="float32")
-        return EncoderEntry(info=info, queued_patches=queued)
+def encoder(name: str, queued: int = 0) -> EncoderEntry:
+    info = EncoderInfo(encoder_id=name, incarnation=name, address=name, fingerprint="f", dtype="float32")
+    return EncoderEntry(info=info, queued_patches=queued)
 
+
+def home(key: int, encoders: list[EncoderEntry]) -> str:
+    picked = pick_encoder(encoders, bytes([key]) * 32)
+    assert picked is not None
+    return picked.encoder_id
+
+
+def test_the_encoder_with_the_shorter_queue_is_picked() -> None:
     assert pick_encoder([]) is None
-    picked = pick_encoder([entry("a", 50), entry("b", 5)])
-    assert picked is not None and picked.encoder_id == "b"
+    for key in range(20):
+        assert home(key, [encoder("a", QUEUE_STEP + 5), encoder("b", 5)]) == "b"
+
+
+def test_a_picture_goes_where_it_went_before_and_others_elsewhere() -> None:
+    three = [encoder("a", 5), encoder("b", QUEUE_STEP - 1), encoder("c")]
+    homes = [home(key, three) for key in range(200)]
+    assert homes == [home(key, three[::-1]) for key in range(200)]
+    assert min(homes.count(name) for name in "abc") > 30
+    left = [home(key, three[:2]) for key in range(200)]
+    assert all(now == before for now, before in zip(left, homes, strict=True) if before != "c"), "only c's move"

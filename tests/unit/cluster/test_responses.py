@@ -271,6 +271,7 @@ def test_turns_of_the_assistant_end_where_another_begins() -> None:
         ("messages[2].role", "input[1].role"),
         ("messages[2].reasoning_content", "input[1].content"),
         ("messages[2].content[0].text", "input[2].content[0].text"),
+        ("messages[2].content", "input[2].content"),
         ("messages[2].tool_calls[0].function.arguments", "input[3].arguments"),
         ("messages[3].content[0].image_url", "input[4].output[0].image_url"),
         ("messages[3].tool_call_id", "input[4].call_id"),

@@ -45,7 +45,7 @@ def test_media_ids_are_those_the_tokenizer_has_under_their_strings(original: Pat
 
 
 def test_a_prompt_with_media_reads_back(original: Path) -> None:
-    parts = (TextPart(text="Was ist </s> das? 42 猫"), image_part(100, 80), video_part(64, 64, 8, 4))
+    parts = (TextPart(text="Is that </s> one? 42 猫"), image_part(100, 80), video_part(64, 64, 8, 4))
     processor = Processor(original)
     reply = processor.process(
         PreprocessRequest(
@@ -60,7 +60,7 @@ def test_a_prompt_with_media_reads_back(original: Path) -> None:
     ids = [token for token in reply.prompt_ids if token != processor.tokens.image]
     named = b"".join(tokenizer.token_bytes(token) for token in ids).decode()
     assert named == (
-        "<|begin_of_sentence|>User: Was ist </s> das? 42 猫Picture 1:<|IMAGE_START|><|IMAGE_END|>"
+        "<|begin_of_sentence|>User: Is that </s> one? 42 猫Picture 1:<|IMAGE_START|><|IMAGE_END|>"
         "Video 1:<|VIDEO_START|><|VIDEO_END|>\nAssistant: <think>\n\n</think>\n\n"
     )
     assert tokenizer.token_id("</s>") not in ids

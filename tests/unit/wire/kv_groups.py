@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 import uuid
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
@@ -62,6 +63,21 @@ def changed(
     if wrap is not None:
         meeting = WrappedMeeting(meeting, lambda transport, _name: wrap(transport))
     return LocalKvRank(rank._cache if cache is None else cache(rank._cache), rank.geometry, meeting)
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    until = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < until, "it lasts too long"
+        time.sleep(0.02)
+
+
+def is_idle(check_integrity: Callable[[], None]) -> bool:
+    try:
+        check_integrity()
+    except RuntimeError:
+        return False
+    return True
 
 
 class Loop:
@@ -167,7 +183,7 @@ class PrefillEngineSide(_Engine):
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
             if kind is None and self.sink.fatal is None:
-                self.sender.check_integrity()
+                wait_until(lambda: is_idle(self.sender.check_integrity))
             self.rig.__exit__(kind)
         finally:
             self._loop.run(self.sender.close())
@@ -206,7 +222,7 @@ class DecodeEngineSide(_Engine):
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
             if kind is None and self.sink.fatal is None:
-                self.receiver.check_integrity()
+                wait_until(lambda: is_idle(self.receiver.check_integrity))
             self.rig.__exit__(kind)
         finally:
             self._loop.run(self._end())
@@ -254,11 +270,15 @@ class EnginePair:
         """Ranks there and here that have met."""
         return {lane for pair in self.prefill.sender._pairs.values() for lane in pair._lanes}
 
-    def assert_clean(self) -> None:
-        """Once all attempts have been released. The other ranks answer after what they were told before."""
+    def wait_clean(self) -> None:
+        """All attempts have been released: nothing is kept for them on any rank, but for a chunk that was promised."""
         for rig in (self.prefill.rig, self.decode.rig):
             rig.assert_empty()
-            assert not any(rig.group.held().values()), rig.group.held()
+            held = rig.group.held()
+            assert not any(count for name, count in held.items() if name != "kv_staging"), held
+            wait_until(lambda rig=rig: not any(rig.group.held().values()))
+        for check in (self.prefill.sender.check_integrity, self.decode.receiver.check_integrity):
+            wait_until(lambda check=check: is_idle(check))
 
 
 def prefill_group(size: int, config: GroupConfig = PATIENT, **loader: Any) -> RankGroup:

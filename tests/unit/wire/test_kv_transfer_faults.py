@@ -175,29 +175,6 @@ async def test_sender_that_fails_midway_offers_again() -> None:
         assert decode.receiver.counters.generations == prefill.sender.counters.generations == 2
 
 
-async def test_pair_that_keeps_breaking_fails_its_sequences() -> None:
-    broken = True
-
-    def cut(transport: Transport, name: str) -> Transport:
-        return FailingSend(transport) if broken else transport
-
-    async with decode_side() as decode, prefill_side(wrap=cut) as prefill:
-        await assert_fails(prefill, decode, "TRANSFER_FAILED")
-        assert not decode.cache.data.any()
-        assert prefill.sender.counters.generations == 2
-        broken = False
-        await assert_arrives(prefill, decode, number=2)
-
-
-async def test_receiver_without_a_data_path_fails_the_sequence() -> None:
-    def refuse(transport: Transport, _name: str) -> Transport:
-        transport.close()
-        raise TransportError("no data path here")
-
-    async with decode_side(wrap=refuse) as decode, prefill_side() as prefill:
-        await assert_fails(prefill, decode, "TRANSFER_FAILED")
-
-
 async def test_defect_in_the_cache_is_not_taken_for_the_network() -> None:
     def defect() -> None:
         raise RuntimeError("a defect")

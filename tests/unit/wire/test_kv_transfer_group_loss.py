@@ -30,7 +30,9 @@ from tests.unit.wire.kv_groups import (
     PrefillEngineSide,
     Side,
     decode_group,
+    is_idle,
     prefill_group,
+    wait_until,
 )
 
 SOON = GroupConfig(tick_s=0.2, silence_s=4.0)
@@ -99,24 +101,9 @@ def heard(hears: Connection[Any, Any]) -> Any:
     return hears.recv()
 
 
-def wait_until(condition: Callable[[], bool]) -> None:
-    until = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < until, "it lasts too long"
-        time.sleep(0.02)
-
-
 def end(rank: psutil.Process) -> None:
     with contextlib.suppress(psutil.NoSuchProcess):
         rank.kill()
-
-
-def idle(check_integrity: Callable[[], None]) -> bool:
-    try:
-        check_integrity()
-    except RuntimeError:
-        return False
-    return True
 
 
 @pytest.mark.parametrize(("sent", "config"), LOSSES)
@@ -143,7 +130,7 @@ def test_a_decode_rank_that_is_lost_ends_the_transfers_to_its_group(sent: signal
             assert prefill.sender.counters.failures > 0
             prefill.rig.assert_empty()
             end(rank)  # A frozen one holds the thread that sends to it until its time is up.
-            wait_until(lambda: idle(prefill.sender.check_integrity) and not any(prefill.rig.group.held().values()))
+            wait_until(lambda: is_idle(prefill.sender.check_integrity) and not any(prefill.rig.group.held().values()))
             assert prefill.sender.pair_count == 0
         wait_until(lambda: is_gone(rank))
     loop.close()
@@ -173,6 +160,6 @@ def test_a_prefill_rank_that_is_lost_ends_the_transfers_from_its_group(
             assert finished and all(decode.sink.ids(KEYS[number]) == want[number][1:] for number in finished)
             decode.rig.assert_empty()
             end(rank)
-            wait_until(lambda: idle(decode.receiver.check_integrity) and not any(decode.rig.group.held().values()))
+            wait_until(lambda: is_idle(decode.receiver.check_integrity) and not any(decode.rig.group.held().values()))
             wait_until(lambda: is_gone(rank))
     loop.close()

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from ernie_serving.internal.v1 import common_pb2 as ernie__serving_dot_internal_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n*ernie_serving/internal/v1/kv_control.proto\x12\x19\x65rnie_serving.internal.v1\x1a&ernie_serving/internal/v1/common.proto\"\xb0\x03\n\x0fTransferRequest\x12\x39\n\x05hello\x18\x01 \x01(\x0b\x32(.ernie_serving.internal.v1.TransferHelloH\x00\x12\x35\n\x07reserve\x18\x02 \x01(\x0b\x32\".ernie_serving.internal.v1.ReserveH\x00\x12\x31\n\x05offer\x18\x03 \x01(\x0b\x32 .ernie_serving.internal.v1.OfferH\x00\x12/\n\x04sent\x18\x04 \x01(\x0b\x32\x1f.ernie_serving.internal.v1.SentH\x00\x12;\n\x06\x63\x61ncel\x18\x05 \x01(\x0b\x32).ernie_serving.internal.v1.TransferCancelH\x00\x12<\n\x0bsend_failed\x18\x06 \x01(\x0b\x32%.ernie_serving.internal.v1.SendFailedH\x00\x12\x41\n\theartbeat\x18\x07 \x01(\x0b\x32,.ernie_serving.internal.v1.TransferHeartbeatH\x00\x42\t\n\x07message\"\x94\x04\n\x10TransferResponse\x12\x39\n\x05hello\x18\x01 \x01(\x0b\x32(.ernie_serving.internal.v1.TransferHelloH\x00\x12\x37\n\x08reserved\x18\x02 \x01(\x0b\x32#.ernie_serving.internal.v1.ReservedH\x00\x12\x35\n\x07refused\x18\x03 \x01(\x0b\x32\".ernie_serving.internal.v1.RefusedH\x00\x12\x33\n\x06\x61\x63\x63\x65pt\x18\x04 \x01(\x0b\x32!.ernie_serving.internal.v1.AcceptH\x00\x12-\n\x03\x61\x63k\x18\x05 \x01(\x0b\x32\x1e.ernie_serving.internal.v1.AckH\x00\x12/\n\x04nack\x18\x06 \x01(\x0b\x32\x1f.ernie_serving.internal.v1.NackH\x00\x12;\n\x06\x63\x61ncel\x18\x07 \x01(\x0b\x32).ernie_serving.internal.v1.TransferCancelH\x00\x12\x35\n\x07\x64\x65\x63line\x18\x08 \x01(\x0b\x32\".ernie_serving.internal.v1.DeclineH\x00\x12\x41\n\theartbeat\x18\t \x01(\x0b\x32,.ernie_serving.internal.v1.TransferHeartbeatH\x00\x42\t\n\x07message\"X\n\rTransferHello\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x18\n\x10peer_incarnation\x18\x03 \x01(\t\"\x13\n\x11TransferHeartbeat\"\x88\x01\n\x07Reserve\x12\x33\n\x03key\x18\x01 \x01(\x0b\x32&.ernie_serving.internal.v1.SequenceKey\x12\x33\n\x06layout\x18\x02 \x01(\x0b\x32#.ernie_serving.internal.v1.KvLayout\x12\x13\n\x0btoken_count\x18\x03 \x01(\r\"\x83\x01\n\x08Reserved\x12\x33\n\x03key\x18\x01 \x01(\x0b\x32&.ernie_serving.internal.v1.SequenceKey\x12\x0c\n\x04rank\x18\x02 \x01(\r\x12\x1a\n\x12rendezvous_address\x18\x03 \x01(\t\x12\x18\n\x10held_token_count\x18\x04 \x01(\r\"_\n\x07Refused\x12\x33\n\x03key\x18\x01 \x01(\x0b\x32&.ernie_serving.internal.v1.SequenceKey\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\"1\n\x0cLayerMessage\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x12\n\nbyte_count\x18\x02 \x01(\x04\"\xbe\x01\n\x05Offer\x12\x33\n\x03key\x18\x01 \x01(\x0b\x32&.ernie_serving.internal.v1.SequenceKey\x12\r\n\x05\x63hunk\x18\x02 \x01(\r\x12\x13\n\x0b\x66irst_token\x18\x03 \x01(\r\x12\x13\n\x0btoken_count\x18\x04 \x01(\r\x12\x39\n\x08messages\x18\x05 \x03(\x0b\x32\'.ernie_serving.internal.v1.LayerMessage\x12\x0c\n\x04rank\x18\x06 \x01(\r\"`\n\x06\x41\x63\x63\x65pt\x12\x33\n\x03key\x18\x01 \x01(\x0b\x32&.ernie_serving.internal.v1.SequenceKey\x12\r\n\x05\x63hunk\x18\x02 \x01(\r\x12\x12\n\ngeneration\x18\x03 \x01(\x04\"M\n\x07\x44\x65\x63line\x12\x33\n\x03key\x18\x01 \x01(\x0b\x32&.ernie_serving.internal.v1.SequenceKey\x12\r\n\x05\x63hunk\x18\x02 \x01(\r\"d\n\nSendFailed\x12\x33\n\x03key\x18\x01 \x01(\x0b\x32&.ernie_serving.internal.v1.SequenceKey\x12\r\n\x05\x63hunk\x18\x02 \x01(\r\x12\x12\n\ngeneration\x18\x03 \x01(\x04\"\xaa\x01\n\x04Sent\x12\x33\n\x03key\x18\x01 \x01(\x0b\x32&.ernie_serving.internal.v1.SequenceKey\x12\r\n\x05\x63hunk\x18\x02 \x01(\r\x12\x11\n\tchecksums\x18\x03 \x03(\x07\x12\x0c\n\x04last\x18\x04 \x01(\x08\x12\x17\n\x0f\x66irst_output_id\x18\x05 \x01(\r\x12\x10\n\x08\x66inished\x18\x06 \x01(\x08\x12\x12\n\ngeneration\x18\x07 \x01(\x04\"I\n\x03\x41\x63k\x12\x33\n\x03key\x18\x01 \x01(\x0b\x32&.ernie_serving.internal.v1.SequenceKey\x12\r\n\x05\x63hunk\x18\x02 \x01(\r\"n\n\x04Nack\x12\x33\n\x03key\x18\x01 \x01(\x0b\x32&.ernie_serving.internal.v1.SequenceKey\x12\r\n\x05\x63hunk\x18\x02 \x01(\r\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x12\n\ngeneration\x18\x04 \x01(\x04\"U\n\x0eTransferCancel\x12\x33\n\x03key\x18\x01 \x01(\x0b\x32&.ernie_serving.internal.v1.SequenceKey\x12\x0e\n\x06reason\x18\x02 \x01(\t2{\n\x10KvControlService\x12g\n\x08Transfer\x12*.ernie_serving.internal.v1.TransferRequest\x1a+.ernie_serving.internal.v1.TransferResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n*ernie_serving/internal/v1/kv_control.proto\x12\x19\x65rnie_serving.internal.v1\x1a&ernie_serving/internal/v1/common.proto\"\xe3\x03\n\x0fTransferRequest\x12\x39\n\x05hello\x18\x01 \x01(\x0b\x32(.ernie_serving.internal.v1.TransferHelloH\x00\x12\x35\n\x07reserve\x18\x02 \x01(\x0b\x32\".ernie_serving.internal.v1.ReserveH\x00\x12\x31\n\x05offer\x18\x03 \x01(\x0b\x32 .ernie_serving.internal.v1.OfferH\x00\x12/\n\x04sent\x18\x04 \x01(\x0b\x32\x1f.ernie_serving.internal.v1.SentH\x00\x12;\n\x06\x63\x61ncel\x18\x05 \x01(\x0b\x32).ernie_serving.internal.v1.TransferCancelH\x00\x12<\n\x0bsend_failed\x18\x06 \x01(\x0b\x32%.ernie_serving.internal.v1.SendFailedH\x00\x12\x41\n\theartbeat\x18\x07 \x01(\x0b\x32,.ernie_serving.internal.v1.TransferHeartbeatH\x00\x12\x31\n\x05piece\x18\x08 \x01(\x0b\x32 .ernie_serving.internal.v1.PieceH\x00\x42\t\n\x07message\"\xc7\x04\n\x10TransferResponse\x12\x39\n\x05hello\x18\x01 \x01(\x0b\x32(.ernie_serving.internal.v1.TransferHelloH\x00\x12\x37\n\x08reserved\x18\x02 \x01(\x0b\x32#.ernie_serving.internal.v1.ReservedH\x00\x12\x35\n\x07refused\x18\x03 \x01(\x0b\x32\".ernie_serving.internal.v1.RefusedH\x00\x12\x33\n\x06\x61\x63\x63\x65pt\x18\x04 \x01(\x0b\x32!.ernie_serving.internal.v1.AcceptH\x00\x12-\n\x03\x61\x63k\x18\x05 \x01(\x0b\x32\x1e.ernie_serving.internal.v1.AckH\x00\x12/\n\x04nack\x18\x06 \x01(\x0b\x32\x1f.ernie_serving.internal.v1.NackH\x00\x12;\n\x06\x63\x61ncel\x18\x07 \x01(\x0b\x32).ernie_serving.internal.v1.TransferCancelH\x00\x12\x35\n\x07\x64\x65\x63line\x18\x08 \x01(\x0b\x32\".ernie_serving.internal.v1.DeclineH\x00\x12\x41\n\theartbeat\x18\t \x01(\x0b\x32,.ernie_serving.internal.v1.TransferHeartbeatH\x00\x12\x31\n\x05taken\x18\n \x01(\x0b\x32 .ernie_serving.internal.v1.TakenH\x00\x42\t\n\x07message\"X\n\rTransferHello\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x18\n\x10peer_incarnation\x18\x03 \x01(\t\"\x13\n\x11TransferHeartbeat\"\x88\x01\n\x07Reserve\x12\x33\n\x03key\x18\x01 \x01(\x0b\x32&.ernie_serving.internal.v1.SequenceKey\x12\x33\n\x06layout\x18\x02 \x01(\x0b\x32#.ernie_serving.internal.v1.KvLayout\x12\x13\n\x0btoken_count\x18\x03 \x01(\r\"\x83\x01\n\x08Reserved\x12\x33\n\x03key\x18\x01 \x01(\x0b\x32&.ernie_serving.internal.v1.SequenceKey\x12\x0c\n\x04rank\x18\x02 \x01(\r\x12\x1a\n\x12rendezvous_address\x18\x03 \x01(\t\x12\x18\n\x10held_token_count\x18\x04 \x01(\r\"_\n\x07Refused\x12\x33\n\x03key\x18\x01 \x01(\x0b\x32&.ernie_serving.internal.v1.SequenceKey\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\"1\n\x0cLayerMessage\x12\r\n\x05layer\x18\x01 \x01(\r\x12\x12\n\nbyte_count\x18\x02 \x01(\x04\"\xd0\x01\n\x05Offer\x12\x33\n\x03key\x18\x01 \x01(\x0b\x32&.ernie_serving.internal.v1.SequenceKey\x12\r\n\x05\x63hunk\x18\x02 \x01(\r\x12\x13\n\x0b\x66irst_token\x18\x03 \x01(\r\x12\x13\n\x0btoken_count\x18\x04 \x01(\r\x12\x39\n\x08messages\x18\x05 \x03(\x0b\x32\'.ernie_serving.internal.v1.LayerMessage\x12\x0c\n\x04rank\x18\x06 \x01(\r\x12\x10\n\x08streamed\x18\x07 \x01(\x08\"`\n\x06\x41\x63\x63\x65pt\x12\x33\n\x03key\x18\x01 \x01(\x0b\x32&.ernie_serving.internal.v1.SequenceKey\x12\r\n\x05\x63hunk\x18\x02 \x01(\r\x12\x12\n\ngeneration\x18\x03 \x01(\x04\"\x80\x01\n\x05Piece\x12\x33\n\x03key\x18\x01 \x01(\x0b\x32&.ernie_serving.internal.v1.SequenceKey\x12\r\n\x05\x63hunk\x18\x02 \x01(\r\x12\x12\n\ngeneration\x18\x03 \x01(\x04\x12\x0e\n\x06offset\x18\x04 \x01(\x04\x12\x0f\n\x07\x63ontent\x18\x05 \x01(\x0c\"K\n\x05Taken\x12\x33\n\x03key\x18\x01 \x01(\x0b\x32&.ernie_serving.internal.v1.SequenceKey\x12\r\n\x05\x63hunk\x18\x02 \x01(\r\"M\n\x07\x44\x65\x63line\x12\x33\n\x03key\x18\x01 \x01(\x0b\x32&.ernie_serving.internal.v1.SequenceKey\x12\r\n\x05\x63hunk\x18\x02 \x01(\r\"d\n\nSendFailed\x12\x33\n\x03key\x18\x01 \x01(\x0b\x32&.ernie_serving.internal.v1.SequenceKey\x12\r\n\x05\x63hunk\x18\x02 \x01(\r\x12\x12\n\ngeneration\x18\x03 \x01(\x04\"\xaa\x01\n\x04Sent\x12\x33\n\x03key\x18\x01 \x01(\x0b\x32&.ernie_serving.internal.v1.SequenceKey\x12\r\n\x05\x63hunk\x18\x02 \x01(\r\x12\x11\n\tchecksums\x18\x03 \x03(\x07\x12\x0c\n\x04last\x18\x04 \x01(\x08\x12\x17\n\x0f\x66irst_output_id\x18\x05 \x01(\r\x12\x10\n\x08\x66inished\x18\x06 \x01(\x08\x12\x12\n\ngeneration\x18\x07 \x01(\x04\"I\n\x03\x41\x63k\x12\x33\n\x03key\x18\x01 \x01(\x0b\x32&.ernie_serving.internal.v1.SequenceKey\x12\r\n\x05\x63hunk\x18\x02 \x01(\r\"n\n\x04Nack\x12\x33\n\x03key\x18\x01 \x01(\x0b\x32&.ernie_serving.internal.v1.SequenceKey\x12\r\n\x05\x63hunk\x18\x02 \x01(\r\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x12\n\ngeneration\x18\x04 \x01(\x04\"U\n\x0eTransferCancel\x12\x33\n\x03key\x18\x01 \x01(\x0b\x32&.ernie_serving.internal.v1.SequenceKey\x12\x0e\n\x06reason\x18\x02 \x01(\t2{\n\x10KvControlService\x12g\n\x08Transfer\x12*.ernie_serving.internal.v1.TransferRequest\x1a+.ernie_serving.internal.v1.TransferResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,37 +33,41 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'ernie_serving.internal.v1.k
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_TRANSFERREQUEST']._serialized_start=114
-  _globals['_TRANSFERREQUEST']._serialized_end=546
-  _globals['_TRANSFERRESPONSE']._serialized_start=549
-  _globals['_TRANSFERRESPONSE']._serialized_end=1081
-  _globals['_TRANSFERHELLO']._serialized_start=1083
-  _globals['_TRANSFERHELLO']._serialized_end=1171
-  _globals['_TRANSFERHEARTBEAT']._serialized_start=1173
-  _globals['_TRANSFERHEARTBEAT']._serialized_end=1192
-  _globals['_RESERVE']._serialized_start=1195
-  _globals['_RESERVE']._serialized_end=1331
-  _globals['_RESERVED']._serialized_start=1334
-  _globals['_RESERVED']._serialized_end=1465
-  _globals['_REFUSED']._serialized_start=1467
-  _globals['_REFUSED']._serialized_end=1562
-  _globals['_LAYERMESSAGE']._serialized_start=1564
-  _globals['_LAYERMESSAGE']._serialized_end=1613
-  _globals['_OFFER']._serialized_start=1616
-  _globals['_OFFER']._serialized_end=1806
-  _globals['_ACCEPT']._serialized_start=1808
-  _globals['_ACCEPT']._serialized_end=1904
-  _globals['_DECLINE']._serialized_start=1906
-  _globals['_DECLINE']._serialized_end=1983
-  _globals['_SENDFAILED']._serialized_start=1985
-  _globals['_SENDFAILED']._serialized_end=2085
-  _globals['_SENT']._serialized_start=2088
-  _globals['_SENT']._serialized_end=2258
-  _globals['_ACK']._serialized_start=2260
-  _globals['_ACK']._serialized_end=2333
-  _globals['_NACK']._serialized_start=2335
-  _globals['_NACK']._serialized_end=2445
-  _globals['_TRANSFERCANCEL']._serialized_start=2447
-  _globals['_TRANSFERCANCEL']._serialized_end=2532
-  _globals['_KVCONTROLSERVICE']._serialized_start=2534
-  _globals['_KVCONTROLSERVICE']._serialized_end=2657
+  _globals['_TRANSFERREQUEST']._serialized_end=597
+  _globals['_TRANSFERRESPONSE']._serialized_start=600
+  _globals['_TRANSFERRESPONSE']._serialized_end=1183
+  _globals['_TRANSFERHELLO']._serialized_start=1185
+  _globals['_TRANSFERHELLO']._serialized_end=1273
+  _globals['_TRANSFERHEARTBEAT']._serialized_start=1275
+  _globals['_TRANSFERHEARTBEAT']._serialized_end=1294
+  _globals['_RESERVE']._serialized_start=1297
+  _globals['_RESERVE']._serialized_end=1433
+  _globals['_RESERVED']._serialized_start=1436
+  _globals['_RESERVED']._serialized_end=1567
+  _globals['_REFUSED']._serialized_start=1569
+  _globals['_REFUSED']._serialized_end=1664
+  _globals['_LAYERMESSAGE']._serialized_start=1666
+  _globals['_LAYERMESSAGE']._serialized_end=1715
+  _globals['_OFFER']._serialized_start=1718
+  _globals['_OFFER']._serialized_end=1926
+  _globals['_ACCEPT']._serialized_start=1928
+  _globals['_ACCEPT']._serialized_end=2024
+  _globals['_PIECE']._serialized_start=2027
+  _globals['_PIECE']._serialized_end=2155
+  _globals['_TAKEN']._serialized_start=2157
+  _globals['_TAKEN']._serialized_end=2232
+  _globals['_DECLINE']._serialized_start=2234
+  _globals['_DECLINE']._serialized_end=2311
+  _globals['_SENDFAILED']._serialized_start=2313
+  _globals['_SENDFAILED']._serialized_end=2413
+  _globals['_SENT']._serialized_start=2416
+  _globals['_SENT']._serialized_end=2586
+  _globals['_ACK']._serialized_start=2588
+  _globals['_ACK']._serialized_end=2661
+  _globals['_NACK']._serialized_start=2663
+  _globals['_NACK']._serialized_end=2773
+  _globals['_TRANSFERCANCEL']._serialized_start=2775
+  _globals['_TRANSFERCANCEL']._serialized_end=2860
+  _globals['_KVCONTROLSERVICE']._serialized_start=2862
+  _globals['_KVCONTROLSERVICE']._serialized_end=2985
 # @@protoc_insertion_point(module_scope)

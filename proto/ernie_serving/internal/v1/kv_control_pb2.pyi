@@ -32,6 +32,7 @@ class TransferRequest(_message.Message):
     CANCEL_FIELD_NUMBER: _builtins.int
     SEND_FAILED_FIELD_NUMBER: _builtins.int
     HEARTBEAT_FIELD_NUMBER: _builtins.int
+    PIECE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___TransferHello:
         """First message of a stream."""
@@ -60,6 +61,10 @@ class TransferRequest(_message.Message):
     def heartbeat(self) -> Global___TransferHeartbeat:
         """Proves that the sender lives."""
 
+    @_builtins.property
+    def piece(self) -> Global___Piece:
+        """Bytes of a chunk that goes over this stream."""
+
     def __init__(
         self,
         *,
@@ -70,12 +75,13 @@ class TransferRequest(_message.Message):
         cancel: Global___TransferCancel | None = ...,
         send_failed: Global___SendFailed | None = ...,
         heartbeat: Global___TransferHeartbeat | None = ...,
+        piece: Global___Piece | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "heartbeat", b"heartbeat", "hello", b"hello", "message", b"message", "offer", b"offer", "reserve", b"reserve", "send_failed", b"send_failed", "sent", b"sent"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "heartbeat", b"heartbeat", "hello", b"hello", "message", b"message", "offer", b"offer", "piece", b"piece", "reserve", b"reserve", "send_failed", b"send_failed", "sent", b"sent"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "heartbeat", b"heartbeat", "hello", b"hello", "message", b"message", "offer", b"offer", "reserve", b"reserve", "send_failed", b"send_failed", "sent", b"sent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "heartbeat", b"heartbeat", "hello", b"hello", "message", b"message", "offer", b"offer", "piece", b"piece", "reserve", b"reserve", "send_failed", b"send_failed", "sent", b"sent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "reserve", "offer", "sent", "cancel", "send_failed", "heartbeat"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "reserve", "offer", "sent", "cancel", "send_failed", "heartbeat", "piece"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -96,6 +102,7 @@ class TransferResponse(_message.Message):
     CANCEL_FIELD_NUMBER: _builtins.int
     DECLINE_FIELD_NUMBER: _builtins.int
     HEARTBEAT_FIELD_NUMBER: _builtins.int
+    TAKEN_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___TransferHello:
         """First message of a stream."""
@@ -132,6 +139,10 @@ class TransferResponse(_message.Message):
     def heartbeat(self) -> Global___TransferHeartbeat:
         """Proves that the receiver lives."""
 
+    @_builtins.property
+    def taken(self) -> Global___Taken:
+        """A piece was taken: the next may come."""
+
     def __init__(
         self,
         *,
@@ -144,12 +155,13 @@ class TransferResponse(_message.Message):
         cancel: Global___TransferCancel | None = ...,
         decline: Global___Decline | None = ...,
         heartbeat: Global___TransferHeartbeat | None = ...,
+        taken: Global___Taken | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["accept", b"accept", "ack", b"ack", "cancel", b"cancel", "decline", b"decline", "heartbeat", b"heartbeat", "hello", b"hello", "message", b"message", "nack", b"nack", "refused", b"refused", "reserved", b"reserved"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["accept", b"accept", "ack", b"ack", "cancel", b"cancel", "decline", b"decline", "heartbeat", b"heartbeat", "hello", b"hello", "message", b"message", "nack", b"nack", "refused", b"refused", "reserved", b"reserved", "taken", b"taken"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accept", b"accept", "ack", b"ack", "cancel", b"cancel", "decline", b"decline", "heartbeat", b"heartbeat", "hello", b"hello", "message", b"message", "nack", b"nack", "refused", b"refused", "reserved", b"reserved"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accept", b"accept", "ack", b"ack", "cancel", b"cancel", "decline", b"decline", "heartbeat", b"heartbeat", "hello", b"hello", "message", b"message", "nack", b"nack", "refused", b"refused", "reserved", b"reserved", "taken", b"taken"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "reserved", "refused", "accept", "ack", "nack", "cancel", "decline", "heartbeat"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "reserved", "refused", "accept", "ack", "nack", "cancel", "decline", "heartbeat", "taken"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -342,6 +354,7 @@ class Offer(_message.Message):
     TOKEN_COUNT_FIELD_NUMBER: _builtins.int
     MESSAGES_FIELD_NUMBER: _builtins.int
     RANK_FIELD_NUMBER: _builtins.int
+    STREAMED_FIELD_NUMBER: _builtins.int
     chunk: _builtins.int
     """Counts from 0."""
     first_token: _builtins.int
@@ -350,6 +363,8 @@ class Offer(_message.Message):
     """Number of tokens."""
     rank: _builtins.int
     """Rank of the sender's group whose cache the chunk is in."""
+    streamed: _builtins.bool
+    """The data path does not work: the bytes come over this stream, as pieces."""
     @_builtins.property
     def key(self) -> _common_pb2.SequenceKey:
         """The attempt."""
@@ -367,10 +382,11 @@ class Offer(_message.Message):
         token_count: _builtins.int = ...,
         messages: _abc.Iterable[Global___LayerMessage] | None = ...,
         rank: _builtins.int = ...,
+        streamed: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["key", b"key"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "first_token", b"first_token", "key", b"key", "messages", b"messages", "rank", b"rank", "token_count", b"token_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "first_token", b"first_token", "key", b"key", "messages", b"messages", "rank", b"rank", "streamed", b"streamed", "token_count", b"token_count"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -388,7 +404,7 @@ class Accept(_message.Message):
     chunk: _builtins.int
     """The chunk."""
     generation: _builtins.int
-    """Generation of the pair of ranks to use; a new one is built when it changes."""
+    """Generation of the pair of ranks to use; a new one is built when it changes. A streamed chunk has one of its own."""
     @_builtins.property
     def key(self) -> _common_pb2.SequenceKey:
         """The attempt."""
@@ -407,6 +423,74 @@ class Accept(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Accept: _TypeAlias = Accept  # noqa: Y015
+
+@_typing.final
+class Piece(_message.Message):
+    """Bytes of an accepted chunk that was offered as streamed. In order; one of a chunk is on its way at a time."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KEY_FIELD_NUMBER: _builtins.int
+    CHUNK_FIELD_NUMBER: _builtins.int
+    GENERATION_FIELD_NUMBER: _builtins.int
+    OFFSET_FIELD_NUMBER: _builtins.int
+    CONTENT_FIELD_NUMBER: _builtins.int
+    chunk: _builtins.int
+    """The chunk."""
+    generation: _builtins.int
+    """That was accepted."""
+    offset: _builtins.int
+    """Of the first byte, in the messages of the chunk end to end."""
+    content: _builtins.bytes
+    """At most 1 MB."""
+    @_builtins.property
+    def key(self) -> _common_pb2.SequenceKey:
+        """The attempt."""
+
+    def __init__(
+        self,
+        *,
+        key: _common_pb2.SequenceKey | None = ...,
+        chunk: _builtins.int = ...,
+        generation: _builtins.int = ...,
+        offset: _builtins.int = ...,
+        content: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["key", b"key"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "content", b"content", "generation", b"generation", "key", b"key", "offset", b"offset"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Piece: _TypeAlias = Piece  # noqa: Y015
+
+@_typing.final
+class Taken(_message.Message):
+    """A piece is where it belongs."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KEY_FIELD_NUMBER: _builtins.int
+    CHUNK_FIELD_NUMBER: _builtins.int
+    chunk: _builtins.int
+    """The chunk."""
+    @_builtins.property
+    def key(self) -> _common_pb2.SequenceKey:
+        """The attempt."""
+
+    def __init__(
+        self,
+        *,
+        key: _common_pb2.SequenceKey | None = ...,
+        chunk: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["key", b"key"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "key", b"key"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Taken: _TypeAlias = Taken  # noqa: Y015
 
 @_typing.final
 class Decline(_message.Message):

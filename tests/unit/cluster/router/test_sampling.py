@@ -50,6 +50,7 @@ def defaults(folder: Path, values: Any) -> SamplingDefaults:
         ({"temperature": None, "top_k": None}, SamplingDefaults()),
         ({"temperature": 0.2, "top_p": 0.8, "top_k": 20}, SamplingDefaults(temperature=0.2, top_p=0.8, top_k=20)),
         ({"temperature": 0}, SamplingDefaults(temperature=0)),
+        ({"top_k": -1, "max_new_tokens": 5}, SamplingDefaults(top_k=0)),
         ({"min_p": 0.05, "repetition_penalty": 1.1}, SamplingDefaults(min_p=0.05, repetition_penalty=1.1)),
         ({"do_sample": False, "temperature": 0.7}, SamplingDefaults(temperature=0)),
         ({"do_sample": True, "temperature": 0.7}, SamplingDefaults(temperature=0.7)),
