@@ -49,6 +49,7 @@ def generate_request(
     tool_choice: str | Mapping[str, Any] | None = None,
     parallel_tool_calls: bool | None = None,
     enable_thinking: bool | None = None,
+    mm_processor_kwargs: Mapping[str, float] | None = None,
     priority: int = 0,
     cache_salt: str | None = None,
     return_token_ids: bool = False,
@@ -62,6 +63,9 @@ def generate_request(
     likely tokens. The text of a stop string must come as a list of one. ``tools`` and ``tool_choice`` are as OpenAI has
     them: {"type": "function", "function": {"name": ..., "description": ..., "parameters": ...}}, and "auto", "none",
     "required" or {"type": "function", "function": {"name": ...}}.
+
+    ``mm_processor_kwargs`` is how media are prepared where their parts do not say: image_min_pixels, image_max_pixels,
+    video_min_pixels, video_max_pixels, video_fps, video_min_frames, video_max_frames.
 
     ``timeout_s`` is the time the whole request may take, attempts together.
 
@@ -117,6 +121,7 @@ def generate_request(
         top_logprob_count=logprobs,
         prompt_top_logprob_count=prompt_logprobs,
         thinking_mode=_THINKING[enable_thinking],
+        media_options=_media_options(mm_processor_kwargs),
         priority=priority,
         cache_salt=cache_salt or "",
         return_token_ids=return_token_ids,
@@ -135,6 +140,7 @@ def count_request(
     model: str | None = None,
     tools: Iterable[Mapping[str, Any]] = (),
     enable_thinking: bool | None = None,
+    mm_processor_kwargs: Mapping[str, float] | None = None,
 ) -> inference_pb2.CountTokensRequest:
     """A request to count tokens; arguments as of ``generate_request``."""
     return inference_pb2.CountTokensRequest(
@@ -142,6 +148,7 @@ def count_request(
         messages=_conversation(messages, images, videos),
         thinking_mode=_THINKING[enable_thinking],
         tools=[declared_tool(tool) for tool in tools],
+        media_options=_media_options(mm_processor_kwargs),
     )
 
 
@@ -162,6 +169,27 @@ def _conversation(
     if images or videos:
         raise ValueError("images and videos belong to a question of plain text: put them into user_message")
     return [messages] if isinstance(messages, content_pb2.ChatMessage) else list(messages)
+
+
+_MEDIA_OPTIONS = {
+    "image_min_pixels": "image_min_pixels",
+    "image_max_pixels": "image_max_pixels",
+    "video_min_pixels": "video_min_pixels",
+    "video_max_pixels": "video_max_pixels",
+    "video_fps": "video_frames_per_second",
+    "video_min_frames": "video_min_frame_count",
+    "video_max_frames": "video_max_frame_count",
+}
+
+
+def _media_options(values: Mapping[str, float] | None) -> content_pb2.MediaOptions | None:
+    if values is None:
+        return None
+    unknown = sorted(set(values) - set(_MEDIA_OPTIONS))
+    if unknown:
+        raise ValueError(f"mm_processor_kwargs: {unknown[0]} is not among {', '.join(_MEDIA_OPTIONS)}")
+    fields: Mapping[str, Any] = {_MEDIA_OPTIONS[name]: value for name, value in values.items()}
+    return content_pb2.MediaOptions(**fields)
 
 
 _THINKING = {
