@@ -73,10 +73,11 @@ class PositionLogprobs:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Usage:
-    """Token accounting over all choices."""
+    """Token accounting over all choices. Media tokens are among the prompt's, those of videos among these."""
 
     prompt_tokens: int = 0
     media_tokens: int = 0
+    video_tokens: int = 0
     cached_tokens: int = 0
     output_tokens: int = 0
     reasoning_tokens: int = 0
@@ -389,6 +390,7 @@ def _usage(usage: inference_pb2.Usage) -> Usage:
     return Usage(
         prompt_tokens=usage.prompt_token_count,
         media_tokens=usage.media_token_count,
+        video_tokens=usage.video_token_count,
         cached_tokens=usage.cached_token_count,
         output_tokens=usage.output_token_count,
         reasoning_tokens=usage.reasoning_token_count,

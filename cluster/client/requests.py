@@ -66,6 +66,9 @@ def generate_request(
     are prepared where their parts do not: image_min_pixels, image_max_pixels, video_min_pixels, video_max_pixels,
     video_fps, video_min_frames, video_max_frames.
 
+    ``mm_processor_kwargs`` is how media are prepared where their parts do not say: image_min_pixels, image_max_pixels,
+    video_min_pixels, video_max_pixels, video_fps, video_min_frames, video_max_frames.
+
     ``timeout_s`` is the time the whole request may take, attempts together.
 
     Raises:
@@ -139,6 +142,7 @@ def count_request(
     model: str | None = None,
     tools: Iterable[Mapping[str, Any]] = (),
     enable_thinking: bool | None = None,
+    mm_processor_kwargs: Mapping[str, float] | None = None,
 ) -> inference_pb2.CountTokensRequest:
     """A request to count tokens; arguments as of ``generate_request``."""
     return inference_pb2.CountTokensRequest(
@@ -146,6 +150,7 @@ def count_request(
         messages=_conversation(messages, images, videos),
         thinking_mode=_THINKING[enable_thinking],
         tools=[declared_tool(tool) for tool in tools],
+        media_options=_media_options(mm_processor_kwargs),
     )
 
 
@@ -166,6 +171,27 @@ def _conversation(
     if images or videos:
         raise ValueError("images and videos belong to a question of plain text: put them into user_message")
     return [messages] if isinstance(messages, content_pb2.ChatMessage) else list(messages)
+
+
+_MEDIA_OPTIONS = {
+    "image_min_pixels": "image_min_pixels",
+    "image_max_pixels": "image_max_pixels",
+    "video_min_pixels": "video_min_pixels",
+    "video_max_pixels": "video_max_pixels",
+    "video_fps": "video_frames_per_second",
+    "video_min_frames": "video_min_frame_count",
+    "video_max_frames": "video_max_frame_count",
+}
+
+
+def _media_options(values: Mapping[str, float] | None) -> content_pb2.MediaOptions | None:
+    if values is None:
+        return None
+    unknown = sorted(set(values) - set(_MEDIA_OPTIONS))
+    if unknown:
+        raise ValueError(f"mm_processor_kwargs: {unknown[0]} is not among {', '.join(_MEDIA_OPTIONS)}")
+    fields: Mapping[str, Any] = {_MEDIA_OPTIONS[name]: value for name, value in values.items()}
+    return content_pb2.MediaOptions(**fields)
 
 
 _THINKING = {

@@ -12,7 +12,7 @@ import asyncio
 import json
 import sys
 
-from cluster.client import Client, ClientError, generate_request, user_message
+from cluster.client import AsyncClient, ClientError, generate_request, user_message
 from ernie_serving.v1 import inference_pb2
 
 EVERY = 100
@@ -36,7 +36,7 @@ async def stream(index: int, address: str, tokens: int, timeout_s: float) -> Non
         print(json.dumps({"stream": index, "address": address, "tokens": count, "end": end}), flush=True)
 
     try:
-        async with Client(address, own_connection=True) as client:
+        async with AsyncClient(address, retries=0, own_connection=True) as client:
             async for response in client.stream_generate(request, timeout_s=timeout_s):
                 before, count = count, count + len(response.delta.token_ids)
                 if count // EVERY > before // EVERY or (count and not before):

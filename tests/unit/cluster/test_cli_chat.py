@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import io
+import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +22,7 @@ from actors.types import FinishReason, ImagePart, MediaSource, TextPart, Thinkin
 from cluster.cli_chat import run_chat
 from cluster.client.looking import ZOOM
 from cluster.generation import ChoiceFinished, Delta, GenerateCall
-from tests.doubles import FINISHED, SCRIPT, STARTED, ScriptedService
+from tests.doubles import FINISHED, SCRIPT, STARTED, Pause, ScriptedService
 from tests.doubles import grpc_serving_in_a_thread as running
 
 
@@ -213,3 +218,21 @@ def test_a_file_that_cannot_be_written(picture: str, tmp_path: Path) -> None:
     with running(looking(BOXES)) as (address, _):
         code, _, err = chat("Where?", images=[picture], draw=str(tmp_path / "none" / "out.png"), address=address)
     assert code == 2 and "cannot write" in err
+
+
+def test_an_interrupt_ends_the_request_too() -> None:
+    service = ScriptedService(script=(*SCRIPT[:2], Pause()))
+    root = Path(__file__).resolve().parents[3]
+    with running(lambda: service) as (address, _):
+        command = [sys.executable, "-m", "cluster.cli", "chat", "hi", "--address", address]
+        path = os.pathsep.join([str(root), str(root / "proto")])
+        asking = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path}
+        )
+        assert asking.stdout is not None and asking.stdout.read(len("Thinking")) == "Thinking"
+        asking.send_signal(signal.SIGINT)
+        _, err = asking.communicate(timeout=100)
+        assert (asking.returncode, err) == (130, "interrupted\n")
+        while service.ended.empty():
+            time.sleep(0.01)
+        assert service.ended.get_nowait() == "closed"

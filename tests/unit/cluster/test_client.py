@@ -20,6 +20,7 @@ from cluster.client import (
     NotFoundError,
     RefusedError,
     UnreachableError,
+    count_request,
     generate_request,
     media_source,
     user_message,
@@ -149,13 +150,25 @@ def test_a_request_from_plain_text() -> None:
     assert request.HasField("top_logprob_count") and not request.HasField("prompt_top_logprob_count")
     assert request.sampling_params.HasField("temperature") and not request.sampling_params.HasField("top_p")
     assert request.thinking_mode == inference_pb2.THINKING_MODE_DISABLED
-    assert not request.HasField("structured_output")
+    assert not request.HasField("structured_output") and not request.HasField("media_options")
+
+
+def test_how_media_are_prepared() -> None:
+    options = {"image_max_pixels": 50_000, "video_fps": 0.5, "video_max_frames": 8}
+    for request in (
+        generate_request("hi", mm_processor_kwargs=options),
+        count_request("hi", mm_processor_kwargs=options),
+    ):
+        made = request.media_options
+        assert (made.image_max_pixels, made.video_frames_per_second, made.video_max_frame_count) == (50_000, 0.5, 8)
+        assert not made.HasField("image_min_pixels")
 
 
 @pytest.mark.parametrize(
     ("fields", "wrong"),
     [
         ({"json_object": True, "regex": "a"}, "give one of"),
+        ({"mm_processor_kwargs": {"image_pixels": 5}}, "image_pixels is not among"),
         ({"stop": "END"}, "stop must be a list"),
         ({"choice": "a"}, "choice must be a list"),
         ({"top_k": 2**40}, "range"),

@@ -257,8 +257,8 @@ def test_the_small_calls_of_the_sync_client() -> None:
         assert (counted.tokens, counted.media_tokens) == (12, 6)
         assert client.generate(generate_request("hi")).choices[0].text == "A cät"
     assert service.cancelled == ["r-1"]
-    ((_, (message,), thinking, _),) = service.counted
-    assert thinking is ThinkingMode.OFF and len(message.parts) == 2
+    (counting,) = service.tokenized
+    assert counting.thinking is ThinkingMode.OFF and len(counting.messages[0].parts) == 2
 
 
 def test_a_conversation_goes_on() -> None:
