@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import os
 import secrets
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -29,6 +30,7 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=160, help="of each reply")
     parser.add_argument("--mutant", choices=[*MUTANTS, ""], default="", help="break the router: the run must then fail")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the cluster must not outlive this
     known = asyncio.run(expected(calls(options.tokens)))
     trials = plan(options.trials, options.seed, len(known), options.at_once)
     with tempfile.TemporaryDirectory(prefix="ernie-chaos-") as folder, mutated(options.mutant):

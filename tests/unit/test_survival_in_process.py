@@ -9,9 +9,15 @@ from typing import Any
 
 import pytest
 
+from actors.errors import ServingError
 from actors.types import EngineRole, Stage, Structure, StructureKind, TextPart, ThinkingMode
 from cluster.generation import GenerateCall, Tool, ToolChoice, ToolMode
+from cluster.router import choice
+from cluster.router.choice import ChoiceRun
+from cluster.router.output import OutputAssembler
 from cluster.router.request import RequestRun
+from tests.chaos.mutants import MUTANTS
+from tests.chaos.mutation.sitecustomize import MUTATIONS
 from tests.in_process import InProcessCluster, in_process_cluster
 from tests.tiny_model import tiny_checkpoint
 from tests.unit.test_resume_in_process import Reply, ask, pictures, reply
@@ -135,6 +141,22 @@ async def test_what_a_colocated_engine_loses_goes_on_behind_its_tokens() -> None
         replies = [asyncio.create_task(reply(cluster, call)) for call in CALLS]
         await kill_one(cluster, "colocated", Stage.DECODE, 40)
         check(await asyncio.gather(*replies), expected)
+        await cluster.wait_clean()
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+async def test_a_broken_router_is_seen(mutant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that ``make chaos`` knows."""
+    expected = await alone()
+    for holder, name in ((choice, "judge"), (ChoiceRun, "_request"), (OutputAssembler, "push")):
+        monkeypatch.setattr(holder, name, getattr(holder, name))  # so that it is as before afterwards
+    MUTATIONS[mutant][1](choice)
+    async with in_process_cluster(tiny_checkpoint(), COLOCATED, COLOCATED) as cluster:
+        replies = [asyncio.create_task(reply(cluster, call)) for call in CALLS]
+        await kill_one(cluster, "colocated", Stage.DECODE, 40)
+        with pytest.raises((AssertionError, ServingError)):
+            check(await asyncio.gather(*replies), expected)
+        await asyncio.wait(replies)
         await cluster.wait_clean()
 
 
