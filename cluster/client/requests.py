@@ -173,27 +173,6 @@ def _conversation(
     return [messages] if isinstance(messages, content_pb2.ChatMessage) else list(messages)
 
 
-_MEDIA_OPTIONS = {
-    "image_min_pixels": "image_min_pixels",
-    "image_max_pixels": "image_max_pixels",
-    "video_min_pixels": "video_min_pixels",
-    "video_max_pixels": "video_max_pixels",
-    "video_fps": "video_frames_per_second",
-    "video_min_frames": "video_min_frame_count",
-    "video_max_frames": "video_max_frame_count",
-}
-
-
-def _media_options(values: Mapping[str, float] | None) -> content_pb2.MediaOptions | None:
-    if values is None:
-        return None
-    unknown = sorted(set(values) - set(_MEDIA_OPTIONS))
-    if unknown:
-        raise ValueError(f"mm_processor_kwargs: {unknown[0]} is not among {', '.join(_MEDIA_OPTIONS)}")
-    fields: Mapping[str, Any] = {_MEDIA_OPTIONS[name]: value for name, value in values.items()}
-    return content_pb2.MediaOptions(**fields)
-
-
 _THINKING = {
     None: inference_pb2.THINKING_MODE_UNSPECIFIED,
     True: inference_pb2.THINKING_MODE_ENABLED,
@@ -218,7 +197,7 @@ def _media_options(kwargs: Mapping[str, float] | None) -> content_pb2.MediaOptio
     options = content_pb2.MediaOptions()
     for name, value in kwargs.items():
         if name not in _MEDIA_OPTIONS:
-            raise ValueError(f"mm_processor_kwargs may have {', '.join(_MEDIA_OPTIONS)}, not {name!r}")
+            raise ValueError(f"mm_processor_kwargs: {name} is not among {', '.join(_MEDIA_OPTIONS)}")
         try:
             setattr(options, _MEDIA_OPTIONS[name], value)
         except (TypeError, ValueError) as error:
