@@ -18,7 +18,7 @@ from tests.cluster.conftest import DEFAULTS, Clusters
 from tests.cluster.launcher import LaunchedCluster
 from tests.tiny_model import tiny_checkpoint
 
-ENGINE = {"roles": {"colocated": 2}, "kv_cache_gib": 0.02, "max_num_seqs": 16, "rebalance_steps": 20}
+ENGINE = {"roles": {"prefill": 1, "decode": 1}, "kv_cache_gib": 0.02, "max_num_seqs": 16, "rebalance_steps": 20}
 ON_ENGINE_NODES = {"expert_parallel": 2, "node_labels": {"holds": "engines"}}
 PACKED = ENGINE | ON_ENGINE_NODES | {"name": "packed", "placement": "strict_pack"}
 SPREAD = ENGINE | ON_ENGINE_NODES | {"name": "spread", "placement": "strict_spread", "roles": {"colocated": 1}}
@@ -30,7 +30,7 @@ REPLACED_LIMIT_S = 120.0
 
 @pytest.fixture(scope="module")
 def groups(clusters: Clusters, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LaunchedCluster]:
-    """Three groups of two ranks on three nodes."""
+    """Three groups of two ranks on three nodes: two that prefill and decode for each other, and one that does both."""
     clusters.stop()
     config = DEFAULTS | {"model": str(tiny_checkpoint()), "engines": [PACKED, SPREAD], "nodes": NODES}
     cluster = LaunchedCluster(tmp_path_factory.mktemp("groups"), config, ("-m", "tests.cluster.nodes"))
@@ -170,6 +170,7 @@ def test_a_lost_process_ends_its_group_alone(victim: str, groups: LaunchedCluste
     assert all(stream.began.wait(60) for stream in streams)
     audits = status(groups, audit="true")["audits"]
     engines = wait_for_engines(groups)
+    prefills = {engine["id"] for engine in status(groups)["engines"] if engine["role"] == "prefill"}
     os.kill(next(pid for pid, command in groups.processes().items() if victim in command), signal.SIGKILL)
     killed = time.monotonic()
     for stream in streams:
@@ -178,8 +179,8 @@ def test_a_lost_process_ends_its_group_alone(victim: str, groups: LaunchedCluste
     assert [stream.token_ids for stream in streams] == known
     (lost,) = engines - wait_for_engines(groups, other_than=engines)
     print(f"replaced after {time.monotonic() - killed:.1f} s")
-    attempts = {engine: audits[f"engine {engine}"]["held"]["attempts"] for engine in engines}
-    assert all(attempts.values()) and sum(attempts.values()) == STREAMS, f"{attempts}, and {lost} was lost"
+    attempts = {engine: audits[f"engine {engine}"]["held"]["attempts"] for engine in engines if engine not in prefills}
+    assert all(attempts.values()) and sum(attempts.values()) >= STREAMS, f"{attempts}, and {lost} was lost"
     assert replies(groups) == known
     with groups.connected():
         after = nodes_of_groups(groups)
