@@ -32,18 +32,14 @@ from actors.engine_rank import Rank, kv_rank, load_rank
 from actors.errors import AlreadyExists, InternalError, ServingError
 from actors.parallel.kv_ends import KvRank
 from actors.parallel.kv_transfer import KvTransferConfig
+from actors.reports import EngineInfo, GroupReport, KvIdentity, LoadReport, RoleOrder
 from actors.types import (
     AttemptMode,
-    EngineInfo,
     EngineRequest,
     EngineRole,
-    GroupReport,
-    KvIdentity,
-    LoadReport,
     MediaSpan,
     MilestoneKind,
     PromptLogprobs,
-    RoleOrder,
     SequenceKey,
     TokenEvent,
 )

@@ -17,7 +17,8 @@ from actors.config import VisionEncoderConfig
 from actors.ernie.vision import VisionModel
 from actors.ernie.weights import Checkpoint, LoadReport, load_vision
 from actors.errors import InvalidRequest, Unavailable
-from actors.types import SPATIAL_MERGE, TEMPORAL_MERGE, EncoderInfo, Grid
+from actors.reports import EncoderInfo
+from actors.types import SPATIAL_MERGE, TEMPORAL_MERGE, Grid
 from actors.wire.audit import Audit
 from actors.wire.encode_queue import EncodeQueue, Ticket
 from actors.wire.media import AnswerUnit, EncodeCall, EncodedUnit, MediaUnit, embedding_key

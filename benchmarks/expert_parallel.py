@@ -38,17 +38,8 @@ from actors.engine_group import EngineGroup
 from actors.engine_rank import Rank, load_rank, rank_main
 from actors.parallel.dispatch import Dispatched, Dispatcher
 from actors.parallel.world import Seat
-from actors.types import (
-    AttemptMode,
-    EngineRequest,
-    EngineRole,
-    Grid,
-    KvIdentity,
-    MediaKind,
-    MediaSpan,
-    SamplingParams,
-    SequenceKey,
-)
+from actors.reports import KvIdentity
+from actors.types import AttemptMode, EngineRequest, EngineRole, Grid, MediaKind, MediaSpan, SamplingParams, SequenceKey
 
 HOST = "127.0.0.1"
 OWN_PARTS = ("dispatch", "experts", "combine", "rest")

@@ -24,12 +24,12 @@ from actors.ernie.config import Rules
 from actors.ernie.text import LanguageModel
 from actors.ernie.vision import VisionModel
 from actors.ernie.weights import Checkpoint, load_language, load_vision
+from actors.reports import KvIdentity
 from actors.types import (
     AttemptMode,
     EngineRequest,
     EngineRole,
     Grid,
-    KvIdentity,
     MediaKind,
     MediaSpan,
     MilestoneKind,

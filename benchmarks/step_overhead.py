@@ -30,7 +30,8 @@ from actors.engine.scheduling.scheduler import Scheduler
 from actors.engine.scheduling.sequence import Sequence
 from actors.ernie.config import ErnieConfig, Rules, TextConfig, VisionConfig
 from actors.ernie.text import LanguageModel
-from actors.types import AttemptMode, EngineRequest, EngineRole, KvIdentity, SamplingParams, SequenceKey
+from actors.reports import KvIdentity
+from actors.types import AttemptMode, EngineRequest, EngineRole, SamplingParams, SequenceKey
 
 MEDIA_IDS = 16
 BLOCK_SIZE = 16

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from ray.serve.metrics import Counter, Gauge
 
-from actors.types import GroupReport
+from actors.reports import GroupReport
 
 
 class GroupMetrics:

@@ -16,7 +16,8 @@ import ray
 from ray import serve
 from ray.experimental import internal_kv
 
-from actors.types import EncoderInfo, EngineInfo, EngineRole, GroupReport, LoadReport, RoleOrder
+from actors.reports import EncoderInfo, EngineInfo, GroupReport, LoadReport, RoleOrder
+from actors.types import EngineRole
 from cluster.config import ClusterConfig
 from cluster.registry import LEASE_S, EncoderEntry, EngineEntry, LoadingEntry, PreprocessorEntry, Registry, Snapshot
 from cluster.roles import RoleMover, check_move, find_engine

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
-from actors.types import EncoderInfo, EngineInfo, KvIdentity, LoadReport
+from actors.reports import EncoderInfo, EngineInfo, KvIdentity, LoadReport
 from cluster.registry import EncoderEntry
 
 

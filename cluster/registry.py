@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from actors.types import EncoderInfo, EngineInfo, EngineRole, GroupReport, LoadReport
+from actors.reports import EncoderInfo, EngineInfo, GroupReport, LoadReport
+from actors.types import EngineRole
 
 LEASE_S = 3.0
 """An entry that was not renewed for so long leaves the registry."""

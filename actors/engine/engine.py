@@ -35,15 +35,8 @@ from actors.engine.step_runner import StepRunner
 from actors.engine.validation import check_request
 from actors.ernie.config import ErnieConfig, Rules
 from actors.errors import InternalError, ServingError, Unavailable
-from actors.types import (
-    AttemptMode,
-    EngineRequest,
-    EngineRole,
-    KvIdentity,
-    LoadReport,
-    MilestoneKind,
-    SequenceKey,
-)
+from actors.reports import KvIdentity, LoadReport
+from actors.types import AttemptMode, EngineRequest, EngineRole, MilestoneKind, SequenceKey
 
 Command = Callable[[float], None]
 

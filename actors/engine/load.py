@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from actors.engine.scheduling.scheduler import Scheduler
-from actors.types import LoadReport
+from actors.reports import LoadReport
 
 
 def measure(scheduler: Scheduler) -> LoadReport:

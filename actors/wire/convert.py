@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from actors.errors import ServingError, Status
+from actors.reports import LoadReport
 from actors.types import (
     AttemptMode,
     EngineRequest,
     EngineRole,
     FinishReason,
     Grid,
-    LoadReport,
     MediaKind,
     MediaSpan,
     MilestoneKind,

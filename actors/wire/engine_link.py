@@ -13,17 +13,8 @@ import grpc
 import grpc.aio
 
 from actors.errors import AlreadyExists, InternalError, ServingError, Unavailable
-from actors.types import (
-    AttemptMode,
-    EngineInfo,
-    EngineRequest,
-    LoadReport,
-    MediaSpan,
-    MilestoneKind,
-    PromptLogprobs,
-    SequenceKey,
-    TokenEvent,
-)
+from actors.reports import EngineInfo, LoadReport
+from actors.types import AttemptMode, EngineRequest, MediaSpan, MilestoneKind, PromptLogprobs, SequenceKey, TokenEvent
 from actors.wire import convert
 from actors.wire.cached_blocks import CachedBlocksFeed
 from ernie_serving.internal.v1 import common_pb2, engine_link_pb2, engine_link_pb2_grpc

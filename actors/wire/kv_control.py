@@ -28,7 +28,8 @@ from actors.engine.scheduling.reservations import Reservation
 from actors.errors import ServingError, Unavailable
 from actors.parallel.kv_ends import KvRank
 from actors.parallel.kv_transfer import KvGeometry, KvTransferConfig
-from actors.types import KvIdentity, SequenceKey
+from actors.reports import KvIdentity
+from actors.types import SequenceKey
 from actors.wire import convert
 from ernie_serving.internal.v1 import common_pb2
 from ernie_serving.internal.v1 import kv_control_pb2 as pb

@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 from actors.errors import Unavailable
 from actors.parallel.kv_ends import KvRank
 from actors.parallel.kv_transfer import KvGeometry, KvTransferConfig
-from actors.types import KvIdentity, SequenceKey
+from actors.reports import KvIdentity
+from actors.types import SequenceKey
 from actors.wire import convert, status
 from actors.wire.kv_control import (
     CANCELLED,

@@ -13,7 +13,8 @@ import grpc.aio
 
 from actors.engine.scheduling.reservations import Reservation
 from actors.errors import InternalError, ServingError, Unavailable
-from actors.types import KvIdentity, SequenceKey
+from actors.reports import KvIdentity
+from actors.types import SequenceKey
 from actors.wire import convert
 from actors.wire.kv_control import (
     CANCELLED,

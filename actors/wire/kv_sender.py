@@ -9,7 +9,8 @@ from actors.engine.events import ComputedChunk
 from actors.errors import Unavailable
 from actors.parallel.kv_ends import KvRank
 from actors.parallel.kv_transfer import KvGeometry, KvTransferConfig
-from actors.types import KvIdentity, SequenceKey
+from actors.reports import KvIdentity
+from actors.types import SequenceKey
 from actors.wire.kv_control import DRAINING, OnTransferred, PrefillEngine, TransferCounters
 from actors.wire.kv_sending_pair import SenderParts, SendingPair
 

@@ -13,7 +13,8 @@ import grpc.aio
 
 from actors.engine.events import ComputedChunk
 from actors.errors import InternalError, ServingError, Unavailable
-from actors.types import KvIdentity, SequenceKey
+from actors.reports import KvIdentity
+from actors.types import SequenceKey
 from actors.wire import convert, status
 from actors.wire.channels import open_channel
 from actors.wire.kv_control import (

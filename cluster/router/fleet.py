@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
-from actors.types import EngineInfo
+from actors.reports import EngineInfo
 from cluster.policy import EngineView, admissible, pick_route
 from cluster.registry import EncoderEntry, Snapshot
 from cluster.router.link import EngineLink

@@ -19,17 +19,8 @@ import grpc
 import grpc.aio
 
 from actors.errors import ServingError, Unavailable
-from actors.types import (
-    AttemptMode,
-    EngineInfo,
-    EngineRequest,
-    LoadReport,
-    MediaSpan,
-    MilestoneKind,
-    PromptLogprobs,
-    SequenceKey,
-    TokenEvent,
-)
+from actors.reports import EngineInfo, LoadReport
+from actors.types import AttemptMode, EngineRequest, MediaSpan, MilestoneKind, PromptLogprobs, SequenceKey, TokenEvent
 from actors.wire import convert
 from actors.wire.cached_blocks import apply_cached_blocks
 from actors.wire.channels import open_channel

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from actors.engine.scheduling.block_hash import hash_blocks
-from actors.types import EngineRequest, KvIdentity
+from actors.reports import KvIdentity
+from actors.types import EngineRequest
 
 
 class RequestHashes:

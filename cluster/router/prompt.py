@@ -7,7 +7,8 @@ import logging
 from dataclasses import dataclass, field
 
 from actors.errors import MediaChanged, Unavailable
-from actors.types import EncoderInfo, MediaKind, MediaSpan, PreprocessReply, PreprocessRequest, Stage
+from actors.reports import EncoderInfo
+from actors.types import MediaKind, MediaSpan, PreprocessReply, PreprocessRequest, Stage
 from cluster.generation import GenerateCall
 from cluster.policy import pick_encoder
 from cluster.router.services import Services

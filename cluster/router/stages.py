@@ -13,7 +13,8 @@ import ray.exceptions
 import ray.serve.exceptions
 
 from actors.errors import ServingError, Unavailable
-from actors.types import EncoderInfo, MediaSpan, PreprocessReply, PreprocessRequest, PromptMedia
+from actors.reports import EncoderInfo
+from actors.types import MediaSpan, PreprocessReply, PreprocessRequest, PromptMedia
 from actors.wire.media import units_of
 from actors.wire.media_client import MediaClient
 from cluster.router.leases import LeaseKeeper

@@ -10,7 +10,8 @@ from collections import Counter
 import pytest
 
 from actors.errors import Unavailable
-from actors.types import EngineRole, RoleOrder
+from actors.reports import RoleOrder
+from actors.types import EngineRole
 from actors.wire import renewal
 from tests.in_process import InProcessCluster, in_process_cluster
 from tests.tiny_model import tiny_checkpoint

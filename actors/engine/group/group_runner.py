@@ -23,7 +23,8 @@ from actors.engine.group.messages import Embedding, Part
 from actors.engine.group.remote_constraints import RemoteConstraints
 from actors.engine.plan import StepPlan, StepResult
 from actors.parallel.world import WorldError
-from actors.types import EngineRole, GroupReport
+from actors.reports import GroupReport
+from actors.types import EngineRole
 
 
 @dataclass(kw_only=True, slots=True)

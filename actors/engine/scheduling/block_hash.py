@@ -17,7 +17,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from hashlib import blake2b
 from typing import NamedTuple
 
-from actors.types import Grid, KvIdentity, MediaKind, MediaSpan
+from actors.reports import KvIdentity
+from actors.types import Grid, MediaKind, MediaSpan
 
 HASH_BYTES = 32
 TAG = b"ernie-serving kv block 1"

@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from actors.types import EncoderInfo, EngineInfo, EngineRole, LoadReport
+from actors.reports import EncoderInfo, EngineInfo, LoadReport
+from actors.types import EngineRole
 from cluster.policy import QUEUE_STEP, EngineView, admissible, blocks_needed, has_room_on, pick_encoder, pick_route
 from cluster.registry import EncoderEntry
 

@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from actors.types import EngineInfo, EngineRole, KvIdentity, LoadReport
+from actors.reports import EngineInfo, KvIdentity, LoadReport
+from actors.types import EngineRole
 from cluster.policy import EngineView, cached_tokens, pick_route
 
 P, D, C = EngineRole.PREFILL, EngineRole.DECODE, EngineRole.COLOCATED

@@ -4,7 +4,8 @@ from collections import Counter
 
 import pytest
 
-from actors.types import EncoderInfo, EngineInfo, EngineRole
+from actors.reports import EncoderInfo, EngineInfo
+from actors.types import EngineRole
 from cluster.registry import LEASE_S, EncoderEntry, EngineEntry, LoadingEntry, Registry, next_role
 
 P, D, C = EngineRole.PREFILL, EngineRole.DECODE, EngineRole.COLOCATED

@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 
 from actors.errors import InvalidRequest, NotFound, Unavailable
-from actors.types import EngineRole, LoadReport
+from actors.reports import LoadReport
+from actors.types import EngineRole
 from cluster.config import RoleMoves
 from cluster.registry import EngineEntry
 from cluster.roles import Pressure, RoleMover, check_move, find_engine, measure, serving, substitutes

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
-from actors.types import EncoderInfo, EngineInfo, EngineRole, GroupReport, LoadReport
+from actors.reports import EncoderInfo, EngineInfo, GroupReport, LoadReport
+from actors.types import EngineRole
 from cluster.registry import EncoderEntry, EngineEntry, LoadingEntry, PreprocessorEntry, Snapshot
 from cluster.status import cluster_status, engine_notes, rows, summary
 

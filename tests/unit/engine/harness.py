@@ -20,12 +20,12 @@ from actors.engine.group.group_runner import GroupRunner
 from actors.ernie.config import ErnieConfig, Rules, TextConfig
 from actors.ernie.text import LanguageModel
 from actors.errors import ServingError
+from actors.reports import KvIdentity
 from actors.types import (
     AttemptMode,
     EngineRequest,
     EngineRole,
     FinishReason,
-    KvIdentity,
     MilestoneKind,
     PromptLogprobs,
     SequenceKey,

@@ -26,7 +26,7 @@ from actors.parallel.kv_transfer import (
 )
 from actors.parallel.process_groups import join_address, split_address
 from actors.parallel.torch_pairs import TorchMeeting
-from actors.types import KvIdentity
+from actors.reports import KvIdentity
 
 GEOMETRY = KvGeometry(num_layers=3, num_kv_heads=2, head_dim=4, dtype=torch.float32, device=torch.device("cpu"))
 CONFIG = KvTransferConfig(data_timeout_s=10.0, join_timeout_s=10.0)

@@ -18,7 +18,8 @@ from actors.errors import ServingError, Unavailable
 from actors.parallel.kv_threads import LocalKvRank
 from actors.parallel.kv_transfer import KvGeometry, KvTransferConfig, Meeting, Transport
 from actors.parallel.torch_pairs import TorchMeeting
-from actors.types import KvIdentity, SequenceKey
+from actors.reports import KvIdentity
+from actors.types import SequenceKey
 from actors.wire.channels import make_server
 from actors.wire.kv_receiver import KvReceiver
 from actors.wire.kv_sender import KvSender

@@ -13,14 +13,13 @@ import grpc.aio
 import pytest
 
 from actors.errors import AlreadyExists, Overloaded, ServingError, Unavailable
+from actors.reports import EngineInfo, LoadReport
 from actors.types import (
     AttemptMode,
-    EngineInfo,
     EngineRequest,
     EngineRole,
     FinishReason,
     Grid,
-    LoadReport,
     MediaKind,
     MediaSpan,
     MilestoneKind,

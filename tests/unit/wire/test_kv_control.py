@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from actors.types import KvIdentity
+from actors.reports import KvIdentity
 from actors.wire.kv_control import Outbox, given_up, identity_from_proto, identity_to_proto
 
 

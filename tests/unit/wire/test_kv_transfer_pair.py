@@ -9,7 +9,7 @@ import torch
 
 from actors.engine.events import ComputedChunk
 from actors.parallel.kv_transfer import KvTransferConfig
-from actors.types import KvIdentity
+from actors.reports import KvIdentity
 from tests.unit.wire.kv_engines import IDENTITY, decode_side, geometry_of, key_of, prefill_side, same_bytes
 from tests.unit.wire.media_places import wait_until
 

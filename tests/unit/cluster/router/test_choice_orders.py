@@ -12,13 +12,12 @@ from typing import Any
 import pytest
 
 from actors.errors import InternalError, InvalidRequest, ServingError, Unavailable
+from actors.reports import EngineInfo, LoadReport
 from actors.types import (
     AttemptMode,
-    EngineInfo,
     EngineRequest,
     EngineRole,
     FinishReason,
-    LoadReport,
     MilestoneKind,
     PreprocessReply,
     PromptLogprobs,

@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 
 from actors.engine.scheduling.block_hash import hash_blocks
-from actors.types import EngineRequest, Grid, KvIdentity, MediaKind, MediaSpan, SamplingParams
+from actors.reports import KvIdentity
+from actors.types import EngineRequest, Grid, MediaKind, MediaSpan, SamplingParams
 from cluster.router import prefix
 from cluster.router.prefix import RequestHashes
 

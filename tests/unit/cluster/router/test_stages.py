@@ -13,7 +13,8 @@ import ray.exceptions
 import ray.serve.exceptions
 
 from actors.errors import InvalidRequest, ServingError, Unavailable
-from actors.types import EncoderInfo, Grid, MediaKind, PreprocessReply, PreprocessRequest, PromptMedia
+from actors.reports import EncoderInfo
+from actors.types import Grid, MediaKind, PreprocessReply, PreprocessRequest, PromptMedia
 from actors.wire.media_client import MediaClient
 from cluster.router.leases import LeaseKeeper
 from cluster.router.retry_budget import RetryBudget

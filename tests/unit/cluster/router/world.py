@@ -10,15 +10,13 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 
 from actors.errors import ServingError
+from actors.reports import EncoderInfo, EngineInfo, LoadReport
 from actors.types import (
     AttemptMode,
-    EncoderInfo,
-    EngineInfo,
     EngineRequest,
     EngineRole,
     FinishReason,
     Grid,
-    LoadReport,
     MediaKind,
     MediaSpan,
     Message,

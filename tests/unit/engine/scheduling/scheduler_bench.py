@@ -12,7 +12,8 @@ from actors.engine.scheduling.block_pool import BlockPool
 from actors.engine.scheduling.outcomes import StepOutcome
 from actors.engine.scheduling.scheduler import Scheduler
 from actors.engine.scheduling.sequence import Sequence, SequenceState
-from actors.types import AttemptMode, EngineRequest, EngineRole, KvIdentity, SequenceKey, TokenEvent, TokenLogprobs
+from actors.reports import KvIdentity
+from actors.types import AttemptMode, EngineRequest, EngineRole, SequenceKey, TokenEvent, TokenLogprobs
 from tests.unit.engine.engine_requests import EOS, IMAGE, key, request
 
 COLOCATED, PREFILL, DECODE = AttemptMode.COLOCATED, AttemptMode.PREFILL, AttemptMode.DECODE

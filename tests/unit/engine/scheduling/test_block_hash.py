@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from actors.engine.scheduling.block_hash import HASH_BYTES, BlockHasher, hash_blocks
-from actors.types import Grid, KvIdentity, MediaKind, MediaSpan
+from actors.reports import KvIdentity
+from actors.types import Grid, MediaKind, MediaSpan
 
 IMAGE, VIDEO = 100, 127
 IDENTITY = KvIdentity(fingerprint="ab" * 32, dtype="bfloat16", switches="original", block_size=4)
