@@ -15,9 +15,11 @@ from actors.engine.execution.runner import Runner
 from actors.engine.group.balance import BalanceConfig, Balancer
 from actors.engine.group.channel import GroupConfig
 from actors.engine.group.followers import Followers
+from actors.engine.group.rank_process import Loaded
 from actors.engine.plan import RankPlan, StepPlan, StepResult
 from actors.ernie.config import ErnieConfig
 from actors.ernie.text import LanguageModel
+from actors.ernie.weights import Progress
 from actors.parallel.group import ExpertGroup
 from actors.parallel.layout import ExpertShare
 from actors.parallel.world import MeetingPlace, Seat, WorldConfig
@@ -54,9 +56,9 @@ class SharingLoader(RankLoader):
         assert steps.largest(7 * rank) == 7 * (self.seat.size - 1)
         return steps, config
 
-    def load(self, rank: int) -> Runner:
+    def load(self, rank: int, progress: Progress) -> Loaded:
         steps, config = self.share(rank)
-        return self.runner(rank, steps._model, config, experts=steps)
+        return Loaded(self.runner(rank, steps._model, config, experts=steps), ())
 
 
 class AtOnce(Executor):

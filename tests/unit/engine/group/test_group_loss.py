@@ -19,7 +19,7 @@ from actors.engine.group.meeting import Meeting, join
 from actors.engine.group.rank_process import LEADER_LOST
 from tests.unit.engine.engine_requests import request
 from tests.unit.engine.group.losses import assert_ranks_end_with_their_leader, lost_in
-from tests.unit.engine.group.rank_group import HOST, PATIENT, Fault, RankGroup, RankLoader, start_rank
+from tests.unit.engine.group.rank_group import HOST, PATIENT, Fault, RankGroup, RankLoader, small_model, start_rank
 from tests.unit.engine.harness import Rig
 
 SOON = GroupConfig(tick_s=0.2, silence_s=4.0, step_timeout_s=6.0)
@@ -63,7 +63,7 @@ def test_a_rank_that_dies_while_nothing_is_to_be_done_is_noticed_at_once() -> No
 def test_a_rank_that_cannot_load_is_named() -> None:
     with RankGroup(2, RankLoader(blocks=-1).main) as group:
         with pytest.raises(RankLost, match="rank 1 is lost: Traceback"):
-            group.join(RankLoader().load(0))
+            group.join(RankLoader().runner(0, *small_model()))
         group.wait_gone()
 
 
