@@ -148,6 +148,7 @@ class PromptKeeper:
     async def _make(self, choice: int) -> Prompt:
         """Another preprocessor or encoder does what a lost one did, as often as it takes: the deadline ends it."""
         done: Preprocessed | None = None
+        misses = 0
         while True:
             try:
                 if done is None:
@@ -157,6 +158,9 @@ class PromptKeeper:
             except MissingPatches:
                 log.warning("request %s: patches were gone before they were encoded", self._request_id)
                 done = None
+                self._release(self._leases.patches)
+                await asyncio.sleep(RECHECK_S if misses else 0.0)
+                misses += 1
             except Unavailable as error:
                 verdict = judge(error, newcomer=True)
                 if verdict is Verdict.TOLD:
