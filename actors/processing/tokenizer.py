@@ -103,6 +103,9 @@ class TextTokenizer:
 
     def encode_raw(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """Ids of a text that is a prompt as it stands: special tokens spelled in it are special tokens."""
+        if self._runs is not None:
+            # Nothing goes around the text: a SentencePiece model has no post-processor.
+            return self._encode_whole(text)
         return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def spell(self, ids: Sequence[int]) -> str:
