@@ -124,6 +124,11 @@ class TextTokenizer:
         piece = self.token_text(token_id)
         return b"" if piece is None else self._read_piece(piece)
 
+    def longest_token(self) -> int:
+        """Most bytes of text that one token stands for, but for text that a tokenizer rewrites or leaves out."""
+        ids = self._tokenizer.get_vocab(with_added_tokens=True).values()
+        return max(len(self.token_bytes(token_id)) for token_id in ids)
+
     def spellings(self, text: str) -> tuple[tuple[int, ...], ...]:
         """Ids of a text wherever it may stand in an output: at its start, after a space, inside a word. Special tokens
         spelled in it are ordinary text.
