@@ -7,7 +7,8 @@ import { aside, callCard, lookCard, Step } from "./view.js";
 /**
  * Goes on with `messages`, which grow by what is said, and shows it in `turn`.
  *
- * What the user stopped stays as far as it came. Raises ApiError.
+ * What the user stopped stays as far as it came. Of a reply that broke off nothing does: it can be asked for again. Raises
+ * ApiError.
  */
 export async function exchange(messages, { system, fields, zoom, signal, turn }) {
   for (let round = 1; ; round++) {
@@ -29,8 +30,8 @@ export async function exchange(messages, { system, fields, zoom, signal, turn })
       }
     } catch (error) {
       step.end(reply, drawn);
-      if (reply.text) messages.push({ role: "assistant", content: reply.text });
       if (error.name !== "AbortError") throw error;
+      if (reply.text) messages.push({ role: "assistant", content: reply.text });
       turn.append(aside("Stopped."));
       return;
     }
