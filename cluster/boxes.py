@@ -9,6 +9,8 @@ from dataclasses import dataclass
 SCALE = 1000
 LARGEST = 1e6
 """No reading of a picture has coordinates beyond it."""
+MAX_UNREADABLE = 500
+"""Brackets of an answer that begin nothing readable; it is read no further, since each may be looked for to its end."""
 BOX_KEYS = ("bbox_2d", "bbox", "box_2d", "box")
 LABEL_KEYS = ("label", "name", "text", "text_content", "class", "category", "object", "description")
 _MAX_DEPTH = 20
@@ -43,13 +45,14 @@ def find_boxes(text: str) -> list[LabelledBox]:
 def _json_values(text: str) -> Iterator[object]:
     """Every outermost JSON object or list that can be read. One that cannot be is entered, for what it holds."""
     decoder = json.JSONDecoder()
-    at = 0
-    while (at := _next_bracket(text, at)) >= 0:
+    at = unreadable = 0
+    while unreadable < MAX_UNREADABLE and (at := _next_bracket(text, at)) >= 0:
         try:
             value, at = decoder.raw_decode(text, at)
             yield value
         except (ValueError, RecursionError):
             at += 1
+            unreadable += 1
 
 
 def _next_bracket(text: str, at: int) -> int:

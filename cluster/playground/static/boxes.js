@@ -3,6 +3,7 @@
 export const SCALE = 1000;
 const LARGEST = 1e6;
 const MAX_DEPTH = 20;
+const MAX_UNREADABLE = 500;
 const BOX_KEYS = ["bbox_2d", "bbox", "box_2d", "box"];
 const LABEL_KEYS = ["label", "name", "text", "text_content", "class", "category", "object", "description"];
 
@@ -24,7 +25,8 @@ export const clamp = (n) => Math.min(SCALE, Math.max(0, n));
 /** Every outermost JSON object or list that can be read. One that cannot be is entered, for what it holds. */
 function* jsonValues(text) {
   let at = 0;
-  while ((at = nextBracket(text, at)) >= 0) {
+  let unreadable = 0;
+  while (unreadable < MAX_UNREADABLE && (at = nextBracket(text, at)) >= 0) {
     const end = closing(text, at);
     let value;
     try {
@@ -34,6 +36,7 @@ function* jsonValues(text) {
     }
     if (value === undefined) {
       at += 1;
+      unreadable += 1;
     } else {
       yield value;
       at = end;

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.boxes import LabelledBox, find_boxes, read_box
+from cluster.boxes import MAX_UNREADABLE, LabelledBox, find_boxes, read_box
 
 CAT = LabelledBox((10, 20, 300, 400), "cat")
 BARE = LabelledBox((10, 20, 300, 400))
@@ -45,6 +45,8 @@ CASES: list[tuple[str, list[LabelledBox]]] = [
     ('{"bbox_2d": [2000, 2, 3000, 9]}', []),
     ('{"bbox_2d": null}', []),
     ("[" * 5000, []),
+    ("[" * (MAX_UNREADABLE - 1) + "[10, 20, 300, 400]", [BARE]),
+    ("[" * MAX_UNREADABLE + "[10, 20, 300, 400]", []),
     ('{"a":' * 30 + "[1, 1, 2, 2]" + "}" * 30, []),
 ]
 
