@@ -113,10 +113,11 @@ def _read_tools(file: str | None) -> list[dict[str, object]]:
         return []
     try:
         offered = json.loads(Path(file).read_bytes())
+        if not isinstance(offered, list):
+            raise ValueError("must be a list of functions")
         generate_request("", tools=offered)
     except (ValueError, TypeError) as error:
         raise _Unusable(f"{file}: {error}") from None
-    assert isinstance(offered, list)
     return offered
 
 

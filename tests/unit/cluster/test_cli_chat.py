@@ -122,7 +122,7 @@ def test_calls_are_printed_plainly(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", [None, "{", "5", '["f"]', '{"name": "f"}', '[{"type": "function", "function": {}}]']
+    "content", [None, "{", "5", "{}", '""', "null", '["f"]', '{"name": "f"}', '[{"type": "function", "function": {}}]']
 )
 def test_unreadable_tools(content: str | None, tmp_path: Path) -> None:
     tools = tmp_path / "tools.json"
