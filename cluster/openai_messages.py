@@ -6,7 +6,6 @@ templates (``image``, ``video``). Beside a picture or a video stand the options 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
@@ -15,7 +14,7 @@ from pydantic import BeforeValidator, Discriminator, FiniteFloat, Tag
 from actors.errors import InvalidRequest
 from actors.types import ContentPart, ImagePart, MediaSource, Message, MessageRole, TextPart, ToolCall, VideoPart
 from cluster.openai_media import one_target
-from cluster.openai_structure import Strict
+from cluster.openai_structure import JsonText, Strict
 from cluster.request_checks import (
     check_messages,
     check_pixels,
@@ -129,15 +128,11 @@ def _listed_content(value: Any) -> Any:
     return [{"type": "text", "text": value}] if isinstance(value, str) else value
 
 
-def _written(value: Any) -> Any:
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else value
-
-
 class FunctionBody(Strict):
     """``arguments`` may also be an object, as in FastDeploy's examples."""
 
     name: str
-    arguments: Annotated[str, BeforeValidator(_written, json_schema_input_type=str | dict[str, Any])]
+    arguments: JsonText
 
 
 class ToolCallBody(Strict):

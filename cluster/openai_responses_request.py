@@ -20,7 +20,7 @@ from cluster.openai_media import ProcessorKwargs, to_media_options
 from cluster.openai_request import SPELLING, client_field
 from cluster.openai_responses_items import Conversation, Item
 from cluster.openai_sampling import SamplingBody, sampling_fields
-from cluster.openai_structure import SchemaText, Strict
+from cluster.openai_structure import JsonText, Strict
 from cluster.openai_thinking import (
     MAX_METADATA_KEY_LENGTH,
     MAX_METADATA_PAIRS,
@@ -76,7 +76,7 @@ class TextFormat(Strict):
     type: Literal["text", "json_object", "json_schema"]
     name: str | None = None
     description: str | None = None
-    schema_: SchemaText | None = Field(None, alias="schema")
+    schema_: JsonText | None = Field(None, alias="schema")
     strict: bool | None = None
 
 

@@ -8,6 +8,7 @@ import json
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticCustomError
 
 from actors.errors import InvalidRequest
 from actors.types import Structure, StructureKind
@@ -20,11 +21,16 @@ class Strict(BaseModel):
 
 
 def _written(value: Any) -> Any:
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else value
+    if not isinstance(value, dict):
+        return value
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        raise PydanticCustomError("finite_number", "must have finite numbers only") from None
 
 
-SchemaText = Annotated[str, BeforeValidator(_written, json_schema_input_type=str | dict[str, Any])]
-"""A JSON schema, given as an object or as JSON text."""
+JsonText = Annotated[str, BeforeValidator(_written, json_schema_input_type=str | dict[str, Any])]
+"""A JSON object, given as it is or as JSON text."""
 
 
 class JsonSchemaFormat(Strict):
@@ -32,7 +38,7 @@ class JsonSchemaFormat(Strict):
 
     name: str | None = None
     description: str | None = None
-    schema_: SchemaText = Field(alias="schema")
+    schema_: JsonText = Field(alias="schema")
     strict: bool | None = None
 
 
@@ -44,7 +50,7 @@ class ResponseFormat(Strict):
 class StructuredOutputs(Strict):
     """vLLM's object: one of these."""
 
-    json_: SchemaText | None = Field(None, alias="json")
+    json_: JsonText | None = Field(None, alias="json")
     json_object: bool | None = None
     regex: str | None = None
     choice: list[str] | None = None
@@ -56,7 +62,7 @@ class StructureFields(Strict):
 
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
-    guided_json: SchemaText | None = None
+    guided_json: JsonText | None = None
     guided_regex: str | None = None
     guided_choice: list[str] | None = None
     guided_grammar: str | None = None

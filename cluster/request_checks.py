@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +21,7 @@ from actors.types import (
     ThinkingMode,
 )
 from cluster.generation import GenerateCall
-from cluster.tools import answer_structure
+from cluster.tools import answer_structure, parse_json
 
 MAX_TEMPERATURE = 2.0
 MAX_INT32 = 2**31 - 1
@@ -187,10 +186,10 @@ def _check_structure(structure: Structure, field: str) -> None:
         case StructureKind.JSON_OBJECT:
             return
         case StructureKind.JSON_SCHEMA:
-            if not isinstance(_parsed(structure.text, field), dict):
+            if not isinstance(parse_json(structure.text, field), dict):
                 raise _wrong(field, "must be a JSON schema, which is an object")
         case StructureKind.CHOICE:
-            choices = _parsed(structure.text, field)
+            choices = parse_json(structure.text, field)
             if not (isinstance(choices, list) and 1 <= len(choices) <= MAX_STRUCTURE_CHOICES):
                 raise _wrong(field, f"must have 1 to {MAX_STRUCTURE_CHOICES} texts")
             if not all(isinstance(choice, str) and choice for choice in choices):
@@ -198,15 +197,6 @@ def _check_structure(structure: Structure, field: str) -> None:
         case _:
             if not structure.text:
                 raise _wrong(field, "must not be empty")
-
-
-def _parsed(text: str, field: str) -> object:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise _wrong(field, f"is not valid JSON: {error}") from None
-    except RecursionError:
-        raise _wrong(field, "is nested too deeply") from None
 
 
 def check_messages(messages: tuple[Message, ...], parts: str) -> None:

@@ -14,6 +14,7 @@ answer.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -60,14 +61,17 @@ def _check_parameters(schema: dict[str, Any], field: str) -> None:
     required = schema.get("required", [])
     if not (isinstance(required, list) and all(isinstance(name, str) for name in required)):
         raise _wrong(f"{field}.required", "must be a list of names")
-    _check_depth(schema, field)
+    _check_values(schema, field)
     if _LIBRARY_OPTIONS in schema:
         raise _wrong(f"{field}.{_LIBRARY_OPTIONS}", "is not supported")
 
 
-def _check_depth(schema: dict[str, Any], field: str) -> None:
+def _check_values(schema: dict[str, Any], field: str) -> None:
+    """Nesting has a bound, and numbers are such as JSON has: a schema goes into prompts, and back to the client."""
     level: list[Any] = [schema]
     for _ in range(MAX_SCHEMA_DEPTH):
+        if any(isinstance(value, float) and not math.isfinite(value) for value in level):
+            raise _wrong(field, "must have finite numbers only")
         level = [
             inner
             for value in level
@@ -92,15 +96,27 @@ def check_tool_choice(tools: Sequence[Tool], choice: ToolChoice, function_field:
 
 def parse_parameters(text: str, field: str) -> dict[str, Any]:
     """The JSON schema of a function's arguments. Raises InvalidRequest for text that is no JSON object."""
+    schema = parse_json(text, field)
+    if not isinstance(schema, dict):
+        raise _wrong(field, "must be a JSON schema, which is an object")
+    return schema
+
+
+def parse_json(text: str, field: str) -> Any:
+    """Raises InvalidRequest for text that is no JSON, of which NaN and infinite numbers are no part."""
     try:
-        schema = json.loads(text)
+        return json.loads(text, parse_float=_finite, parse_constant=_finite)
     except ValueError as error:
         raise _wrong(field, f"is not valid JSON: {error}") from None
     except RecursionError:
         raise _wrong(field, "is nested too deeply") from None
-    if not isinstance(schema, dict):
-        raise _wrong(field, "must be a JSON schema, which is an object")
-    return schema
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is no finite number")
+    return value
 
 
 def template_form(tool: Tool) -> dict[str, Any]:

@@ -519,6 +519,10 @@ def test_assistant_history_keeps_thinking_and_calls(name: str) -> None:
 def test_arguments_may_be_an_object() -> None:
     called = {"id": "c1", "function": {"name": "f", "arguments": {"a": "\u00e9"}}}
     assert message(role="assistant", tool_calls=[called]).tool_calls[0].arguments == '{"a": "\u00e9"}'
+    called["function"] = {"name": "f", "arguments": {"a": float("nan")}}
+    with pytest.raises(InvalidRequest, match="finite") as caught:
+        message(role="assistant", tool_calls=[called])
+    assert caught.value.field == "messages[0].tool_calls[0].function.arguments"
 
 
 def test_tool_results_may_be_empty_text() -> None:

@@ -30,6 +30,7 @@ def tool(name: str = "f", **fields: Any) -> dict[str, Any]:
 
 F = tool(description="Does f.", parameters=SCHEMA)
 NAMED = {"type": "function", "function": {"name": "f"}}
+NAN = {"properties": {"a": {"enum": [float("nan")]}}}
 
 
 def over_http(**fields: Any) -> GenerateCall:
@@ -136,6 +137,7 @@ def test_wrong_bodies_name_their_field(fields: dict[str, Any], field: str) -> No
             "tools[0].parameters_json.x-guidance",
         ),
         ({"tools": [tool(parameters=DEEP)]}, "tools[0].function.parameters", "tools[0].parameters_json"),
+        ({"tools": [tool(parameters=NAN)]}, "tools[0].function.parameters", "tools[0].parameters_json"),
         ({"tool_choice": "required"}, "tool_choice", "tool_choice"),
         ({"tools": [], "tool_choice": "required"}, "tool_choice", "tool_choice"),
         ({"tool_choice": NAMED}, "tool_choice.function.name", "tool_choice.function_name"),
@@ -199,6 +201,7 @@ def test_forced_calls_leave_no_answer_that_could_match(choice: Any) -> None:
     [
         ({"tools": [{"name": "f", "parameters_json": "{"}]}, "tools[0].parameters_json"),
         ({"tools": [{"name": "f", "parameters_json": "[]"}]}, "tools[0].parameters_json"),
+        ({"tools": [{"name": "f", "parameters_json": '{"maximum": 1e999}'}]}, "tools[0].parameters_json"),
         ({"tools": [{"name": "f", "parameters_json": '{"a":' * 50_000}]}, "tools[0].parameters_json"),
         ({"tool_choice": {}}, "tool_choice"),
         ({"tool_choice": {"mode": 9}}, "tool_choice.mode"),
