@@ -113,16 +113,15 @@ class ResponseBuilder:
             case _:
                 return []
 
-    def fail(self, error: ServingError) -> Told:
-        """The last event of a response that fails."""
+    def fail(self, error: ServingError) -> list[Told]:
+        """The last events of a response that fails: of an item that had begun, too."""
         told = error_body(error)["error"]
         if self._started is None:
-            return self._tell("error", code=told["code"], message=told["message"], param=told["param"])
+            return [self._tell("error", code=told["code"], message=told["message"], param=told["param"])]
         self._status = "failed"
         self._error = {"code": _ERROR_CODE.get(error.status, "server_error"), "message": told["message"]}
-        for _ in self._close("incomplete"):
-            pass
-        return self._tell("response.failed", response=self.response())
+        closing = list(self._close("incomplete"))
+        return [*closing, self._tell("response.failed", response=self.response())]
 
     def response(self) -> Told:
         """The response as far as it has come."""
@@ -251,7 +250,7 @@ class ResponsesExchange:
         return b""
 
     def failed(self, error: ServingError) -> bytes:
-        return _sse(self._builder.fail(error))
+        return b"".join(map(_sse, self._builder.fail(error)))
 
     def name_field(self, error: ServingError) -> None:
         if error.field is not None:

@@ -30,6 +30,7 @@ from cluster.openai_responses_request import ResponsesCall, ResponsesRequest
 from tests.doubles import ENDED, FINISHED, SCRIPT, STARTED, Pause, ScriptedService
 from tests.unit.cluster.test_http_api import plain, sdk
 
+NAN = float("nan")
 RESPONSES = "/v1/responses"
 CALLS = (
     STARTED,
@@ -161,11 +162,15 @@ async def test_an_error_inside_a_stream_fails_the_response() -> None:
     script = (*SCRIPT[:3], Unavailable("engine lost", reason="ENGINE_LOST"))
     async with sdk(ScriptedService(script=script)) as client:
         stream = await client.responses.create(model="m", input="hi", stream=True)
-        last = [event async for event in stream][-1]
+        events = [event async for event in stream]
+        last = events[-1]
+        assert [event.sequence_number for event in events] == list(range(len(events)))
         assert last.type == "response.failed" and last.response.status == "failed"
         assert last.response.error is not None and last.response.error.code == "server_error"
         assert "engine lost" in last.response.error.message
         assert [item.type for item in last.response.output] == ["reasoning", "message"]
+        done = [event.item for event in events if event.type == "response.output_item.done"]
+        assert done == last.response.output and done[-1].status == "incomplete"
         with pytest.raises(openai.APIStatusError, match="engine lost"):
             await client.responses.create(model="m", input="hi")
 
@@ -363,6 +368,20 @@ async def test_what_is_refused_is_named(fields: dict[str, Any], field: str) -> N
     assert response.status_code == 400 and error["type"] == "invalid_request_error"
     assert error["param"] == field and field in error["message"]
     assert service.calls == []
+
+
+@pytest.mark.parametrize(
+    ("fields", "field"),
+    [
+        ({"tools": [{"type": "function", "name": "f", "parameters": {"default": NAN}}]}, "tools[0].parameters"),
+        ({"text": {"format": {"type": "json_schema", "schema": {"default": NAN}}}}, "text.format.schema"),
+        ({"text": {"format": {"type": "json_schema", "schema": '{"default": NaN}'}}}, "text.format"),
+    ],
+)
+def test_what_is_told_back_must_be_json(fields: dict[str, Any], field: str) -> None:
+    with pytest.raises(InvalidRequest, match="finite") as caught:
+        asked(**fields)
+    assert caught.value.field == field
 
 
 @pytest.mark.parametrize(
