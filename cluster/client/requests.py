@@ -56,15 +56,13 @@ def generate_request(
     return_timings: bool = False,
     timeout_s: float | None = None,
 ) -> inference_pb2.GenerateRequest:
-    """A request from the names the HTTP API uses. None leaves the choice to the model or the cluster.
+    """A request from the names the HTTP API uses, but for a few. None leaves the choice to the model or the cluster.
 
     ``messages`` may be one question as plain text, which ``images`` and ``videos`` belong to; those of longer
     conversations are in their messages (``user_message`` ...). ``logprobs`` and ``prompt_logprobs`` are counts of most
     likely tokens. The text of a stop string must come as a list of one. ``tools`` and ``tool_choice`` are as OpenAI has
     them: {"type": "function", "function": {"name": ..., "description": ..., "parameters": ...}}, and "auto", "none",
-    "required" or {"type": "function", "function": {"name": ...}}. ``mm_processor_kwargs`` says how pictures and videos
-    are prepared where their parts do not: image_min_pixels, image_max_pixels, video_min_pixels, video_max_pixels,
-    video_fps, video_min_frames, video_max_frames.
+    "required" or {"type": "function", "function": {"name": ...}}.
 
     ``mm_processor_kwargs`` is how media are prepared where their parts do not say: image_min_pixels, image_max_pixels,
     video_min_pixels, video_max_pixels, video_fps, video_min_frames, video_max_frames.
