@@ -21,6 +21,9 @@ from __future__ import annotations
 
 import enum
 
+POISON = "POISON"
+"""Reason of an InternalError: engines died under the request, one after the other."""
+
 
 class Status(enum.StrEnum):
     """Transport-neutral outcome; names follow google.rpc.Code."""

@@ -16,6 +16,7 @@ import pytest
 import uvicorn
 
 from actors.errors import (
+    POISON,
     AlreadyExists,
     ContextExceeded,
     DeadlineExceeded,
@@ -231,6 +232,24 @@ async def test_codes_and_headers_clients_act_on() -> None:
             await client.chat.completions.create(model="x", messages=ASK)
     assert full.value.response.headers["retry-after"] == "2"
     assert full.value.response.headers["retry-after-ms"] == "1200"
+
+
+@pytest.mark.parametrize(
+    ("error", "tries"),
+    [
+        (InternalError("engines died", reason=POISON), 1),
+        (DeadlineExceeded("late"), 1),
+        (AlreadyExists("in use"), 1),
+        (Unavailable("lost", retry_after_s=0.001), 3),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+async def test_openais_client_tries_again_only_what_may_succeed(error: ServingError, tries: int) -> None:
+    service = ScriptedService(script=(error,))
+    async with sdk(service) as client:
+        with pytest.raises(openai.APIStatusError):
+            await client.with_options(max_retries=2).chat.completions.create(model="m", messages=ASK)
+    assert len(service.calls) == tries
 
 
 async def test_errors_after_the_stream_began_reach_openais_client() -> None:
