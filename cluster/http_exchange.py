@@ -133,7 +133,7 @@ class EventStream(Response, Generic[E]):
             log.info("request %s: %s after the stream began: %r", self._trace, error.status, error.message)
             self._exchange.name_field(error)
             yield self._exchange.failed(error)
-        except (Gone, OSError):
+        except Gone:
             raise
         except Exception:
             log.exception("request %s failed after the stream began", self._trace)

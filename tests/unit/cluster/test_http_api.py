@@ -269,8 +269,11 @@ async def test_errors_after_the_stream_began_reach_openais_client() -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("at", [0, 2])
-async def test_defects_stay_in_the_log(stream: bool, at: int, caplog: pytest.LogCaptureFixture) -> None:
-    service = ScriptedService(script=(*SCRIPT[:at], KeyError("secret")))
+@pytest.mark.parametrize("defect", [KeyError, TimeoutError])  # the second is an OSError, as losing a client is
+async def test_defects_stay_in_the_log(
+    defect: type[Exception], stream: bool, at: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    service = ScriptedService(script=(*SCRIPT[:at], defect("secret")))
     async with plain(service) as client:
         response = await client.post(
             CHAT, json={"messages": ASK, "stream": stream}, headers={"x-request-id": "trace-7"}
