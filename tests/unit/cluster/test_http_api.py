@@ -414,11 +414,29 @@ async def test_long_names_are_cut() -> None:
     assert response.status_code == 400 and len(response.content) < 3000
 
 
-async def test_oversized_bodies_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http_exchange, "MAX_BODY_BYTES", 100)
+@pytest.mark.parametrize(
+    ("bound", "over", "told"),
+    [
+        ("MAX_BODY_BYTES", b"x" * 101, "100 bytes"),
+        ("MAX_BODY_MARKS", b"[" * 101, "100 brackets"),
+        ("MAX_BODY_MARKS", b"[" + b"{}," * 50, "100 brackets"),
+    ],
+)
+async def test_oversized_bodies_are_refused(
+    bound: str, over: bytes, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http_exchange, bound, 100)
     async with plain(ScriptedService()) as client:
-        response = await client.post(CHAT, content=b"x" * 101)
-    assert response.status_code == 400 and "100 bytes" in response.text
+        refused = await client.post(CHAT, content=over)
+        read = await client.post(CHAT, content=over[:-1])
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "body_too_large") and told in refused.text
+    assert "not valid JSON" in read.text
+
+
+async def test_a_body_that_is_wrong_all_over_is_not_described_place_by_place() -> None:
+    async with plain(ScriptedService()) as client:
+        response = await client.post(CHAT, json={"messages": [[]] * 10_001})
+    assert response.status_code == 400 and "wrong in 10001 places" in response.text
 
 
 async def test_silence_is_bridged_by_comments(monkeypatch: pytest.MonkeyPatch) -> None:
