@@ -112,6 +112,7 @@ def command(planner: Planner, monkeypatch: pytest.MonkeyPatch, *, becomes: str) 
     def answer(request: httpx.Request) -> httpx.Response:
         if request.method == "POST":
             assert request.headers["authorization"] == f"Bearer {TOKEN}"
+            assert request.headers["content-type"] == "application/json"
             if b"colocated" in request.content:
                 return httpx.Response(503, json={"error": {"message": "engine engine-1 is needed as prefill"}})
             return httpx.Response(200, json={"engine": "engine-1"})
