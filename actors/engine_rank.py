@@ -7,6 +7,7 @@ import logging
 import resource
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -173,13 +174,22 @@ def _load_note(report: LoadReport) -> str:
     return f"read {report.total_bytes / 1e9:.2f} GB in {report.seconds:.1f} s; {memory_said}"
 
 
-def rank_main(invitation: Invitation, seat: Seat, config: EngineReplicaConfig, role: EngineRole) -> None:
+def rank_main(
+    invitation: Invitation,
+    seat: Seat,
+    config: EngineReplicaConfig,
+    role: EngineRole,
+    find_model: Callable[[], str] | None = None,
+) -> None:
     """All that the process of a rank other than the leader's does, however it was started; returns when the leader ends
     the group. See ``follow`` for what happens when it does not.
+
+    ``find_model``: the model's directory on this node, which may have to be fetched first; the configuration's if None.
     """
 
     def load(progress: Progress) -> Loaded:
-        rank = load_rank(config, role, progress, seat)
+        here = config if find_model is None else replace(config, model_dir=find_model())
+        rank = load_rank(here, role, progress, seat)
         return Loaded(rank.runner, rank.notes)
 
     follow(

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import threading
 import time
 import uuid
 from collections.abc import Callable, Sequence
@@ -96,6 +97,7 @@ class EngineReplica:
         self._group: EngineGroup | None = None
         self._incarnation = uuid.uuid4().hex
         self._loop = asyncio.get_running_loop()
+        self._loop_thread = threading.get_ident()
         role: EngineRole = await planner.assign_role.remote(self._incarnation, config.pool)
         self._progress = (0, 0)
         host = host or node_address()
@@ -315,18 +317,19 @@ class EngineReplica:
             log.warning("becoming %s instead of %s", order.role, info.role)
             started = time.monotonic()
             await self._empty(self._config.role_drain_s)
-            while not await asyncio.to_thread(self._engine.wait_idle, MOVE_S):
+            while not self._closing and not await asyncio.to_thread(self._engine.wait_idle, MOVE_S):
                 log.warning("attempts still hold blocks after %.0f s", time.monotonic() - started)
             if self._closing:
                 return
             await asyncio.wrap_future(self._engine.set_role(order.role))
             self._info = replace(info, role=order.role, epoch=info.epoch + 1, max_model_len=self._engine.max_model_len)
+            if self._closing:
+                return
             self._leaves = False
             self._links.tell_load()
             log.warning("%s since epoch %d, after %.2f s", order.role, self._info.epoch, time.monotonic() - started)
         finally:
             self._role_change = None
-        await self._renew()
 
     async def _empty(self, timeout_s: float) -> None:
         """Takes nothing new; what is here may finish until the timeout, and then its routers move it."""
@@ -432,6 +435,13 @@ class _Sink:
 
     def on_fatal(self, error: BaseException) -> None:
         log.critical("a step failed: the engine ends", exc_info=error)
-        time.sleep(LAST_WORDS_S)
-        logging.shutdown()
-        os._exit(1)
+        if threading.get_ident() == self._replica._loop_thread:  # The loop has the last words to say.
+            threading.Thread(target=_exit_soon, name="engine-end", daemon=True).start()
+        else:
+            _exit_soon()
+
+
+def _exit_soon() -> None:
+    time.sleep(LAST_WORDS_S)
+    logging.shutdown()
+    os._exit(1)

@@ -6,7 +6,7 @@ The leader owns them: when its process ends, however it does, Ray ends them, and
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -37,7 +37,7 @@ class EngineRank:
         role: EngineRole,
         find_model: Callable[[], str],
     ) -> None:
-        rank_main(invitation, seat, replace(config, model_dir=find_model()), role)
+        rank_main(invitation, seat, config, role, find_model)
 
 
 @dataclass(frozen=True, slots=True)

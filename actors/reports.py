@@ -108,6 +108,7 @@ class RoleOrder:
     """Of the planner. Engines heed no lower one than they know."""
     epoch: int
     """Of the engine when this was decided: in any other the order is void."""
+    former: EngineRole
     role: EngineRole
     substitutes: tuple[str, ...]
     """Incarnations of engines that together do without it what is to be done: prefill and decode."""

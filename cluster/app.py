@@ -76,7 +76,8 @@ def build(args: ClusterConfig | Mapping[str, Any]) -> Application:
             pool.name,
             engine_claim(pool),
             replicas=pool.replicas,
-            shutdown_s=config.drain_timeout_s + SHUTDOWN_MARGIN_S,
+            # It may change its role when it is asked to end, and moves what does not finish.
+            shutdown_s=config.role_drain_s + config.drain_timeout_s + 2 * SHUTDOWN_MARGIN_S,
         ).bind(engine_config(config, pool), planner, config.worker_host)
         for pool in config.pools
     ]

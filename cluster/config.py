@@ -172,7 +172,7 @@ class EnginePool(Pool):
     placement: Placement = "pack"
     """How the ranks of one engine lie on nodes: on few, on one, on many, or each on its own."""
     move_roles: RoleMoves | None = None
-    """Set (``{}`` for the defaults), engines change their roles as the load asks.; else only ``ernie role`` does."""
+    """Set (``{}`` for the defaults), engines change their roles as the load asks; else only ``ernie role`` does."""
     rebalance_steps: Annotated[int, Field(ge=0)] = 1000
     """Steps after which busy experts may change ranks; 0 leaves them where they are."""
     num_cpus: Amount = 1.0

@@ -166,7 +166,8 @@ def _fetch(name: str, revision: str | None, files: tuple[str, ...], to: Path | N
         fail(f"{hub} cannot be reached; its files are not all in {constants.HF_HUB_CACHE}")
     except errors.HfHubHTTPError as error:
         fail(f"{hub} refused: {_line(error)}")
-    except (OSError, ValueError) as error:
+    except Exception as error:
+        # Errors of its HTTP client (a proxy that refuses, a connection that breaks) come through as they are.
         fail(f"it could not be fetched from {hub}: {_line(error)}")
 
 

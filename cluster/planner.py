@@ -89,10 +89,17 @@ class Planner:
         self._notify()
         order = self._orders.get(info.incarnation)
         if order is not None and order.epoch != info.epoch:
-            del self._orders[info.incarnation]
-            log.info("engine %s is %s now", info.engine_id, info.role)
+            self._done(order, info, pool)
             return None
         return order
+
+    def _done(self, order: RoleOrder, info: EngineInfo, pool: str) -> None:
+        del self._orders[info.incarnation]
+        log.info("engine %s is %s now", info.engine_id, info.role)
+        # Whoever replaces an engine of the pool takes the role that is short from now on, and not before: until it has
+        # moved, it counts as what it was.
+        self._wanted[pool] += Counter({order.role: 1})
+        self._wanted[pool] -= Counter({order.former: 1})
 
     async def order_role(self, name: str, role: EngineRole) -> str:
         """An engine, by its id or a part of it, is to take a role. Returns its id; the change itself takes a while.
@@ -103,17 +110,16 @@ class Planner:
         """
         await asyncio.sleep(max(0.0, self._decides_at - time.monotonic()))
         entry = find_engine(self._registry.snapshot().engines, name)
-        if entry.info.role is not role:
+        if entry.info.role is not role or entry.info.incarnation in self._orders:
             self._order(entry, role, "by hand")
         return entry.info.engine_id
 
     def _order(self, entry: EngineEntry, role: EngineRole, why: str) -> None:
         info = entry.info
-        alone = check_move(self._registry.snapshot().engines, entry, self._orders)
-        self._orders[info.incarnation] = RoleOrder(term=self._term, epoch=info.epoch, role=role, substitutes=alone)
-        # Whoever replaces an engine of the pool takes the role that is short from now on.
-        self._wanted[entry.pool] += Counter({role: 1})
-        self._wanted[entry.pool] -= Counter({info.role: 1})
+        alone = check_move(self._registry.snapshot().engines, entry, role, self._orders)
+        self._orders[info.incarnation] = RoleOrder(
+            term=self._term, epoch=info.epoch, former=info.role, role=role, substitutes=alone
+        )
         log.warning("engine %s is to be %s instead of %s: %s", info.engine_id, role, info.role, why)
 
     async def _decide(self) -> None:

@@ -79,25 +79,26 @@ def pick_route(
 ) -> Route | None:
     """Picks where a prompt of ``token_count`` tokens (earlier outputs included) runs. None when no path exists at all.
 
-    Engines with room come first, then those that have the least to compute before its first token: what is queued there
-    and what of this prompt they have not cached. Among equals, by tenths of the share of blocks in use, and in the same
-    tenth by how much of the prompt the decode engine holds, which need not be sent. A pair counts both its engines, and
-    a colocated engine goes before a pair that is no better.
+    Engines that may take so long a prompt come first, then those with room, then those that have the least to compute
+    before its first token: what is queued there and what of this prompt they have not cached. Among equals, by tenths
+    of the share of blocks in use, and in the same tenth by how much of the prompt the decode engine holds, which need
+    not be sent. A pair counts both its engines, and a colocated engine goes before a pair that is no better.
     """
     cached = {view.info.incarnation: cached_tokens(view, token_count, prefix_hashes) for view in engines}
-    candidates: list[tuple[tuple[bool, int, int, int, float, bool], Route]] = []
+    candidates: list[tuple[tuple[bool, bool, int, int, int, float, bool], Route]] = []
     for first in engines:
         if not first.info.role.prefills:
             continue
         lacking = token_count - cached[first.info.incarnation]
         for second in [first] if first.info.role.decodes else _partners(first, engines):
             split = second is not first
+            too_long = token_count >= min(first.info.max_model_len, second.info.max_model_len)
             full = not (_has_room(first, token_count) and _has_room(second, token_count))
             work = first.load.queued_tokens + split * second.load.queued_tokens + lacking
             used = _used(first) + split * _used(second)
             held = cached[second.info.incarnation]
             route = Route(prefill=first.info, decode=second.info if split else None)
-            candidates.append(((full, work, int(used / USED_STEP), -held, used, split), route))
+            candidates.append(((too_long, full, work, int(used / USED_STEP), -held, used, split), route))
     return min(candidates, key=lambda candidate: candidate[0])[1] if candidates else None
 
 

@@ -7,9 +7,10 @@ gives them up. So it may only go if the others can do everything without it.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from actors.errors import InvalidRequest, NotFound, Unavailable
+from actors.reports import EngineInfo
 from actors.types import EngineRole
 from cluster.config import RoleMoves
 from cluster.registry import EngineEntry
@@ -25,12 +26,21 @@ def serving(entries: Iterable[EngineEntry], moving: Iterable[str] = ()) -> list[
     ]
 
 
+def can_answer(infos: Iterable[EngineInfo]) -> bool:
+    """Whether requests can run: on one engine that does both, or on two that may exchange KV."""
+    infos = list(infos)
+    if any(info.role is EngineRole.COLOCATED for info in infos):
+        return True
+    prefill, decode = (
+        {info.kv_identity for info in infos if info.role is role} for role in (EngineRole.PREFILL, EngineRole.DECODE)
+    )
+    return bool(prefill & decode)
+
+
 def substitutes(entries: Iterable[EngineEntry], without: str) -> tuple[str, ...]:
     """Incarnations of serving engines other than ``without``, if they can answer requests alone; else empty."""
-    others = [entry for entry in entries if entry.info.incarnation != without]
-    roles = {entry.info.role for entry in others}
-    alone = EngineRole.COLOCATED in roles or {EngineRole.PREFILL, EngineRole.DECODE} <= roles
-    return tuple(entry.info.incarnation for entry in others) if alone else ()
+    others = [entry.info for entry in entries if entry.info.incarnation != without]
+    return tuple(info.incarnation for info in others) if can_answer(others) else ()
 
 
 def find_engine(entries: Sequence[EngineEntry], name: str) -> EngineEntry:
@@ -46,8 +56,12 @@ def find_engine(entries: Sequence[EngineEntry], name: str) -> EngineEntry:
     return found[0]
 
 
-def check_move(entries: Sequence[EngineEntry], mover: EngineEntry, moving: Iterable[str]) -> tuple[str, ...]:
+def check_move(
+    entries: Sequence[EngineEntry], mover: EngineEntry, role: EngineRole, moving: Iterable[str]
+) -> tuple[str, ...]:
     """The substitutes of an engine that is to take another role. ``moving``: incarnations of those that do already.
+
+    Where no request can be answered as it is and one could be afterwards, the engines of that time are the substitutes.
 
     Raises:
         Unavailable: reason ROLE_BUSY for an engine that is not ready, leaves or moves already; LAST_OF_ROLE if the
@@ -58,6 +72,9 @@ def check_move(entries: Sequence[EngineEntry], mover: EngineEntry, moving: Itera
     if mover not in stays:
         raise Unavailable(f"engine {info.engine_id} is not ready, leaves or changes its role now", reason="ROLE_BUSY")
     alone = substitutes(stays, info.incarnation)
+    if not alone and not can_answer(entry.info for entry in stays):
+        after = [replace(info, role=role) if entry is mover else entry.info for entry in stays]
+        alone = tuple(one.incarnation for one in after) if can_answer(after) else ()
     if not alone:
         message = f"engine {info.engine_id} is needed as {info.role}: the others cannot prefill and decode without it"
         raise Unavailable(message, reason="LAST_OF_ROLE")

@@ -29,7 +29,7 @@ from actors.processing.images import image_unit, pixel_bounds
 from actors.processing.media_options import with_options
 from actors.processing.patches import Unit
 from actors.processing.template import ChatTemplate, opens_thinking
-from actors.processing.tokenizer import ORIGINAL_PLACEHOLDERS, TextTokenizer, media_strings
+from actors.processing.tokenizer import ORIGINAL_PLACEHOLDERS, TextTokenizer, media_strings, without_marks
 from actors.processing.video import VideoDecoder
 from actors.types import (
     LOW_DETAIL_PIXELS,
@@ -46,6 +46,9 @@ _PLACEHOLDERS = {
     MediaKind.IMAGE: ("<|IMAGE_PLACEHOLDER|>", ORIGINAL_PLACEHOLDERS[0]),
     MediaKind.VIDEO: ("<|VIDEO_PLACEHOLDER|>", ORIGINAL_PLACEHOLDERS[1]),
 }
+
+_ALWAYS_ENCODED = 1 << 20
+"""Bytes of text that are cheap enough to see how many tokens they give."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,6 +83,7 @@ class Processor:
         self.limits = limits or ProcessingLimits()
         self.tokens = ModelTokens.from_dir(model_dir)
         self.tokenizer = TextTokenizer.from_dir(model_dir)
+        self._longest_token = self.tokenizer.longest_token()
         self.image_config: ImageConfig
         self.video_config: VideoConfig
         try:
@@ -136,6 +140,7 @@ class Processor:
             request.thinking,
         )
         parts = media_parts(request.messages)
+        self._check_bytes(without_marks(prompt), request.max_prompt_tokens, "messages")
         ids = self._prompt_ids(prompt, [part_kind(part) for _, part in parts])
         length = len(ids)
         _check_length(length, request.max_prompt_tokens)
@@ -162,6 +167,7 @@ class Processor:
         """A prompt as it stands. It has no media, so no token of it may stand for some."""
         if isinstance(prompt, str):
             check_unicode(prompt, "prompt")
+            self._check_bytes(prompt, request.max_prompt_tokens, "prompt")
             prompt = tuple(self.tokenizer.encode_raw(prompt, add_special_tokens=request.add_special_tokens))
         if not prompt:
             raise InvalidRequest("the prompt gives no tokens", field="prompt")
@@ -189,6 +195,12 @@ class Processor:
             return [image_unit(content, bounds, self.limits, field)]
         content = self._fetcher.read(part.source, self.limits.max_video_bytes, field, check)
         return self._videos.units(content, part, field, check, videos)
+
+    def _check_bytes(self, text: str, limit: int, field: str) -> None:
+        """Refuses what is too long for so few tokens before it is encoded, which takes eighty times its size."""
+        size = len(text.encode(errors="surrogatepass"))
+        if size > max(limit * self._longest_token, _ALWAYS_ENCODED):
+            raise ContextExceeded(f"prompt of {size} bytes is over the limit of {limit} tokens", field=field)
 
     def _prompt_ids(self, prompt: str, kinds: Sequence[MediaKind]) -> list[int]:
         """Ids of a rendered prompt, one placeholder per media item, of the kinds expected."""

@@ -103,6 +103,9 @@ class TextTokenizer:
 
     def encode_raw(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """Ids of a text that is a prompt as it stands: special tokens spelled in it are special tokens."""
+        if self._runs is not None:
+            # Nothing goes around the text: a SentencePiece model has no post-processor.
+            return self._encode_whole(text)
         return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def spell(self, ids: Sequence[int]) -> str:
@@ -120,6 +123,11 @@ class TextTokenizer:
             return added.encode()
         piece = self.token_text(token_id)
         return b"" if piece is None else self._read_piece(piece)
+
+    def longest_token(self) -> int:
+        """Most bytes of text that one token stands for, but for text that a tokenizer rewrites or leaves out."""
+        ids = self._tokenizer.get_vocab(with_added_tokens=True).values()
+        return max(len(self.token_bytes(token_id)) for token_id in ids)
 
     def spellings(self, text: str) -> tuple[tuple[int, ...], ...]:
         """Ids of a text wherever it may stand in an output: at its start, after a space, inside a word. Special tokens

@@ -264,29 +264,36 @@ class _Reader:
             return FrameTable(count=self._count_frames(), rate=self._fps)
         times.sort()
         keyframes.sort()
-        on_screen = self._on_screen(times, end)
+        rate, on_screen = self._on_screen(times, end)
         return FrameTable(
             count=len(times),
-            rate=max(self._fps, _UNSTEADY_TICKS) if on_screen else self._fps,
+            rate=rate,
             times=tuple(times),
             keyframes=tuple(keyframes),
             on_screen=tuple(on_screen),
         )
 
-    def _on_screen(self, times: list[int], end: int) -> list[int]:
-        """See ``FrameTable``; empty where the frames are steady."""
+    def _on_screen(self, times: list[int], end: int) -> tuple[float, list[int]]:
+        """Rate and ``on_screen`` of a ``FrameTable``, the latter empty where the frames are steady.
+
+        Some containers tell a rate far over that of their frames: it gives no more ticks than a video may have frames.
+        """
         base = self._stream.time_base
         if base is None:
-            return []
+            return self._fps, []
         frame = 1 / (float(base) * self._fps)
         tolerance = min(frame, _STEADY_WITHIN_S / float(base))
         if all(abs(time - times[0] - index * frame) <= tolerance for index, time in enumerate(times)):
-            return []
-        tick = min(frame, 1 / (float(base) * _UNSTEADY_TICKS))
-        self._check_length(0, (end - times[0]) * float(base))
-        count = max(1, round((max(end, times[-1] + 1) - times[0]) / tick))
+            return self._fps, []
+        seconds = (max(end, times[-1] + 1) - times[0]) * float(base)
+        self._check_length(0, seconds)
+        rate = max(_UNSTEADY_TICKS, min(self._fps, self._limits.max_video_frames / seconds))
+        tick = 1 / (float(base) * rate)
         # A time that lies on a frame up to rounding belongs to it.
-        return [max(0, bisect_right(times, times[0] + index * tick + 0.01 * tick) - 1) for index in range(count)]
+        return rate, [
+            max(0, bisect_right(times, times[0] + index * tick + 0.01 * tick) - 1)
+            for index in range(max(1, round(seconds * rate)))
+        ]
 
     def _count_frames(self) -> int:
         count = 0

@@ -68,6 +68,7 @@ class RouterParts:
                 preprocessor,
                 leases,
                 budget,
+                pool_size=lambda: len(fleet.snapshot.preprocessors),
                 hedge_after_s=config.preprocessor.hedge_after_s,
                 timeout_s=config.preprocessor.timeout_s,
             ),

@@ -109,7 +109,7 @@ class Attempt:
                 return
             for event in batch:
                 if isinstance(event, AttemptError) and not self._is_over_there(event):
-                    raise await self._cause(event.error)
+                    raise await self._cause(event.error, batch)
                 if isinstance(event, MediaNeed):
                     self._links.prefill.supply_media(self._key, await owner.make_media_again())
 
@@ -118,16 +118,24 @@ class Attempt:
         links = self._links
         return links.decode is not None and event.engine == links.prefill.info.incarnation and self._owner.decodes
 
-    async def _cause(self, error: ServingError) -> ServingError:
-        """An engine whose peer gave up or was lost says only that; what the peer, or its link, says follows at once."""
-        if self._links.decode is None or isinstance(error, EngineLost) or error.reason not in _OF_ITS_PEER:
+    async def _cause(self, error: ServingError, batch: list[AttemptEvent]) -> ServingError:
+        """An engine whose peer gave up or was lost says only that; what the peer, or its link, says came with it in the
+        ``batch`` or follows at once.
+        """
+        if self._links.decode is None or _is_own(error):
             return error
+        for event in batch:
+            if isinstance(event, AttemptError) and _is_own(event.error):
+                return event.error
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(CAUSE_WAIT_S):
                 while True:
                     event = await self._events.get()
-                    if isinstance(event, AttemptError) and (
-                        isinstance(event.error, EngineLost) or event.error.reason not in _OF_ITS_PEER
-                    ):
+                    if isinstance(event, AttemptError) and _is_own(event.error):
                         return event.error
         return error
+
+
+def _is_own(error: ServingError) -> bool:
+    """It tells of the engine itself, and not of its peer."""
+    return isinstance(error, EngineLost) or error.reason not in _OF_ITS_PEER

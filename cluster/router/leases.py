@@ -14,6 +14,7 @@ from typing import Protocol
 log = logging.getLogger(__name__)
 
 RENEW_S = 1.0
+RENEWAL_TRIES = 2
 DOUBT_S = 5.0
 """A place that was lost gets nothing new for so long: by then the registry knows it too, or it is back."""
 
@@ -38,6 +39,7 @@ class LeaseKeeper:
         self._lost_at: dict[str, float] = {}
         self._held: defaultdict[str, set[str]] = defaultdict(set)
         self._releases: set[asyncio.Task[None]] = set()
+        self._renewals: dict[str, asyncio.Task[None]] = {}
         self._loop: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -46,7 +48,10 @@ class LeaseKeeper:
     async def close(self) -> None:
         if self._loop is not None:
             self._loop.cancel()
-        await asyncio.gather(*self._releases, return_exceptions=True)
+        renewals = [*self._renewals.values()]
+        for task in renewals:
+            task.cancel()
+        await asyncio.gather(*self._releases, *renewals, return_exceptions=True)
 
     @property
     def count(self) -> int:
@@ -102,16 +107,33 @@ class LeaseKeeper:
 
     async def _renew(self) -> None:
         while True:
+            before = time.monotonic()
             await asyncio.sleep(RENEW_S)
-            await asyncio.gather(*(self._renew_at(address, sorted(held)) for address, held in self._held.items()))
+            now = time.monotonic()
+            if now - before > RENEW_S + self._lost_after_s / 3:
+                # This process stood still: nobody else was silent.
+                heard_at = now - self._lost_after_s / 2
+                self._heard_at = {address: max(at, heard_at) for address, at in self._heard_at.items()}
+            for address in self._held.keys() - self._renewals.keys():
+                self._renewals[address] = asyncio.create_task(self._renew_at(address))
 
-    async def _renew_at(self, address: str, leases: list[str]) -> None:
+    async def _renew_at(self, address: str) -> None:
+        """A place that does not answer is asked again at once: one answer that is missed is no loss."""
+        try:
+            for _ in range(RENEWAL_TRIES):
+                if address not in self._held or await self._is_renewed(address, sorted(self._held[address])):
+                    return
+        finally:
+            del self._renewals[address]
+
+    async def _is_renewed(self, address: str, leases: list[str]) -> bool:
         try:
             unknown = await self._places.renew(address, leases)
         except Exception as error:
             log.warning("renewal of %d leases at %s failed: %s", len(leases), address, error)
-            return
+            return False
         if address in self._heard_at:
             self._heard_at[address] = time.monotonic()
         if unknown:
             log.warning("%s does not know leases %s", address, unknown)
+        return True

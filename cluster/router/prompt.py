@@ -6,19 +6,23 @@ import asyncio
 import logging
 from dataclasses import dataclass, field
 
-from actors.errors import MediaChanged, Unavailable
+from actors.errors import InternalError, MediaChanged, Unavailable
 from actors.reports import EncoderInfo
 from actors.types import MediaKind, MediaSpan, PreprocessReply, PreprocessRequest, Stage
 from cluster.generation import GenerateCall
 from cluster.policy import pick_encoder
 from cluster.router.services import Services
-from cluster.router.stages import MissingPatches, Preprocessed
+from cluster.router.stages import MissingPatches, Preprocessed, StageLost
 from cluster.router.timeline import Progress, Timeline
 from cluster.router.verdict import Verdict, judge
 from cluster.tools import template_form
 
 log = logging.getLogger(__name__)
 
+STAGE_DEATHS = 8
+"""Of parts that worked on one request, after which it is refused. Other requests may have been the cause of some."""
+DEATH_DELAY_S = 5.0
+"""Longest wait behind a death: a dead part is offered until it is known to be dead, and replacing it takes time."""
 RECHECK_S = 0.2
 """How often a place is looked for while there is none, or the one that was asked leaves."""
 
@@ -146,8 +150,11 @@ class PromptKeeper:
         self._release(self._leases.embeddings)
 
     async def _make(self, choice: int) -> Prompt:
-        """Another preprocessor or encoder does what a lost one did, as often as it takes: the deadline ends it."""
+        """Another preprocessor or encoder does what a lost one did, as often as it takes: the deadline ends it, or the
+        suspicion that they die of the request.
+        """
         done: Preprocessed | None = None
+        misses = deaths = 0
         while True:
             try:
                 if done is None:
@@ -157,11 +164,22 @@ class PromptKeeper:
             except MissingPatches:
                 log.warning("request %s: patches were gone before they were encoded", self._request_id)
                 done = None
+                self._release(self._leases.patches)
+                await asyncio.sleep(RECHECK_S if misses else 0.0)
+                misses += 1
             except Unavailable as error:
                 verdict = judge(error, newcomer=True)
                 if verdict is Verdict.TOLD:
                     raise
+                if isinstance(error, StageLost) and error.died:
+                    deaths += 1
+                if deaths >= STAGE_DEATHS:
+                    log.error("request %s is refused: %d parts died while they worked on it", self._request_id, deaths)
+                    message = "preprocessors or encoders died while they worked on this request"
+                    raise InternalError(message, reason="POISON") from None
                 delay_s = self._services.budget.spend() if verdict is Verdict.LOST else RECHECK_S
+                if deaths > 1:
+                    delay_s += min(RECHECK_S * 2**deaths, DEATH_DELAY_S)
                 log.warning("request %s: %s: again in %.1f s", self._request_id, error.message, delay_s)
                 await asyncio.sleep(delay_s)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,8 +29,10 @@ class StageLost(Unavailable):
 
     default_reason = "STAGE_LOST"
 
-    def __init__(self, what: str) -> None:
+    def __init__(self, what: str, *, died: bool = False) -> None:
+        """``died``: its process ended, and so perhaps because of what it was asked."""
         super().__init__(f"{what} was lost", retry_after_s=1.0)
+        self.died = died
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,6 +60,7 @@ class PreprocessStage:
     whichever replica Serve picks then.
 
     Args:
+        pool_size: how many preprocessors there are now; one alone would only do the same work twice at once.
         hedge_after_s: silence after which the same is asked once more, if the budget has a retry to spare.
         timeout_s: after this the call counts as lost.
     """
@@ -68,12 +71,14 @@ class PreprocessStage:
         leases: LeaseKeeper,
         budget: RetryBudget,
         *,
+        pool_size: Callable[[], int],
         hedge_after_s: float,
         timeout_s: float,
     ) -> None:
         self._handle = handle
         self._leases = leases
         self._budget = budget
+        self._pool_size = pool_size
         self._hedge_after_s = hedge_after_s
         self._timeout_s = timeout_s
         self._late: set[asyncio.Task[None]] = set()
@@ -106,7 +111,7 @@ class PreprocessStage:
         """The first call that is answered; of calls that are lost, the last. Adds the hedge to ``calls``."""
         (first,) = calls
         done, _ = await asyncio.wait([first.answer], timeout=self._hedge_after_s)
-        if not done and self._budget.try_spend():
+        if not done and self._pool_size() > 1 and self._budget.try_spend():
             log.warning("no preprocessor answered %s yet: asking once more", first.request.lease)
             calls.append(_Call(self._handle, replace(first.request, lease=f"{first.request.lease}+")))
         waiting = list(calls)
@@ -143,7 +148,7 @@ async def _answer(response: Any) -> PreprocessReply:
         raise own_error(error) or error from None
     except (ray.exceptions.RayError, ray.serve.exceptions.RayServeException) as error:
         log.warning("a preprocessor was lost: %s", error)
-        raise StageLost("a preprocessor") from None
+        raise StageLost("a preprocessor", died=isinstance(error, ray.exceptions.RayActorError)) from None
     assert isinstance(reply, PreprocessReply)
     return reply
 
@@ -176,7 +181,7 @@ class EncodeStage:
         except Unavailable as error:
             log.warning("vision encoder %s was lost: %s", encoder.encoder_id, error)
             self._leases.note_lost(encoder.address)
-            raise StageLost("a vision encoder") from None
+            raise StageLost("a vision encoder", died=not isinstance(error, StageLost)) from None
         spans = tuple(
             MediaSpan(
                 kind=item.kind,

@@ -89,10 +89,10 @@ async def test_an_engine_refuses_orders_that_are_void() -> None:
             await cluster.planner.order_role(prefill._info.engine_id, DECODE)
         info = prefill._info
         for order in (
-            RoleOrder(term=1, epoch=1, role=DECODE, substitutes=()),
-            RoleOrder(term=1, epoch=2, role=DECODE, substitutes=("x",)),
-            RoleOrder(term=1, epoch=1, role=PREFILL, substitutes=("x",)),
-            RoleOrder(term=-1, epoch=1, role=DECODE, substitutes=("x",)),
+            RoleOrder(term=1, epoch=1, former=PREFILL, role=DECODE, substitutes=()),
+            RoleOrder(term=1, epoch=2, former=PREFILL, role=DECODE, substitutes=("x",)),
+            RoleOrder(term=1, epoch=1, former=DECODE, role=PREFILL, substitutes=("x",)),
+            RoleOrder(term=-1, epoch=1, former=PREFILL, role=DECODE, substitutes=("x",)),
         ):
             await prefill._take_role(order)
             assert prefill._info == info and not prefill.load().draining

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from huggingface_hub import close_session
 from typer.testing import CliRunner
 
 from actors.config import PreprocessorConfig
@@ -95,6 +96,21 @@ def test_what_a_hub_refuses_is_one_line(hub: Hub, tmp_path: Path) -> None:
     ) as caught:
         download(NAME, None, say=said.append)
     assert "\n" not in str(caught.value)
+
+
+def test_a_proxy_that_refuses_is_one_line(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_hub("https://hub.invalid", tmp_path / "empty", monkeypatch)
+    for name in ("https_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    # It tunnels nothing.
+    monkeypatch.setenv("HTTPS_PROXY", hub.url)
+    # The client of huggingface_hub, one for all calls, asks for proxies when it is made.
+    close_session()
+    try:
+        with pytest.raises(ValueError, match=r"^model: .* could not be fetched from https://hub\.invalid: 501 [^\n]*$"):
+            locate_checkpoint(ClusterConfig(model=NAME), said.append)
+    finally:
+        close_session()
 
 
 def test_without_a_hub_the_cache_serves(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,6 +67,14 @@ def test_all_ranks_count() -> None:
     assert claimed_cpus(config) - claimed_cpus(alone) == pytest.approx(2 * 2 * 3)
     assert lacking_gpus(config, 8) == ""
     assert lacking_gpus(config, 7) == "engines.0.num_gpus 1 x 2 x 4 ranks: more GPUs than the 7 of this machine"
-    assert describe(config)[-1] == ("engine", "2 colocated", "4 ranks, each 1 GPU, bfloat16")
+    assert describe(config)[-1] == (
+        "engine",
+        "2 colocated",
+        "4 ranks, each 1 GPU, bfloat16; 64 MB of embeddings ahead of use",
+    )
     on_cpus = made(engines=[GROUP | {"num_gpus": 0}])
-    assert describe(on_cpus)[-1] == ("engine", "2 colocated", "4 ranks, each on CPU, float32")
+    assert describe(on_cpus)[-1] == (
+        "engine",
+        "2 colocated",
+        "4 ranks, each on CPU, float32; 64 MB of embeddings ahead of use",
+    )

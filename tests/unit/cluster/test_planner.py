@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import pytest
 
@@ -73,3 +74,27 @@ async def test_a_snapshot_comes_as_soon_as_something_changes(monkeypatch: pytest
         await made.renew_engine(engine("a").info, "pool", True, None)
         assert [entry.info.incarnation for entry in (await waiting).engines] == ["a"]
         assert (await made.snapshot(99, 1, 0.01)).version == (await waiting).version
+
+
+async def test_an_engine_counts_as_what_it_was_until_it_has_moved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A decode engine is lost while another one becomes a prefill engine: what replaces it decodes."""
+    config = ClusterConfig(model="m", engines=(EnginePool(name="pool", roles=Roles(prefill=1, decode=2)),))
+    monkeypatch.setattr("tests.unit.cluster.test_planner.CONFIG", config)
+    roles = {"a": EngineRole.PREFILL, "b": EngineRole.DECODE, "c": EngineRole.DECODE}
+    async with planner(monkeypatch) as made:
+        infos = {name: engine(name, role).info for name, role in roles.items()}
+        for name in infos:
+            assert await made.renew_engine(infos[name], "pool", True, None) is None
+        assert await made.order_role("engine-b", EngineRole.PREFILL) == "engine-b"
+        order = await made.renew_engine(infos["b"], "pool", True, None)
+        assert order is not None and (order.role, order.epoch) == (EngineRole.PREFILL, 1)
+        assert set(order.substitutes) == {"a", "c"}
+        await made.leave("c")
+        for name in "ab":
+            await made.renew_engine(infos[name], "pool", True, None)
+        assert await made.assign_role("d", "pool") is EngineRole.DECODE
+        moved = replace(infos["b"], role=EngineRole.PREFILL, epoch=2)
+        assert await made.renew_engine(moved, "pool", True, None) is None
+        await made.leave("b")
+        await made.renew_engine(infos["a"], "pool", True, None)
+        assert await made.assign_role("e", "pool") is EngineRole.PREFILL

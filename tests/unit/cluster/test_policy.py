@@ -87,6 +87,14 @@ def test_a_route_has_room_where_all_of_its_engines_do() -> None:
     assert not has_room_on(engines[1:], split, 1)
 
 
+def test_engines_that_may_not_take_so_long_a_prompt_come_last() -> None:
+    short, long = view("short", EngineRole.COLOCATED), view("long", EngineRole.COLOCATED, queued=500)
+    engines = [dataclasses.replace(short, info=dataclasses.replace(short.info, max_model_len=32)), long]
+    routes = [pick_route(engines, count) for count in (31, 32)]
+    assert [route.prefill.engine_id for route in routes if route is not None] == ["short", "long"]
+    assert pick_route(engines[:1], 32) is not None, "the engine says what is wrong"
+
+
 def encoder(name: str, queued: int = 0) -> EncoderEntry:
     info = EncoderInfo(encoder_id=name, incarnation=name, address=name, fingerprint="f", dtype="float32")
     return EncoderEntry(info=info, queued_patches=queued)

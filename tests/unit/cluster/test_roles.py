@@ -58,21 +58,38 @@ def test_an_engine_goes_only_where_the_others_do_without_it(
 
 def test_engines_that_are_away_are_nobodys_substitutes() -> None:
     engines = fleet(P, P, D, D)
-    assert check_move(engines, engines[0], ()) == ("b", "c", "d")
+    assert check_move(engines, engines[0], D, ()) == ("b", "c", "d")
     for away in ([engines[0], replace(engines[1], ready=False), *engines[2:]],):
         with pytest.raises(Unavailable) as refused:
-            check_move(away, away[0], ())
+            check_move(away, away[0], D, ())
         assert refused.value.reason == "LAST_OF_ROLE"
     leaving = [engines[0], replace(engines[1], load=replace(IDLE, draining=True)), *engines[2:]]
     with pytest.raises(Unavailable, match="cannot prefill and decode without it"):
-        check_move(leaving, leaving[0], ())
+        check_move(leaving, leaving[0], D, ())
     with pytest.raises(Unavailable, match="cannot prefill and decode without it"):
-        check_move(engines, engines[0], ("b",))
+        check_move(engines, engines[0], D, ("b",))
     for mover, moving in ((leaving[1], ()), (engines[1], ("b",))):
         with pytest.raises(Unavailable) as refused:
-            check_move(leaving if not moving else engines, mover, moving)
+            check_move(leaving if not moving else engines, mover, D, moving)
         assert refused.value.reason == "ROLE_BUSY"
     assert [entry.info.incarnation for entry in serving(leaving, ("c",))] == ["a", "d"]
+
+
+def test_engines_that_cannot_exchange_kv_are_no_pair() -> None:
+    engines = fleet(P, D, P, D)
+    other = [replace(entry, info=replace(entry.info, block_size=256)) for entry in engines[2:]]
+    assert substitutes([*engines[:2], other[1]], "c") == ("a", "b", "d")
+    assert substitutes([engines[0], other[1]], "x") == ()
+    assert substitutes([*engines[:1], *other], "a") == ("c", "d")
+
+
+def test_an_engine_goes_where_nothing_can_be_answered_without_its_going() -> None:
+    engines = fleet(P, P)
+    assert check_move(engines, engines[0], D, ()) == ("a", "b")
+    alone = fleet(P)
+    assert check_move(alone, alone[0], C, ()) == ("a",)
+    with pytest.raises(Unavailable):
+        check_move(alone, alone[0], D, ())
 
 
 def test_an_engine_is_found_by_a_part_of_its_id() -> None:

@@ -206,6 +206,32 @@ def test_long_text_is_refused_before_media_are_read(processor: Processor) -> Non
     assert caught.value.field == "messages[0].content[1].image_url"
 
 
+def test_text_far_too_long_is_refused_before_it_is_encoded(
+    processor: Processor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(text: str, **options: bool) -> list[int]:
+        raise AssertionError("encoded")
+
+    tokenizer = processor.tokenizer
+    longest = max((tokenizer.token_text(token_id) or "" for token_id in range(tokenizer.vocab_size)), key=len)
+    many = (1 << 20) // len(longest) + 2
+    text = longest * many
+    monkeypatch.setattr(tokenizer, "encode", never)
+    monkeypatch.setattr(tokenizer, "encode_raw", never)
+    tool = {"type": "function", "function": {"name": "f", "description": "x" * len(text)}}
+    for wanted, field in (
+        (request(prompt=text, max_prompt_tokens=many - 1), "prompt"),
+        (request(user("x" * len(text)), max_prompt_tokens=many - 1), "messages"),
+        (request(user("hi"), tools=(tool,), max_prompt_tokens=10), "messages"),
+    ):
+        with pytest.raises(ContextExceeded, match=f"bytes is over the limit of {wanted.max_prompt_tokens}") as caught:
+            processor.process(wanted)
+        assert caught.value.field == field
+    for wanted in (request(prompt=text, max_prompt_tokens=many), request(prompt="x" * (1 << 20), max_prompt_tokens=3)):
+        with pytest.raises(AssertionError, match="encoded"):
+            processor.process(wanted)
+
+
 def test_check_can_stop_it(processor: Processor) -> None:
     def gone() -> None:
         raise RequestCancelled("gone")

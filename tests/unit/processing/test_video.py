@@ -101,6 +101,24 @@ def test_long_unsteady_videos_are_bounded() -> None:
     assert len(shown(decode(content))) == 180
 
 
+@pytest.mark.parametrize("fps", [1000, 29999])
+def test_a_rate_far_over_that_of_the_frames_gives_no_more_ticks_than_frames_allowed(
+    fps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ticks: list[int] = []
+
+    def watched(total: int, rate: float, sampling: Sampling) -> tuple[int, ...]:
+        ticks.append(total)
+        return select_frames(total, rate, sampling)
+
+    monkeypatch.setattr("actors.processing.video.select_frames", watched)
+    content = video(3, fps=fps, form="matroska", times=[0.0, 0.1, 500.0])
+    with av.open(io.BytesIO(content)) as container:
+        assert container.streams.video[0].average_rate == fps
+    assert shown(decode(content, max_video_frames=20_000)) == [0, *[1] * 179]
+    assert ticks == [20_000]
+
+
 def sound(cover: bytes | None = None) -> bytes:
     """Half a second of silence, mp4; ``cover``: a JPEG, as a stream of one picture."""
     buffer = io.BytesIO()

@@ -96,6 +96,17 @@ def test_the_same_ids_and_the_same_text(
             assert ours.decode(ids) == theirs.decode(ids), text
 
 
+@pytest.mark.parametrize("around", [True, False])
+def test_a_raw_prompt_has_the_ids_of_the_library(
+    pair: tuple[TextTokenizer, sentencepiece.SentencePieceProcessor], around: bool
+) -> None:
+    ours, theirs = pair
+    for text in ("hello world", *texts(50)):
+        if ours.protect(text) == text:
+            assert ours.encode_raw(text, add_special_tokens=around) == theirs.encode(text), text
+    assert ours.encode_raw("a</s>", add_special_tokens=around) == [*theirs.encode("a"), theirs.eos_id()]
+
+
 def test_text_comes_token_by_token(pair: tuple[TextTokenizer, sentencepiece.SentencePieceProcessor]) -> None:
     ours, theirs = pair
     for text in texts(150):

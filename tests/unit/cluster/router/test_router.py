@@ -24,6 +24,7 @@ from actors.errors import (
 from actors.types import AttemptMode, EngineRole, FinishReason, MilestoneKind, Stage
 from cluster.generation import Delta, Finished, GenerateCall, PromptTokens, Started
 from cluster.registry import Snapshot
+from cluster.router.prompt import STAGE_DEATHS
 from tests.unit.cluster.router.world import CALL, END, IMAGE, endings, eventually, text_of, world
 
 
@@ -311,6 +312,21 @@ async def test_preprocessors_and_encoders_that_are_lost_are_asked_elsewhere() ->
         assert budget.saved == 64 - 4
         w.stages.losses = 3
         assert await w.router.tokenize(CALL) == PromptTokens(ids=(5, 6, 7), media_tokens=1)
+
+
+async def test_a_request_that_parts_die_of_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cluster.router.prompt.DEATH_DELAY_S", 0.01)
+    async with world(EngineRole.COLOCATED) as w:
+        w.stages.media, w.stages.losses, w.stages.losses_are_deaths = (IMAGE,), 5, True
+        w.stages.encoder_losses = 100
+        with pytest.raises(InternalError) as caught:
+            await w.ask()
+        assert caught.value.reason == "POISON" and w.stages.encoded == STAGE_DEATHS - 5
+        w.stages.losses, w.stages.encoder_losses = STAGE_DEATHS - 1, 0
+        task = w.ask()
+        key, *_ = await w.engines[0].taken()
+        w.engines[0].say(key, 0, END, finish=FinishReason.STOP)
+        await task
 
 
 async def test_counting_has_a_deadline_too() -> None:

@@ -73,10 +73,17 @@ class Pool:
 
 
 def stage_of(
-    pool: Any, leases: LeaseKeeper, *, hedge_after_s: float = 5.0, timeout_s: float = 10.0, burst: float = 8
+    pool: Any,
+    leases: LeaseKeeper,
+    *,
+    hedge_after_s: float = 5.0,
+    timeout_s: float = 10.0,
+    burst: float = 8,
+    pool_size: int = 2,
 ) -> PreprocessStage:
     budget = RetryBudget(share=0.0, burst=burst, clock=lambda: 0.0)
-    return PreprocessStage(Handle(pool), leases, budget, hedge_after_s=hedge_after_s, timeout_s=timeout_s)
+    bounds = {"hedge_after_s": hedge_after_s, "timeout_s": timeout_s}
+    return PreprocessStage(Handle(pool), leases, budget, pool_size=lambda: pool_size, **bounds)
 
 
 def request(**fields: Any) -> PreprocessRequest:
@@ -124,6 +131,17 @@ async def test_a_hedge_takes_over_and_the_late_answer_is_released() -> None:
     slow.go.set()
     await eventually(lambda: places.released)
     assert places.released == [("pre:1", "r-1#1")] and leases.count == 1
+
+
+async def test_a_preprocessor_alone_is_not_asked_twice() -> None:
+    places, only = Places(), Preprocessor()
+    only.go.clear()
+    pool = Pool(only)
+    stage = stage_of(pool, LeaseKeeper(places), hedge_after_s=0.01, pool_size=1)
+    run = asyncio.create_task(stage.run(request()))
+    await asyncio.sleep(0.1)
+    only.go.set()
+    assert (await run).lease == "r-1#1" and len(pool.requests) == 1
 
 
 async def test_the_first_answer_may_still_win_and_a_lost_one_does_not() -> None:
@@ -194,6 +212,31 @@ async def test_a_frozen_place_is_given_up(
     await leases.close()
 
 
+class Deaf(Frozen):
+    """Misses every other renewal."""
+
+    def __init__(self) -> None:
+        super().__init__("")
+        self.asked = 0
+
+    async def renew(self, address: str, leases: list[str]) -> list[str]:
+        self.asked += 1
+        if self.asked % 2:
+            await asyncio.sleep(0.05)
+            raise Unavailable("no answer", reason="STAGE_LOST")
+        return []
+
+
+async def test_a_missed_renewal_is_made_up_for_at_once() -> None:
+    places = Deaf()
+    leases = LeaseKeeper(places)
+    leases.hold("enc:1", "r-1#1")
+    leases._heard_at["enc:1"] -= 2.9
+    leases._renewals["enc:1"] = asyncio.create_task(leases._renew_at("enc:1"))
+    await leases._renewals["enc:1"]
+    assert places.asked == 2 and leases._silent_s("enc:1") < 2.9 and not leases._renewals
+
+
 @pytest.mark.parametrize(
     ("outcome", "expected", "reason"),
     [
@@ -207,6 +250,8 @@ async def test_errors_of_a_preprocessor(outcome: Exception, expected: type[Servi
     with pytest.raises(expected) as caught:
         await stage.run(request())
     assert caught.value.reason == reason
+    died = isinstance(outcome, ray.exceptions.ActorDiedError)
+    assert getattr(caught.value, "died", False) == died
     assert (caught.value.retry_after_s is not None) == (expected is Unavailable)
 
 

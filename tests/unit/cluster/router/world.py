@@ -229,6 +229,7 @@ class Stages:
         self.gate.set()
         self.misses = 0
         self.encoder_losses = 0
+        self.losses_are_deaths = False
         self.preprocessed = 0
         self.encoded = 0
         self.leases: set[tuple[str, str]] = set()
@@ -243,7 +244,7 @@ class Stages:
             raise self.error
         if self.losses:
             self.losses -= 1
-            raise StageLost("a preprocessor")
+            raise StageLost("a preprocessor", died=self.losses_are_deaths)
         self.preprocessed += 1
         if self.media and request.keep_patches:
             self.keeper.hold("pre:1", request.lease)
@@ -269,7 +270,7 @@ class Stages:
             raise MissingPatches
         if self.encoder_losses:
             self.encoder_losses -= 1
-            raise StageLost("a vision encoder")
+            raise StageLost("a vision encoder", died=self.losses_are_deaths)
         return tuple(
             MediaSpan(
                 kind=item.kind,
