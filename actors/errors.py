@@ -21,6 +21,9 @@ from __future__ import annotations
 
 import enum
 
+POISON = "POISON"
+"""Reason of an InternalError: parts died under the request, one after the other."""
+
 
 class Status(enum.StrEnum):
     """Transport-neutral outcome; names follow google.rpc.Code."""
@@ -140,5 +143,5 @@ class MediaChanged(ServingError):
 
 
 class InternalError(ServingError):
-    """A defect of ours, or with reason POISON a request under which engines died. The message is for clients: never a
+    """A defect of ours, or with reason POISON a request under which parts died. The message is for clients: never a
     traceback."""

@@ -17,6 +17,7 @@ from cluster.openai_response import HTTP_STATUS, error_body, error_headers, erro
 from cluster.openapi import Route
 
 MAX_BODY_BYTES = 4096
+JSON = "application/json"
 
 OrderRole = Callable[[str, EngineRole], Awaitable[str]]
 
@@ -42,7 +43,7 @@ def role_route(admin: Admin | None, order_role: OrderRole) -> Route:
         summary="An engine is to take another role; `/status` tells when it has.",
         body=RoleRequest,
         reply=RoleRequest,
-        errors=(400, 401, 404, 503),
+        errors=(400, 401, 404, 415, 503),
     )
 
 
@@ -55,6 +56,10 @@ async def set_role(admin: Admin | None, order_role: OrderRole, request: Request)
     if admin.token is not None and not hmac.compare_digest(given.encode(), f"Bearer {admin.token}".encode()):
         body = error_object("authorization: this needs the admin token", "authentication_error", None, "admin_token")
         return JSONResponse(body, status_code=401, headers={"www-authenticate": "Bearer"})
+    # Where no token is asked for, this alone keeps foreign web pages out: a browser sends JSON nowhere unasked.
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != JSON:
+        body = error_object(f"content-type: must be {JSON}", "invalid_request_error", None, "content_type")
+        return JSONResponse(body, status_code=415)
     try:
         asked = await _read(request)
         engine = await order_role(asked.engine, asked.role)

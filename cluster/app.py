@@ -95,9 +95,12 @@ def build(args: ClusterConfig | Mapping[str, Any]) -> Application:
 
 def _deployed(args: Mapping[str, Any]) -> ClusterConfig:
     config = parse(args, "args")
-    misplaced = [f"args: {name}: set {place} instead" for name, place in DEPLOY_FILE_PLACES.items() if name in args]
-    if misplaced:
-        raise ValueError("\n".join(misplaced))
+    wrong = [f"args: {name}: set {place} instead" for name, place in DEPLOY_FILE_PLACES.items() if name in args]
+    if config.admin is not None and config.admin.token is None:
+        # Who reaches the port is not known here.
+        wrong.append("args: admin.token: must be set")
+    if wrong:
+        raise ValueError("\n".join(wrong))
     config = locate(config)
     if config.revision is None and repository_name(config.model) is None:
         check_model(config)

@@ -35,6 +35,9 @@ Gpus = Annotated[Amount, AfterValidator(_shareable)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Port = Annotated[int, Field(ge=1, le=65535)]
 
+LOOPBACK = "127.0.0.1"
+LOOPBACK_HOSTS = (LOOPBACK, "localhost", "::1")
+
 POOL_NAMES_TAKEN = ("router", "planner", "preprocessor", "vision_encoder")
 
 NANO, RANDOM = "nano", "random"
@@ -228,7 +231,7 @@ class Admin(Section):
     """Who may change a running cluster over HTTP (``POST /admin/role``)."""
 
     token: Annotated[str, Field(min_length=16)] | None = None
-    """Sent as ``Authorization: Bearer``. Unset, whoever reaches the HTTP port may: for loopback only."""
+    """Sent as ``Authorization: Bearer``. Unset, whoever reaches the HTTP port may, so only on loopback."""
 
 
 class PoolDefaults(Section):
@@ -283,7 +286,7 @@ class ClusterConfig(Section):
 
     admin: Admin | None = None
     """Unset, the cluster is not changed over HTTP. ``ernie serve`` sets it while it listens on loopback."""
-    host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
+    host: Annotated[str, Field(min_length=1)] = LOOPBACK
     http_port: Port = 8000
     grpc_port: Port = 9000
     worker_host: Annotated[str, Field(min_length=1)] | None = None
@@ -310,6 +313,12 @@ class ClusterConfig(Section):
     def _ports_differ(self) -> Self:
         if self.http_port == self.grpc_port:
             raise ValueError(f"http_port and grpc_port are both {self.http_port}")
+        return self
+
+    @model_validator(mode="after")
+    def _not_everybody_changes_it(self) -> Self:
+        if self.admin is not None and self.admin.token is None and self.host not in LOOPBACK_HOSTS:
+            raise ValueError(f"admin.token must be set where host is {self.host}: only loopback goes without")
         return self
 
     @model_validator(mode="after")

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from cluster.config import Admin, ClusterConfig, resolve
+from cluster.config import LOOPBACK, LOOPBACK_HOSTS, Admin, ClusterConfig, resolve
 from cluster.placement import claimed_cpus, lacking_gpus
 from cluster.session import Session, StartFailed
 from cluster.status import engine_notes
@@ -29,8 +29,6 @@ READY_POLL_S = 0.2
 TELL_PERIOD_S = 5.0
 READY_LIMIT_S = 60.0
 """Longest wait for readiness once every replica has loaded."""
-LOOPBACK = "127.0.0.1"
-LOOPBACK_HOSTS = (LOOPBACK, "localhost", "::1")
 SHUTDOWN_LIMIT_S = 60.0
 """Longest orderly end after the drain; then everything is killed."""
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)

@@ -14,6 +14,7 @@ from pydantic import Discriminator, Field, Tag
 
 from actors.errors import InvalidRequest
 from cluster.generation import GenerateCall
+from cluster.openai_neutral import DecodingFields
 from cluster.openai_request import SPELLING, StreamOptions
 from cluster.openai_sampling import SamplingBody, sampling_fields
 from cluster.openai_structure import StructureFields, find_structure
@@ -54,7 +55,7 @@ Prompt = Annotated[
 ]
 
 
-class CompletionRequest(SamplingBody, StructureFields):
+class CompletionRequest(DecodingFields, SamplingBody, StructureFields):
     """Body of ``POST /v1/completions``. ``suffix`` must be null and ``best_of`` 1 where they are given."""
 
     prompt: Prompt

@@ -19,7 +19,17 @@ class NamingFields(Strict):
     prompt_cache_key: str | None = None
 
 
-class NeutralFields(NamingFields):
+class DecodingFields(NamingFields):
+    """Those about the text of replies: chats and completions take them."""
+
+    skip_special_tokens: Literal[True] | None = None
+    spaces_between_special_tokens: Literal[True] | None = None
+    include_stop_str_in_output: Literal[False] | None = None
+    return_tokens_as_token_ids: Literal[False] | None = None
+    use_beam_search: Literal[False] | None = None
+
+
+class NeutralFields(DecodingFields):
     """Base of requests that take them all."""
 
     store: Literal[False] | None = None
@@ -27,11 +37,6 @@ class NeutralFields(NamingFields):
     verbosity: Literal["medium"] | None = None
     modalities: list[Literal["text"]] | None = None
     include_reasoning: Literal[True] | None = None
-    skip_special_tokens: Literal[True] | None = None
-    spaces_between_special_tokens: Literal[True] | None = None
-    include_stop_str_in_output: Literal[False] | None = None
-    return_tokens_as_token_ids: Literal[False] | None = None
-    use_beam_search: Literal[False] | None = None
     echo: Literal[False] | None = None
     add_generation_prompt: Literal[True] | None = None
     continue_final_message: Literal[False] | None = None

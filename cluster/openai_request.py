@@ -26,6 +26,9 @@ from cluster.request_checks import check_call, not_supported
 
 Body = TypeVar("Body", bound=Strict)
 
+MAX_LISTED_ERRORS = 10_000
+"""More wrong places of a body are only counted: telling the first means having pydantic describe them all."""
+
 SPELLING = {
     "timeout_s": "timeout",
     "thinking": "enable_thinking",
@@ -78,6 +81,8 @@ def parse_body(kind: type[Body], body: bytes) -> Body:
     try:
         return kind.model_validate_json(body)
     except ValidationError as error:
+        if error.error_count() > MAX_LISTED_ERRORS:
+            raise InvalidRequest(f"the body is wrong in {error.error_count()} places") from None
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     raise _refusal(first)
 

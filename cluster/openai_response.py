@@ -14,7 +14,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from actors.errors import ContextExceeded, InternalError, ServingError, Status
+from actors.errors import POISON, ContextExceeded, InternalError, ServingError, Status
 from actors.processing.tool_calls import joined
 from actors.types import FinishReason, Timings, ToolCallDelta
 from cluster.generation import (
@@ -81,7 +81,11 @@ def error_object(message: str, kind: str, param: str | None, code: str | None) -
 
 
 def error_headers(error: ServingError) -> dict[str, str]:
-    """Retry headers: whole seconds for everybody, milliseconds for OpenAI's clients."""
+    """Retry headers: whole seconds for everybody, milliseconds for OpenAI's clients, which also retry 409 and all from
+    500 unless they are told that the same request would only fail again.
+    """
+    if error.status in (Status.ALREADY_EXISTS, Status.DEADLINE_EXCEEDED) or error.reason == POISON:
+        return {"x-should-retry": "false"}
     if error.retry_after_s is None:
         return {}
     return {

@@ -22,6 +22,7 @@ _MEANINGS = {
     401: "The admin token is missing or another one.",
     404: "No such model or engine.",
     409: "A request of that name is active, or media changed while it ran.",
+    415: "The body is not said to be JSON.",
     429: "Too much is going on: try again after `retry-after` seconds.",
     499: "The request was cancelled.",
     500: "A defect of the server.",

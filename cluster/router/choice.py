@@ -14,7 +14,7 @@ import itertools
 import logging
 from dataclasses import dataclass, field, replace
 
-from actors.errors import InternalError, ServingError, Unavailable
+from actors.errors import POISON, InternalError, ServingError, Unavailable
 from actors.types import (
     EngineRequest,
     FinishReason,
@@ -123,7 +123,7 @@ class ChoiceRun:
         count, suspects = len(self.output.token_ids), self._state.services.suspects
         if suspects.accuse(self._name, error.incarnation, count, computed=error.computed):
             log.error("choice %s is refused: a second engine died while it computed it", self._name)
-            raise InternalError("engines died while they computed this request", reason="POISON")
+            raise InternalError("engines died while they computed this request", reason=POISON)
 
     async def _wait(self, verdict: Verdict) -> None:
         services = self._state.services

@@ -6,7 +6,7 @@ import asyncio
 import logging
 from dataclasses import dataclass, field
 
-from actors.errors import InternalError, MediaChanged, Unavailable
+from actors.errors import POISON, InternalError, MediaChanged, Unavailable
 from actors.reports import EncoderInfo
 from actors.types import MediaKind, MediaSpan, PreprocessReply, PreprocessRequest, Stage
 from cluster.generation import GenerateCall
@@ -176,7 +176,7 @@ class PromptKeeper:
                 if deaths >= STAGE_DEATHS:
                     log.error("request %s is refused: %d parts died while they worked on it", self._request_id, deaths)
                     message = "preprocessors or encoders died while they worked on this request"
-                    raise InternalError(message, reason="POISON") from None
+                    raise InternalError(message, reason=POISON) from None
                 delay_s = self._services.budget.spend() if verdict is Verdict.LOST else RECHECK_S
                 if deaths > 1:
                     delay_s += min(RECHECK_S * 2**deaths, DEATH_DELAY_S)

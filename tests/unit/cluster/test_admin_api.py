@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
 from typing import Any
 
@@ -47,11 +48,14 @@ def serving(planner: Planner, admin: Admin | None) -> httpx.ASGITransport:
     return httpx.ASGITransport(app)
 
 
-async def post(admin: Admin | None, body: Any, planner: Planner | None = None, **headers: str) -> httpx.Response:
+async def post(
+    admin: Admin | None, body: Any, planner: Planner | None = None, kind: str = "application/json", **headers: str
+) -> httpx.Response:
     async with httpx.AsyncClient(
         transport=serving(planner or Planner(), admin), base_url="http://cluster", headers=headers
     ) as client:
-        return await client.post("/admin/role", **({"content": body} if isinstance(body, bytes) else {"json": body}))
+        content = body if isinstance(body, bytes) else json.dumps(body).encode()
+        return await client.post("/admin/role", content=content, headers={"content-type": kind})
 
 
 async def test_an_order_is_passed_on() -> None:
@@ -92,6 +96,15 @@ async def test_only_with_the_token_where_there_is_one_and_not_at_all_where_it_is
     assert (await post(Admin(token=TOKEN), ASKED, planner, authorization=f"Bearer {TOKEN}")).status_code == 200
 
 
+@pytest.mark.parametrize("kind", ["", "text/plain", "text/plain;application/json", "application/x-www-form-urlencoded"])
+async def test_what_a_foreign_web_page_can_send_is_no_order(kind: str) -> None:
+    planner = Planner()
+    answer = await post(Admin(), ASKED, planner, kind)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (415, "content_type")
+    assert not planner.orders
+    assert (await post(Admin(), ASKED, planner, "Application/JSON; charset=utf-8")).status_code == 200
+
+
 def command(planner: Planner, monkeypatch: pytest.MonkeyPatch, *, becomes: str) -> None:
     """The command meets the planner; the engine has the role at the second look."""
     looks = iter(["prefill", becomes, becomes])
@@ -99,6 +112,7 @@ def command(planner: Planner, monkeypatch: pytest.MonkeyPatch, *, becomes: str) 
     def answer(request: httpx.Request) -> httpx.Response:
         if request.method == "POST":
             assert request.headers["authorization"] == f"Bearer {TOKEN}"
+            assert request.headers["content-type"] == "application/json"
             if b"colocated" in request.content:
                 return httpx.Response(503, json={"error": {"message": "engine engine-1 is needed as prefill"}})
             return httpx.Response(200, json={"engine": "engine-1"})

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import dataclasses
 
+import pytest
+
 from actors.checkpoint import nano_directory
 from actors.config import EngineReplicaConfig
 from cluster.app import _deployed, engine_config
@@ -29,6 +31,12 @@ def test_an_engine_is_told_all_that_its_pool_says() -> None:
     assert shared >= values.keys() - {"num_gpus"}
     for name in shared:
         assert getattr(told, name) == getattr(pool, name), name
+
+
+def test_a_deploy_file_lets_nobody_change_roles_without_a_token() -> None:
+    with pytest.raises(ValueError, match=r"^args: admin\.token: must be set$"):
+        _deployed({"admin": {}})
+    assert _deployed({"admin": {"token": "0" * 16}}).admin is not None
 
 
 def test_a_deploy_file_without_a_model_serves_nano() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from dataclasses import replace
 from typing import Any
 
@@ -199,6 +200,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"stream_options": {}}, "stream_options"),
     ({"temperature": 3}, "temperature"),
     ({"guided_regex": "a", "guided_json": {}}, "guided_regex"),
+    ({"skip_special_tokens": False}, "skip_special_tokens"),
+    ({"include_stop_str_in_output": True}, "include_stop_str_in_output"),
+    ({"use_beam_search": True}, "use_beam_search"),
+    ({"store": False}, "store"),
 ]
 
 
@@ -236,6 +241,19 @@ def test_every_field_is_carried_over() -> None:
         "thinking",
     }
     assert call.top_k == 0 and call.structure is not None and call.structure.kind is StructureKind.REGEX
+
+
+def test_fields_that_ask_for_what_is_done_anyway() -> None:
+    given = {
+        "prompt": "a",
+        "skip_special_tokens": True,
+        "spaces_between_special_tokens": True,
+        "include_stop_str_in_output": False,
+        "return_tokens_as_token_ids": False,
+        "use_beam_search": False,
+    }
+    bare = to_calls(parse_body(CompletionRequest, b'{"prompt": "a"}'))
+    assert to_calls(parse_body(CompletionRequest, json.dumps(given).encode())) == bare
 
 
 def test_tokens_that_are_left_out_take_no_room() -> None:

@@ -40,6 +40,10 @@ def made(**values: Any) -> ClusterConfig:
             "f: vision_encoder.num_gpus: a share of one GPU or a whole number of them, not 1.5",
         ),
         ({"model": "m", "http_port": 9000}, "f: config: http_port and grpc_port are both 9000"),
+        (
+            {"model": "m", "host": "0.0.0.0", "admin": {}},
+            "f: config: admin.token must be set where host is 0.0.0.0",
+        ),
         ({"model": "m", "router": {"replicas": 2}}, "f: router.replicas: more than one router is not built yet"),
         (
             {"model": "m", "preprocessor": {"limits": {"max_imags": 1}}},
@@ -66,6 +70,19 @@ def test_every_error_names_its_field(values: dict[str, Any], line: str) -> None:
     with pytest.raises(ValueError) as caught:
         parse(values, "f")
     assert [told for told in str(caught.value).splitlines() if told.startswith(line)], str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"admin": {}},
+        {"admin": {}, "host": "::1"},
+        {"admin": {"token": "0" * 16}, "host": "0.0.0.0"},
+        {"host": "0.0.0.0"},
+    ],
+)
+def test_roles_are_changed_without_a_token_on_loopback_only(values: dict[str, Any]) -> None:
+    assert (made(**values).admin is None) == ("admin" not in values)
 
 
 def test_all_errors_are_told_at_once() -> None:

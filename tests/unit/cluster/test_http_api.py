@@ -16,6 +16,7 @@ import pytest
 import uvicorn
 
 from actors.errors import (
+    POISON,
     AlreadyExists,
     ContextExceeded,
     DeadlineExceeded,
@@ -233,6 +234,24 @@ async def test_codes_and_headers_clients_act_on() -> None:
     assert full.value.response.headers["retry-after-ms"] == "1200"
 
 
+@pytest.mark.parametrize(
+    ("error", "tries"),
+    [
+        (InternalError("engines died", reason=POISON), 1),
+        (DeadlineExceeded("late"), 1),
+        (AlreadyExists("in use"), 1),
+        (Unavailable("lost", retry_after_s=0.001), 3),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+async def test_openais_client_tries_again_only_what_may_succeed(error: ServingError, tries: int) -> None:
+    service = ScriptedService(script=(error,))
+    async with sdk(service) as client:
+        with pytest.raises(openai.APIStatusError):
+            await client.with_options(max_retries=2).chat.completions.create(model="m", messages=ASK)
+    assert len(service.calls) == tries
+
+
 async def test_errors_after_the_stream_began_reach_openais_client() -> None:
     service = ScriptedService(script=(*SCRIPT[:2], Unavailable("engine lost", reason="ENGINE_LOST")))
     async with sdk(service) as client:
@@ -250,8 +269,11 @@ async def test_errors_after_the_stream_began_reach_openais_client() -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("at", [0, 2])
-async def test_defects_stay_in_the_log(stream: bool, at: int, caplog: pytest.LogCaptureFixture) -> None:
-    service = ScriptedService(script=(*SCRIPT[:at], KeyError("secret")))
+@pytest.mark.parametrize("defect", [KeyError, TimeoutError])  # the second is an OSError, as losing a client is
+async def test_defects_stay_in_the_log(
+    defect: type[Exception], stream: bool, at: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    service = ScriptedService(script=(*SCRIPT[:at], defect("secret")))
     async with plain(service) as client:
         response = await client.post(
             CHAT, json={"messages": ASK, "stream": stream}, headers={"x-request-id": "trace-7"}
@@ -392,11 +414,29 @@ async def test_long_names_are_cut() -> None:
     assert response.status_code == 400 and len(response.content) < 3000
 
 
-async def test_oversized_bodies_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http_exchange, "MAX_BODY_BYTES", 100)
+@pytest.mark.parametrize(
+    ("bound", "over", "told"),
+    [
+        ("MAX_BODY_BYTES", b"x" * 101, "100 bytes"),
+        ("MAX_BODY_MARKS", b"[" * 101, "100 brackets"),
+        ("MAX_BODY_MARKS", b"[" + b"{}," * 50, "100 brackets"),
+    ],
+)
+async def test_oversized_bodies_are_refused(
+    bound: str, over: bytes, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http_exchange, bound, 100)
     async with plain(ScriptedService()) as client:
-        response = await client.post(CHAT, content=b"x" * 101)
-    assert response.status_code == 400 and "100 bytes" in response.text
+        refused = await client.post(CHAT, content=over)
+        read = await client.post(CHAT, content=over[:-1])
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "body_too_large") and told in refused.text
+    assert "not valid JSON" in read.text
+
+
+async def test_a_body_that_is_wrong_all_over_is_not_described_place_by_place() -> None:
+    async with plain(ScriptedService()) as client:
+        response = await client.post(CHAT, json={"messages": [[]] * 10_001})
+    assert response.status_code == 400 and "wrong in 10001 places" in response.text
 
 
 async def test_silence_is_bridged_by_comments(monkeypatch: pytest.MonkeyPatch) -> None:
