@@ -249,11 +249,11 @@ def test_health_readiness_and_reflection(cluster: LaunchedCluster, http: httpx.C
 async def test_counting_tokens_keeps_nothing(cluster: LaunchedCluster) -> None:
     asked = request(tokens=2)
     async with AsyncClient(cluster.grpc_address) as client:
-        counted = await client.count_tokens(inference_pb2.CountTokensRequest(messages=asked.messages), timeout_s=30)
+        counted = await client.count_tokens(list(asked.messages))
         await wait_clean(cluster)
         reply = await client.generate(asked, timeout_s=30)
-    assert counted.token_count == reply.usage.prompt_token_count
-    assert counted.media_token_count == reply.usage.media_token_count > 0
+    assert counted.tokens == reply.usage.prompt_token_count
+    assert counted.media_tokens == reply.usage.media_token_count > 0
 
 
 async def wait_clean(cluster: LaunchedCluster, within_s: float = 1.0) -> None:
