@@ -39,6 +39,7 @@ from actors.parallel.kv_transfer import KvGeometry, KvTransferConfig
 from actors.parallel.layout import ExpertShare, even_placement
 from actors.parallel.torch_pairs import TorchMeeting
 from actors.parallel.world import Seat
+from actors.sizes import told_bytes
 from actors.tokenization.files import tokenizer_path
 from actors.types import EngineRole, SamplingParams
 
@@ -114,6 +115,7 @@ def _load(
             experts_form=None if config.experts is None else ExpertsForm(config.experts),
             progress=progress,
         )
+        peak = _peak_bytes()
         layout = KvLayout(
             num_layers=text.num_hidden_layers,
             block_size=config.block_size,
@@ -152,7 +154,7 @@ def _load(
             fingerprint=checkpoint.fingerprint("language"),
             loaded=checkpoint.report,
             vocabulary=_vocabulary(config, model_config),
-            notes=(_load_note(checkpoint.report), *room, experts, *forms.lines, *forms.warnings),
+            notes=(_load_note(checkpoint.report, peak), *room, experts, *forms.lines, *forms.warnings),
         )
     if steps is not None and seat is not None:
         steps.meet("loaded", seat.config.join_timeout_s, stop)
@@ -168,10 +170,15 @@ def _read_bank(model_dir: str, bank: VisionBank) -> None:
     log.info("read the vision experts, %.2f GB, in %.1f s", read.bytes_read["vision_experts"] / 1e9, read.seconds)
 
 
-def _load_note(report: LoadReport) -> str:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
-    memory_said = f"the process took at most {peak / 1e9:.2f} GB, mapped files among it"
-    return f"read {report.total_bytes / 1e9:.2f} GB in {report.seconds:.1f} s; {memory_said}"
+def _peak_bytes() -> int:
+    """Of host memory, so far; pages of mapped files are in it."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+
+
+def _load_note(report: LoadReport, peak: int) -> str:
+    """``peak``: before the arena was taken."""
+    read = f"read {told_bytes(report.total_bytes)} in {report.seconds:.1f} s"
+    return f"{read}, with at most {told_bytes(peak)} of host memory, mapped files among it"
 
 
 def rank_main(

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from actors.sizes import told_bytes
 from cluster.config import ClusterConfig, EnginePool, PreprocessorPool
 
 PLANNER_CPUS = 0.1
@@ -104,7 +105,7 @@ def describe(config: ClusterConfig) -> list[tuple[str, str, str]]:
     ]
     for pool in config.pools:
         roles = " + ".join(f"{count} {role}" for role, count in pool.role_counts().items())
-        window = f"{_size(pool.media_window_bytes)} of embeddings ahead of use"
+        window = f"{told_bytes(pool.media_window_bytes)} of embeddings ahead of use"
         rows.append((pool.name, roles, f"{_device(engine_claim(pool), config.dtype)}; {window}"))
     return rows
 
@@ -114,18 +115,14 @@ def _count(replicas: int, ranks: int) -> str:
 
 
 def _preprocessing(pool: PreprocessorPool) -> str:
-    return f"{pool.concurrency} at once; {_size(pool.patch_bytes)} of patches, made or in the making"
+    return f"{pool.concurrency} at once; {told_bytes(pool.patch_bytes)} of patches, made or in the making"
 
 
 def _encoding(config: ClusterConfig) -> str:
     pool = config.vision_encoder
-    held = f"{_size(pool.embedding_bytes)} of embeddings, {_size(pool.cache_bytes)} of them kept for later"
-    window = f"{_size(pool.patch_window_bytes)} of patches ahead of use"
+    held = f"{told_bytes(pool.embedding_bytes)} of embeddings, {told_bytes(pool.cache_bytes)} of them kept for later"
+    window = f"{told_bytes(pool.patch_window_bytes)} of patches ahead of use"
     return f"{_device(encoder_claim(config), config.dtype)}; {window}; {held}"
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
 
 
 def _device(claim: Claim, dtype: str) -> str:
