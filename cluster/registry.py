@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from actors.reports import EncoderInfo, EngineInfo, GroupReport, LoadReport
+from actors.sizes import told_bytes
 from actors.types import EngineRole
 
 LEASE_S = 3.0
@@ -54,12 +55,12 @@ class LoadingEntry:
     @property
     def progress(self) -> str:
         """For people; empty before anything is known."""
-        done, total = (sum(column) / 1e9 for column in zip(*self.ranks, strict=True)) if self.ranks else (0, 0)
+        done, total = map(sum, zip(*self.ranks, strict=True)) if self.ranks else (0, 0)
         if not total:
             return ""
         slowest = min(range(len(self.ranks)), key=lambda rank: self._share(rank))
         behind = f", rank {slowest} at {self._share(slowest):.0%}" if len(self.ranks) > 1 else ""
-        return f"{done:.2f} of {total:.2f} GB{behind}"
+        return f"{told_bytes(done)} of {told_bytes(total)}{behind}"
 
     def _share(self, rank: int) -> float:
         done, total = self.ranks[rank]

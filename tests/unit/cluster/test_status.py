@@ -95,9 +95,9 @@ def test_every_worker_has_a_row() -> None:
             "10.0.0.1:1",
             "2 running, 3 waiting, 1 reserved, KV 10/100, prefix hits 25%, 4 preempted",
         ),
-        ("engine", "", "prefill", "loading, 15.00 of 60.00 GB, rank 1 at 10%", ""),
+        ("engine", "", "prefill", "loading, 15.0 GB of 60.0 GB, rank 1 at 10%", ""),
         ("engine", "", "decode", "loading", ""),
-        ("engine", "", "decode", "loading, 1.00 of 57.00 GB", ""),
+        ("engine", "", "decode", "loading, 1.0 GB of 57.0 GB", ""),
     ]
     assert list(engine_notes(status)) == ["decode engine-1: KV arena of 1 GiB", "decode engine-1: experts: loop"]
     assert summary(status) == "m: not ready: no prefill engine, 2 requests active"
