@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from types import TracebackType
 from typing import Any
 
@@ -90,11 +90,8 @@ class AsyncClient:
     ) -> inference_pb2.GenerateResponse:
         """``chat`` in protobuf. ``timeout_s`` bounds the call here and, through ``timeout``, in the cluster."""
         attempts = GenerateAttempts(self._retries, request, timeout_s)
-        while True:
-            try:
-                return await self._stub.Generate(attempts.request(), timeout=attempts.left_s())
-            except grpc.RpcError as error:
-                await asyncio.sleep(attempts.again_after_s(error))
+        response: inference_pb2.GenerateResponse = await self._answer(self._stub.Generate, attempts.request, attempts)
+        return response
 
     def stream_request(self, request: inference_pb2.GenerateRequest) -> AsyncStream:
         """``stream`` of a request that was made before. Its time is its own ``timeout``."""
@@ -121,10 +118,12 @@ class AsyncClient:
             await asyncio.sleep(delay_s)
 
     async def _unary(self, method: Any, request: Any, timeout_s: float | None) -> Any:
-        attempts = Attempts(self._retries, timeout_s)
+        return await self._answer(method, lambda: request, Attempts(self._retries, timeout_s))
+
+    async def _answer(self, method: Any, next_request: Callable[[], Any], attempts: Attempts) -> Any:
         while True:
             try:
-                return await method(request, timeout=attempts.left_s())
+                return await method(next_request(), timeout=attempts.left_s())
             except grpc.RpcError as error:
                 await asyncio.sleep(attempts.again_after_s(error))
 

@@ -90,11 +90,8 @@ class Client:
     ) -> inference_pb2.GenerateResponse:
         """``chat`` in protobuf. ``timeout_s`` bounds the call here and, through ``timeout``, in the cluster."""
         attempts = GenerateAttempts(self._retries, request, timeout_s)
-        while True:
-            try:
-                return self._stub.Generate(attempts.request(), timeout=attempts.left_s())
-            except grpc.RpcError as error:
-                time.sleep(attempts.again_after_s(error))
+        response: inference_pb2.GenerateResponse = self._answer(self._stub.Generate, attempts.request, attempts)
+        return response
 
     def stream_request(self, request: inference_pb2.GenerateRequest) -> Stream:
         """``stream`` of a request that was made before. Its time is its own ``timeout``."""
@@ -109,10 +106,12 @@ class Client:
             yield from stream.responses()
 
     def _unary(self, method: Any, request: Any, timeout_s: float | None) -> Any:
-        attempts = Attempts(self._retries, timeout_s)
+        return self._answer(method, lambda: request, Attempts(self._retries, timeout_s))
+
+    def _answer(self, method: Any, next_request: Callable[[], Any], attempts: Attempts) -> Any:
         while True:
             try:
-                return method(request, timeout=attempts.left_s())
+                return method(next_request(), timeout=attempts.left_s())
             except grpc.RpcError as error:
                 time.sleep(attempts.again_after_s(error))
 
