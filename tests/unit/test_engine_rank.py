@@ -169,7 +169,8 @@ def test_a_group_of_processes_shares_what_one_rank_loads_and_computes_the_same(m
         assert rank.fingerprint == alone.fingerprint
         (elsewhere_said,) = group.notes
         assert re.fullmatch(
-            r"rank 1: read \d MB in [\d.]+ s, with at most \d+ MB of host memory, mapped files among it", elsewhere_said
+            r"rank 1: read \d MB in [\d.]+ s, with at most [\d.]+ [MG]B of host memory, mapped files among it",
+            elsewhere_said,
         )
         ((done, total),) = group.loading
         assert 0 < done == total
