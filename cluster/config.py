@@ -110,6 +110,10 @@ class PreprocessorPool(Pool):
         check_initial(self.replicas, self.autoscaling, "replicas")
         return self
 
+    @property
+    def most_replicas(self) -> int:
+        return self.replicas if self.autoscaling is None else self.autoscaling.max_replicas
+
 
 class VisionEncoderPool(Pool):
     """Vision encoders: patches to embeddings."""
@@ -131,6 +135,10 @@ class VisionEncoderPool(Pool):
     def _initial(self) -> Self:
         check_initial(self.replicas, self.autoscaling, "replicas")
         return self
+
+    @property
+    def most_replicas(self) -> int:
+        return self.replicas if self.autoscaling is None else self.autoscaling.max_replicas
 
 
 class Roles(Section):
@@ -216,6 +224,10 @@ class EnginePool(Pool):
     @property
     def replicas(self) -> int:
         return self.roles.total
+
+    @property
+    def most_replicas(self) -> int:
+        return self.replicas if self.autoscaling is None else self.autoscaling.max_replicas
 
     def role_counts(self) -> Mapping[EngineRole, int]:
         """Wanted engines per role; roles nobody wants are left out."""

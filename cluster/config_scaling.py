@@ -65,11 +65,6 @@ class EngineAutoscaling(Autoscaling, EngineBounds):
     """Of engines: those that prefill and those that decode are looked at apart."""
 
 
-def most_replicas(replicas: int, autoscaling: Autoscaling | None) -> int:
-    """That a pool may come to have."""
-    return replicas if autoscaling is None else autoscaling.max_replicas
-
-
 def check_initial(replicas: int, autoscaling: Autoscaling | None, field: str) -> None:
     if autoscaling is not None and not autoscaling.min_replicas <= replicas <= autoscaling.max_replicas:
         bounds = f"{autoscaling.min_replicas} to {autoscaling.max_replicas}"

@@ -148,6 +148,10 @@ class Snapshot:
         members |= {entry.info.incarnation: (VISION_ENCODERS, entry.info.encoder_id) for entry in self.encoders}
         return members | {entry.incarnation: (PREPROCESSORS, entry.worker_id) for entry in self.preprocessors}
 
+    def may_be_empty(self, pool: str) -> bool:
+        """The pool scales to none: the next request brings one."""
+        return any(scale.name == pool and scale.min == 0 for scale in self.pools)
+
     def replicas(self, pool: str) -> int:
         """Workers of the pool that serve."""
         return sum(name == pool for name, _ in self.members().values())
