@@ -18,6 +18,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from actors.busy import BusyShare
 from actors.engine import events as ev
 from actors.engine.config import EngineConfig
 from actors.engine.constraint_supply import ConstraintSupply
@@ -86,6 +87,7 @@ class Engine:
         self._checks: set[Future[None]] = set()
         self._role_changes: set[Future[None]] = set()
         self._load = measure(self._scheduler)
+        self._prefilling = BusyShare(clock=clock)
         # The step thread's own:
         self._reservations = Reservations(config.retry_after_s)
         self._thread = threading.Thread(target=self._main, name="engine-step", daemon=True)
@@ -235,7 +237,7 @@ class Engine:
     def load(self) -> LoadReport:
         """As of the last change of state."""
         with self._wake:
-            return self._load
+            return replace(self._load, prefill_busy=self._prefilling.share())
 
     def check_integrity(self) -> None:
         """Checks all bookkeeping between two steps; waits for that. Raises AssertionError naming what is wrong."""
@@ -313,7 +315,8 @@ class Engine:
 
     def _step(self, plan: StepPlan) -> None:
         started = time.perf_counter()
-        result = self._runner.run(plan)
+        with self._prefilling.doing(plan.prompt_share):
+            result = self._runner.run(plan)
         seconds = time.perf_counter() - started
         self.steps.add(plan, seconds, len(result.tokens))
         outcome = self._scheduler.apply(plan, result, seconds)
