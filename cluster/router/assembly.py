@@ -102,21 +102,7 @@ class RouterParts:
         )
         fleet.start()
         leases.start()
-
-        def tell(sheet: Sheet) -> None:
-            counts.add_to(sheet)
-            sheet.add("ernie_requests_active", router.active_count)
-            sheet.add("ernie_requests_waiting_for_room", fleet.waiting_for_room)
-            sheet.add("ernie_retry_budget", budget.saved)
-            sheet.add("ernie_suspects", services.suspects.count)
-            sheet.add("ernie_leases", leases.count)
-
-        async def ask_planner() -> bytes:
-            page: bytes = await planner.metrics.remote()
-            return page
-
-        page = MetricsPage(lambda: fleet.snapshot, tell, ask_planner)
-        return cls(router, services, page, media)
+        return cls(router, services, _metrics_page(router, services, counts, planner), media)
 
     async def audits(self) -> dict[str, Audit]:
         """What every part holds for requests, by name; a part that does not answer has that as its problem."""
@@ -133,6 +119,24 @@ class RouterParts:
         await self._leases.close()
         await self.fleet.close()
         await self._media.close()
+
+
+def _metrics_page(router: Router, services: Services, counts: RequestMetrics, planner: Any) -> MetricsPage:
+    fleet = services.fleet
+
+    def tell(sheet: Sheet) -> None:
+        counts.add_to(sheet)
+        sheet.add("ernie_requests_active", router.active_count)
+        sheet.add("ernie_requests_waiting_for_room", fleet.waiting_for_room)
+        sheet.add("ernie_retry_budget", services.budget.saved)
+        sheet.add("ernie_suspects", services.suspects.count)
+        sheet.add("ernie_leases", services.leases.count)
+
+    async def ask_planner() -> bytes:
+        page: bytes = await planner.metrics.remote()
+        return page
+
+    return MetricsPage(lambda: fleet.snapshot, tell, ask_planner)
 
 
 async def _audit(address: str) -> Audit:
