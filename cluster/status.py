@@ -54,7 +54,7 @@ def cluster_status(snapshot: Snapshot, *, model: str, active: int, missing: str 
             }
             for entry in snapshot.loading
         ],
-        "preprocessors": [{"id": entry.incarnation[:8], "address": entry.address} for entry in snapshot.preprocessors],
+        "preprocessors": [{"id": entry.worker_id, "address": entry.address} for entry in snapshot.preprocessors],
         "encoders": [
             {
                 "id": entry.info.encoder_id,
@@ -64,6 +64,8 @@ def cluster_status(snapshot: Snapshot, *, model: str, active: int, missing: str 
             }
             for entry in snapshot.encoders
         ],
+        "pools": [{"replicas": snapshot.replicas(pool.name)} | asdict(pool) for pool in snapshot.pools],
+        "decisions": [asdict(decision) for decision in snapshot.decisions],
     }
 
 
