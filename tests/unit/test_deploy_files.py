@@ -75,9 +75,9 @@ def test_cluster_file(file: Path) -> None:
     validate_config(config)
     assert set(config["file_mounts"]) == {"~/ernie/deploy", "~/ernie/dist", "~/.ray/auth_token"}
     for node_kind in ("head", "worker"):
-        *_, start = config[f"{node_kind}_start_ray_commands"]
-        assert "ray start" in start
-        assert "node-stop.sh" in config[f"{node_kind}_start_ray_commands"][0]
+        commands = "\n".join(config[f"{node_kind}_start_ray_commands"])
+        commands = re.sub(r".*/deploy/(worker-start\.sh)", lambda match: (DEPLOY / match[1]).read_text(), commands)
+        assert -1 < commands.find("node-stop.sh") < commands.rfind("ray start")
     assert "--num-cpus=0" in config["head_start_ray_commands"][-1]
     assert "bash ~/ernie/deploy/node-setup.sh" in config["worker_setup_commands"]
 
