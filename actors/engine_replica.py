@@ -370,7 +370,7 @@ class EngineReplica:
             self._receiver.check_integrity()
 
     async def check_health(self) -> None:
-        """Serve replaces a replica whose check raises. One whose step hangs ends: its links live, and would for ever."""
+        """Serve replaces a replica whose check raises. One whose step hangs ends here: its links would live on."""
         self._registration.check()
         self._engine.check_step(STEP_LIMIT_S)
 

@@ -15,7 +15,7 @@ import psutil
 from tests.chaos.plan import Fault, Trial, Victim
 from tests.cluster.launcher import LaunchedCluster
 
-WANTED = {Victim.PREPROCESSOR: 2, Victim.ENCODER: 2, Victim.PREFILL: 2, Victim.DECODE: 2, Victim.RANK: 2}
+WANTED = dict.fromkeys(Victim, 2) | {Victim.PLANNER: 1}
 RESTORE_LIMIT_S = 180.0
 POLL_S = 0.1
 OTHER_ROLE = {"prefill": "decode", "decode": "prefill"}
@@ -46,11 +46,10 @@ class Processes:
 
         Raises AssertionError if that takes too long.
         """
-        wanted = WANTED if trial is None else _needed(trial)
         deadline = time.monotonic() + RESTORE_LIMIT_S
         while True:
             try:
-                missing = await self._missing(wanted)
+                missing = await self._missing(trial)
             except (httpx.HTTPError, psutil.Error) as error:
                 missing = repr(error)
             if missing is None:
@@ -58,13 +57,17 @@ class Processes:
             assert time.monotonic() < deadline, f"the cluster is not whole again: {missing}"
             await asyncio.sleep(POLL_S)
 
-    async def _missing(self, wanted: dict[Victim, int]) -> object:
+    async def _missing(self, trial: Trial | None) -> object:
         status = await self.status()
         self._term = status["planner_term"]
         self._engines = {engine["address"]: engine for engine in status["engines"] if engine["ready"]}
         self.pids = await asyncio.to_thread(self._find, status)
         counts = {victim: len(found) for victim, found in self.pids.items()}
-        whole = status["ready"] and self._term > self._lost_term and counts[Victim.PLANNER] == 1
+        wanted = (
+            WANTED if trial is None else dict.fromkeys(WANTED, 1) | {trial.role: WANTED[trial.role], Victim.RANK: 0}
+        )
+        whole = status["ready"] and self._term > self._lost_term
+        whole &= trial is None or bool(self._places(trial))
         return None if whole and all(counts[victim] >= count for victim, count in wanted.items()) else counts
 
     def _find(self, status: dict[str, Any]) -> dict[Victim, dict[str, int]]:
@@ -89,12 +92,16 @@ class Processes:
 
     def pick(self, trial: Trial, where: dict[str, Any] | None) -> str:
         """The address of the part the first request is on, or of any of the kind when it is on none."""
-        places = self.pids[trial.victim]
-        if trial.victim is Victim.RANK:
-            # A group of the wanted role, which the request may be beside; the others are as likely on it.
-            places = {address: pid for address, pid in places.items() if self._engines[address]["role"] == trial.role}
+        places = self._places(trial)
         at = None if where is None else where.get(trial.role)
         return at if at in places else next(iter(places))
+
+    def _places(self, trial: Trial) -> dict[str, int]:
+        """Parts that may be hit. Ranks are those of the group whose role it is; some of the requests are on it."""
+        places = self.pids[trial.victim]
+        if trial.victim is not Victim.RANK:
+            return places
+        return {address: pid for address, pid in places.items() if self._engines[address]["role"] == trial.role}
 
     async def hit(self, trial: Trial, address: str) -> None:
         """Lets the fault fall on the part there."""
@@ -147,11 +154,6 @@ class Processes:
         finally:
             for pid in pids:
                 self.send(pid, signal.SIGCONT)
-
-
-def _needed(trial: Trial) -> dict[Victim, int]:
-    needed = dict.fromkeys(WANTED, 1) | {trial.role: WANTED.get(trial.role, 1)}
-    return needed | {Victim.RANK: WANTED[Victim.RANK] if trial.victim is Victim.RANK else 0}
 
 
 def _addresses(status: dict[str, Any]) -> Iterator[tuple[Victim, str]]:

@@ -90,7 +90,7 @@ class RankChannel:
             thread.start()
 
     def be_patient(self, patient: bool) -> None:
-        """Whether the other side may be silent for ``silence_s``, as in the beginning, or only ``serving_silence_s``."""
+        """Whether the other side may be silent for ``silence_s``, as at first, or only for ``serving_silence_s``."""
         self._patience_s = self._config.silence_s if patient else self._config.serving_silence_s
 
     def send(self, message: Any) -> int:
