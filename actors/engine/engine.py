@@ -84,6 +84,8 @@ class Engine:
         self._checks: set[Future[None]] = set()
         self._role_changes: set[Future[None]] = set()
         self._load = measure(self._scheduler)
+        self._step_began: float | None = None
+        """Of the step under way."""
         # The step thread's own:
         self._reservations = Reservations(config.retry_after_s)
         self._thread = threading.Thread(target=self._main, name="engine-step", daemon=True)
@@ -235,6 +237,13 @@ class Engine:
         with self._wake:
             return self._load
 
+    def check_step(self, limit_s: float) -> None:
+        """Ends the engine if the step under way takes longer: its thread hangs, and nothing can interrupt it."""
+        with self._wake:
+            hangs = self._step_began is not None and self._clock() - self._step_began > limit_s
+        if hangs:
+            self._lose(RuntimeError(f"step {self._load.step} did not end in {limit_s:g} s"))
+
     def check_integrity(self) -> None:
         """Checks all bookkeeping between two steps; waits for that. Raises AssertionError naming what is wrong."""
         with self._wake:
@@ -300,10 +309,12 @@ class Engine:
         if plan is not None:
             with self._wake:
                 self._load = measure(self._scheduler)
+                self._step_began = now
             self._step(plan)
         self._run_checks()
         with self._wake:
             self._load = measure(self._scheduler)
+            self._step_began = None
             if plan is None and not (self._commands or self._checks or self._stopping or self._lost):
                 wakeup = self._scheduler.next_wakeup()
                 self._wake.wait(None if wakeup is None else min(MAX_WAIT_S, max(0.0, wakeup - self._clock())))
