@@ -30,6 +30,8 @@ class LoadReport:
     """Sequences that lost their blocks to another since start."""
     draining: bool = False
     """It leaves: what it has may finish, nothing new is taken."""
+    prefill_busy: float = 0.0
+    """Share of the last seconds that prompts took of its steps. The planner's: routers are not told."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

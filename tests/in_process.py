@@ -156,7 +156,7 @@ async def in_process_cluster(
     async with AsyncExitStack() as stack:
         planner = Planner.__new__(Planner)
         await planner.__init__(config, term=1)  # type: ignore[func-returns-value,misc]
-        stack.callback(planner._expiry.cancel)
+        stack.callback(planner.close)
         cluster.planner, handle = planner, Handle(planner)
         preprocessor_config = PreprocessorConfig(model_dir=str(model_dir), **(preprocessor or {}))
         for _ in range(preprocessors):

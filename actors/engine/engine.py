@@ -18,6 +18,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from actors.busy import BusyShare
 from actors.engine import events as ev
 from actors.engine.config import EngineConfig
 from actors.engine.constraint_supply import ConstraintSupply
@@ -86,6 +87,7 @@ class Engine:
         self._load = measure(self._scheduler)
         self._step_began: float | None = None
         """Of the step under way."""
+        self._prefilling = BusyShare(clock=clock)
         # The step thread's own:
         self._reservations = Reservations(config.retry_after_s)
         self._thread = threading.Thread(target=self._main, name="engine-step", daemon=True)
@@ -235,7 +237,7 @@ class Engine:
     def load(self) -> LoadReport:
         """As of the last change of state."""
         with self._wake:
-            return self._load
+            return replace(self._load, prefill_busy=self._prefilling.share())
 
     def check_step(self, limit_s: float) -> None:
         """Ends the engine if the step under way takes longer: its thread hangs, and nothing can interrupt it."""
@@ -322,7 +324,8 @@ class Engine:
 
     def _step(self, plan: StepPlan) -> None:
         started = time.perf_counter()
-        result = self._runner.run(plan)
+        with self._prefilling.doing(plan.prompt_share):
+            result = self._runner.run(plan)
         outcome = self._scheduler.apply(plan, result, time.perf_counter() - started)
         for piece in outcome.prompt_logprobs:
             self._sink.on_prompt_logprobs(piece)
