@@ -23,6 +23,7 @@ from actors.types import EngineRole
 from cluster.autoscaling import Scaling
 from cluster.config import ClusterConfig
 from cluster.decisions import DecisionKind, DecisionLog
+from cluster.metrics.planner import PlannerCounters, planner_sheet
 from cluster.registry import (
     LEASE_S,
     EncoderEntry,
@@ -84,6 +85,7 @@ class Planner:
         """Incarnations of engines that were asked to end."""
         self._term = take_term(serve.get_replica_context().app_name) if term is None else term
         self._registry = Registry(self._term)
+        self.counters = PlannerCounters()
         self._decisions = DecisionLog(time.time)
         self._scaler = Scaler(config, self._term)
         self._changed = asyncio.Event()
@@ -139,6 +141,7 @@ class Planner:
 
     def _done(self, ordered: _Ordered, info: EngineInfo, pool: str) -> None:
         del self._orders[info.incarnation]
+        self.counters.role_changes[pool, ordered.order.former, ordered.order.role] += 1
         log.info("engine %s is %s now", info.engine_id, info.role)
         # Whoever replaces an engine of the pool takes the role that is short from now on, and not before: until it has
         # moved, it counts as what it was.
@@ -170,6 +173,7 @@ class Planner:
         alone = check_move(self._registry.snapshot().engines, entry, role, away)
         order = RoleOrder(term=self._term, epoch=info.epoch, former=info.role, role=role, substitutes=alone)
         self._orders[info.incarnation] = _Ordered(order, shifts)
+        self.counters.role_decisions[entry.pool, info.role, role] += 1
         self._decisions.note(
             DecisionKind.ROLE,
             pool=entry.pool,
@@ -203,6 +207,7 @@ class Planner:
     def _scale(self, scaling: Scaling) -> None:
         if scaling.role is not None:
             self._wanted[scaling.pool][scaling.role] += scaling.target - scaling.former
+        self.counters.scalings[scaling.pool, "up" if scaling.target > scaling.former else "down"] += 1
         change = f"{scaling.former} -> {scaling.target}"
         self._decisions.note(
             DecisionKind.SCALE, pool=scaling.pool, subject=scaling.pool, change=change, reason=scaling.why
@@ -250,6 +255,10 @@ class Planner:
         self._registry.renew_router(RouterEntry(incarnation=incarnation, latency=latency), time.monotonic())
         self._notify()
 
+    async def metrics(self) -> bytes:
+        """Its page, in the text format of Prometheus."""
+        return planner_sheet(self._snapshot(), self.counters).text()
+
     async def leave(self, incarnation: str) -> None:
         self._registry.leave(incarnation)
         self._forget(incarnation)
@@ -285,16 +294,19 @@ class Planner:
         members = self._registry.snapshot().members()
         for incarnation, (pool, name) in members.items():
             if incarnation not in known:
-                self._decisions.note(DecisionKind.FLEET, pool=pool, subject=name, change="joined")
+                self._note_fleet(pool, name, "joined")
         for incarnation, (pool, name) in known.items():
             if incarnation not in members:
-                change = "lost" if incarnation in lost else "left"
-                self._decisions.note(DecisionKind.FLEET, pool=pool, subject=name, change=change)
+                self._note_fleet(pool, name, "lost" if incarnation in lost else "left")
         now = self._snapshot()
         if now.version != self._told.version:
             self._told = now
             self._changed.set()
             self._changed = asyncio.Event()
+
+    def _note_fleet(self, pool: str, name: str, change: str) -> None:
+        self._decisions.note(DecisionKind.FLEET, pool=pool, subject=name, change=change)
+        self.counters.fleet[pool, change] += 1
 
     async def _expire(self) -> None:
         while True:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from actors.reports import EncoderInfo, EngineInfo, GroupReport, LoadReport
 from actors.sizes import told_bytes
@@ -155,6 +155,27 @@ class Snapshot:
     def replicas(self, pool: str) -> int:
         """Workers of the pool that serve."""
         return sum(name == pool for name, _ in self.members().values())
+
+
+class Place(NamedTuple):
+    """Where a worker answers questions about itself."""
+
+    kind: str
+    """``engine``, or the pool of other workers."""
+    pool: str
+    worker: str
+    """Its name in ``/status``."""
+    address: str
+
+
+def places(snapshot: Snapshot) -> list[Place]:
+    """Of every worker."""
+    encoders = [entry.info for entry in snapshot.encoders]
+    return [
+        *(Place("engine", entry.pool, entry.info.engine_id, entry.info.address) for entry in snapshot.engines),
+        *(Place(VISION_ENCODERS, VISION_ENCODERS, info.encoder_id, info.address) for info in encoders),
+        *(Place(PREPROCESSORS, PREPROCESSORS, entry.worker_id, entry.address) for entry in snapshot.preprocessors),
+    ]
 
 
 def next_role(wanted: Mapping[EngineRole, int], present: Counter[EngineRole]) -> EngineRole:
