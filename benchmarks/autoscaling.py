@@ -14,7 +14,7 @@ import io
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -95,6 +95,13 @@ class Watch:
                 with contextlib.suppress(httpx.HTTPError):
                     self.see((await client.get(f"{self.url}/status")).json())
                 await asyncio.sleep(POLL_S)
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        """Returns when it holds, and at last after a while."""
+        for _ in range(int(DOWN_LIMIT_S / POLL_S)):
+            if condition():
+                return
+            await asyncio.sleep(POLL_S)
 
     def see(self, status: dict[str, Any]) -> None:
         self.now = {pool["name"]: pool for pool in status["pools"]}
@@ -183,17 +190,14 @@ async def load(url: str, kind: str, clients: int, seconds: float) -> tuple[int, 
 async def measure(url: str, options: argparse.Namespace) -> dict[str, Any]:
     watch = Watch(url)
     watching = asyncio.create_task(watch.run())
-    while not watch.now:
-        await asyncio.sleep(POLL_S)
+    await watch.until(lambda: bool(watch.now))
     found: dict[str, Any] = {}
     for kind in ("replies", "pictures"):
         watch.begin()
         count, wrong = await load(url, kind, options.clients, options.seconds)
         found[kind] = {"requests": count, "failed": wrong, "pools": watch.told()}
     watch.begin()
-    least = time.monotonic() + DOWN_LIMIT_S
-    while any(pool["replicas"] != pool["min"] for pool in watch.now.values()) and time.monotonic() < least:
-        await asyncio.sleep(POLL_S)
+    await watch.until(lambda: all(pool["replicas"] == pool["min"] for pool in watch.now.values()))
     found["idle"] = {"pools": watch.told()}
     watch.begin()
     async with httpx.AsyncClient(base_url=url, timeout=300, trust_env=False) as client:
