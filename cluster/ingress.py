@@ -38,6 +38,7 @@ class Ingress(InferenceServicer):
         self._parts = await RouterParts.start(config, planner, preprocessor)
         self._model = config.model_name
         self._admin = config.admin
+        self._slo = config.slo
         self._planner = planner
         self.router = self._parts.router
         self._metrics_port = MetricsPort(self._parts.metrics.text)
@@ -71,6 +72,8 @@ class Ingress(InferenceServicer):
             model=self._model,
             active=self.router.active_count,
             missing=await self.router.not_ready(),
+            latency=self._parts.latency.summary(),
+            slo=self._slo,
         )
         if requests:
             status["requests"] = [dataclasses.asdict(where) for where in self.router.whereabouts()]

@@ -7,11 +7,14 @@ from dataclasses import asdict
 from datetime import datetime
 from typing import Any
 
-from cluster.registry import Snapshot
+from cluster.config_scaling import Slo
+from cluster.registry import Latency, Percentiles, Snapshot
 
 
-def cluster_status(snapshot: Snapshot, *, model: str, active: int, missing: str | None) -> dict[str, Any]:
-    """The registry as this router knows it, as JSON values."""
+def cluster_status(
+    snapshot: Snapshot, *, model: str, active: int, missing: str | None, latency: Latency, slo: Slo
+) -> dict[str, Any]:
+    """The registry as this router knows it and the latencies of its requests, as JSON values."""
     return {
         "ready": missing is None,
         "missing": missing,
@@ -66,8 +69,20 @@ def cluster_status(snapshot: Snapshot, *, model: str, active: int, missing: str 
             for entry in snapshot.encoders
         ],
         "pools": [{"replicas": snapshot.replicas(pool.name)} | asdict(pool) for pool in snapshot.pools],
+        "latency": {
+            "window_s": latency.window_s,
+            "count": latency.count,
+            "ttft_s": _percentiles(latency.ttft_s),
+            "tpot_s": _percentiles(latency.tpot_s),
+            "e2e_s": _percentiles(latency.e2e_s),
+            "slo": {"ttft_s": slo.ttft_s, "tpot_s": slo.tpot_s, "met": latency.slo_met},
+        },
         "decisions": [asdict(decision) for decision in snapshot.decisions],
     }
+
+
+def _percentiles(found: Percentiles | None) -> dict[str, float] | None:
+    return None if found is None else asdict(found)
 
 
 def summary(status: Mapping[str, Any]) -> str:

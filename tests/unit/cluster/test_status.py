@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from typing import Any
 
 from actors.reports import EncoderInfo, EngineInfo, GroupReport, LoadReport
 from actors.types import EngineRole
+from cluster.config_scaling import Slo
 from cluster.decisions import Decision, DecisionKind
-from cluster.registry import EncoderEntry, EngineEntry, LoadingEntry, PoolScale, PreprocessorEntry, Snapshot
-from cluster.status import cluster_status, engine_notes, rows, summary
+from cluster.registry import (
+    EncoderEntry,
+    EngineEntry,
+    Latency,
+    LoadingEntry,
+    Percentiles,
+    PoolScale,
+    PreprocessorEntry,
+    Snapshot,
+)
+from cluster.status import cluster_status, decision_lines, engine_notes, pool_rows, rows, summary
 
 ENGINE = EngineInfo(
     engine_id="engine-1",
@@ -55,6 +66,7 @@ REPORT = GroupReport(
     move_s=0.3,
 )
 GB = 10**9
+QUIET = Latency(window_s=60.0, count=0)
 SNAPSHOT = Snapshot(
     term=1,
     version=4,
@@ -89,8 +101,17 @@ SNAPSHOT = Snapshot(
 )
 
 
+def told(
+    snapshot: Snapshot, *, active: int = 0, missing: str | None = None, latency: Latency = QUIET
+) -> dict[str, Any]:
+    """As a client reads it."""
+    status = cluster_status(snapshot, model="m", active=active, missing=missing, latency=latency, slo=Slo(ttft_s=2.0))
+    read: dict[str, Any] = json.loads(json.dumps(status))
+    return read
+
+
 def test_every_worker_has_a_row() -> None:
-    status = json.loads(json.dumps(cluster_status(SNAPSHOT, model="m", active=2, missing="no prefill engine")))
+    status = told(SNAPSHOT, active=2, missing="no prefill engine")
     assert list(rows(status)) == [
         ("preprocessor", "01234567", "preprocess", "10.0.0.3:3", ""),
         ("vision_encoder", "e1", "encode", "10.0.0.2:2", "5 patches queued"),
@@ -118,7 +139,7 @@ def test_every_worker_has_a_row() -> None:
 
 
 def test_pools_and_decisions_are_told() -> None:
-    status = json.loads(json.dumps(cluster_status(SNAPSHOT, model="m", active=2, missing=None)))
+    status = told(SNAPSHOT, active=2)
     assert status["pools"] == [
         {"name": "engine", "replicas": 2, "target": 3, "min": 1, "max": 4},
         {"name": "preprocessor", "replicas": 1, "target": 0, "min": 0, "max": 2},
@@ -136,7 +157,27 @@ def test_pools_and_decisions_are_told() -> None:
     ]
 
 
+def test_pools_and_decisions_are_shown() -> None:
+    status = told(SNAPSHOT)
+    assert list(pool_rows(status)) == [("engine", "2", "3", "1 to 4"), ("preprocessor", "1", "0", "0 to 2")]
+    (line,) = decision_lines(status, 5)
+    assert line.partition(" ")[2] == "engine 2 -> 3: decode short"
+    assert list(decision_lines(told(Snapshot(term=0, version=-1)), 5)) == []
+
+
+def test_latencies_are_told_with_what_they_should_be() -> None:
+    some = Latency(window_s=60.0, count=3, ttft_s=Percentiles(p50=0.5, p95=1.0, p99=1.5), slo_met=1.0)
+    assert told(SNAPSHOT, latency=some)["latency"] == {
+        "window_s": 60.0,
+        "count": 3,
+        "ttft_s": {"p50": 0.5, "p95": 1.0, "p99": 1.5},
+        "tpot_s": None,
+        "e2e_s": None,
+        "slo": {"ttft_s": 2.0, "tpot_s": None, "met": 1.0},
+    }
+
+
 def test_an_empty_cluster_has_no_rows() -> None:
-    status = cluster_status(Snapshot(term=0, version=-1), model="m", active=0, missing=None)
+    status = told(Snapshot(term=0, version=-1))
     assert list(rows(status)) == []
     assert summary(status) == "m: ready, 0 requests active"
