@@ -35,7 +35,9 @@ class Ingress(InferenceServicer):
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, config: ClusterConfig, planner: Any, preprocessor: Any, *pools: Any
     ) -> None:
-        self._parts = await RouterParts.start(config, planner, preprocessor)
+        # `options` makes the handle ask Serve's controller for its replicas. Else the first request would, and
+        # would wait for a head that is away.
+        self._parts = await RouterParts.start(config, planner, preprocessor.options())
         self._model = config.model_name
         self._admin = config.admin
         self._slo = config.slo
