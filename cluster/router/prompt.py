@@ -10,9 +10,13 @@ from actors.errors import POISON, InternalError, MediaChanged, Unavailable
 from actors.reports import EncoderInfo
 from actors.types import MediaKind, MediaSpan, PreprocessReply, PreprocessRequest, Stage
 from cluster.generation import GenerateCall
-from cluster.policy import pick_encoder
+from cluster.policy.choose import choose
+from cluster.policy.views import Demand
+from cluster.router.encoders import patches_of
+from cluster.router.prefix import PromptHashes, spans_to_be
 from cluster.router.services import Services
 from cluster.router.stages import MissingPatches, Preprocessed, StageLost
+from cluster.router.story import Story, What
 from cluster.router.timeline import Progress, Timeline
 from cluster.router.verdict import Verdict, judge
 from cluster.tools import template_form
@@ -36,11 +40,15 @@ class Prompt:
 
     @property
     def media_tokens(self) -> int:
-        return sum(item.grid.tokens for item in self.reply.media)
+        return _tokens_of(self.reply)
 
     @property
     def video_tokens(self) -> int:
         return sum(item.grid.tokens for item in self.reply.media if item.kind is MediaKind.VIDEO)
+
+
+def _tokens_of(reply: PreprocessReply) -> int:
+    return sum(item.grid.tokens for item in reply.media)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -83,6 +91,7 @@ class PromptKeeper:
         services: Services,
         timeline: Timeline,
         progress: Progress,
+        story: Story,
     ) -> None:
         self._request_id = request_id
         self._call = call
@@ -90,6 +99,7 @@ class PromptKeeper:
         self._services = services
         self._timeline = timeline
         self._progress = progress
+        self._story = story
         self._prompt: Prompt | None = None
         self._leases = _Leases()
         self._needed_by: set[int] = set()
@@ -129,6 +139,7 @@ class PromptKeeper:
             MediaChanged: the media are no longer what the prompt was made of.
         """
         self.need(choice)
+        self._story.note(What.MEDIA_AGAIN, choice=choice)
         async with self._making:
             if self.prompt.spans is known:
                 self._prompt = await self._make(choice)
@@ -163,6 +174,7 @@ class PromptKeeper:
                 return Prompt(reply=done.reply, spans=await self._encode(done, choice))
             except MissingPatches:
                 log.warning("request %s: patches were gone before they were encoded", self._request_id)
+                self._story.note(What.STAGE_LOST, message="patches were gone before they were encoded")
                 done = None
                 self._release(self._leases.patches)
                 await asyncio.sleep(RECHECK_S if misses else 0.0)
@@ -181,6 +193,7 @@ class PromptKeeper:
                 if deaths > 1:
                     delay_s += min(RECHECK_S * 2**deaths, DEATH_DELAY_S)
                 log.warning("request %s: %s: again in %.1f s", self._request_id, error.message, delay_s)
+                self._story.note(What.STAGE_LOST, message=error.message, again_in_s=delay_s)
                 await asyncio.sleep(delay_s)
 
     def _check_same(self, again: PreprocessReply) -> None:
@@ -196,8 +209,19 @@ class PromptKeeper:
         done = await self._services.preprocess.run(
             preprocess_request(self._call, lease=self._new_lease(), context_limit=self._services.context_limit())
         )
-        self._leases.patches.add((done.reply.media_address, done.lease))
-        self._timeline.add_busy(Stage.PREPROCESS, done.reply.busy_s)
+        reply = done.reply
+        self._leases.patches.add((reply.media_address, done.lease))
+        self._story.note(
+            What.PREPROCESSED,
+            preprocessor=reply.media_address,
+            prompt_tokens=len(reply.prompt_ids),
+            media_tokens=_tokens_of(reply),
+            units=sum(len(item.content_keys) for item in reply.media),
+            calls=done.calls,
+            hedge_won=done.lease.endswith("+"),
+            busy_s=reply.busy_s,
+        )
+        self._timeline.add_busy(Stage.PREPROCESS, reply.busy_s)
         return done
 
     async def _encode(self, done: Preprocessed, choice: int) -> tuple[MediaSpan, ...]:
@@ -206,30 +230,54 @@ class PromptKeeper:
         if not reply.media:
             return ()
         self._progress.enter(choice, Stage.ENCODE)
-        encoder = await self._find_encoder(reply.media[0].content_keys[0])
+        encoder = await self._find_encoder(reply)
         lease = self._new_lease()
         self._leases.embeddings.add((encoder.address, lease))
-        spans, busy_s = await self._services.encode.run(
-            encoder, reply.media, lease=lease, patch_address=reply.media_address, timeout_s=self._timeout_s
-        )
+        with self._services.encoders.encoding(encoder.incarnation, patches_of(reply.media)):
+            spans, busy_s = await self._services.encode.run(
+                encoder, reply.media, lease=lease, patch_address=reply.media_address, timeout_s=self._timeout_s
+            )
+        self._story.note(What.ENCODED, encoder=encoder.encoder_id, busy_s=busy_s)
         self._timeline.add_busy(Stage.ENCODE, busy_s)
         self._release(self._leases.patches)
         return spans
 
-    async def _find_encoder(self, content_key: bytes) -> EncoderInfo:
-        """For a request whose first unit has that key: all turns of a conversation go to one encoder.
+    async def _find_encoder(self, reply: PreprocessReply) -> EncoderInfo:
+        """The one that goes with the engines which will compute the prompt: where its embeddings are or begin soonest,
+        near to those engines. The engines are picked for good when they can begin.
 
         Waits for one while those there were are replaced. Raises Unavailable if there never was one.
         """
         fleet, leases = self._services.fleet, self._services.leases
         while True:
             trusted = [entry for entry in fleet.encoders if not leases.doubts(entry.info.address)]
-            encoder = pick_encoder(trusted, content_key)
-            if encoder is not None:
-                return encoder
+            views = self._services.encoders.views(trusted)
+            several = len(views) > 1
+            demand = self._demand(reply, views[0].info if several else None)
+            decision = choose(demand, fleet.engines() if several else [], views)
+            if decision.encoder is not None:
+                self._story.note(
+                    What.ENCODER,
+                    candidates=decision.encoders,
+                    encoder=decision.encoder.encoder_id,
+                    address=decision.encoder.address,
+                )
+                return decision.encoder
             if not fleet.had_encoder:
                 raise Unavailable("no vision encoder is ready", reason="NO_ENCODER", retry_after_s=1.0)
             await asyncio.sleep(RECHECK_S)
+
+    def _demand(self, reply: PreprocessReply, encoder: EncoderInfo | None) -> Demand:
+        """Of a prompt that is to be encoded, as it will be named by engines where there is a choice of encoders."""
+        units, media_tokens = patches_of(reply.media), _tokens_of(reply)
+        if encoder is None:
+            return Demand(token_count=len(reply.prompt_ids), units=units, media_tokens=media_tokens)
+        return Demand(
+            token_count=len(reply.prompt_ids),
+            prefix_hashes=PromptHashes(reply.prompt_ids, spans_to_be(reply.media, encoder), self._call.salt),
+            units=units,
+            media_tokens=media_tokens,
+        )
 
     def _release(self, leases: set[tuple[str, str]]) -> None:
         while leases:

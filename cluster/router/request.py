@@ -22,6 +22,7 @@ from cluster.router.choice import ChoiceRun, RequestState
 from cluster.router.prompt import Prompt, PromptKeeper
 from cluster.router.scores import PromptScores
 from cluster.router.services import Services
+from cluster.router.story import Story, What
 from cluster.router.timeline import Progress, Timeline
 
 log = logging.getLogger(__name__)
@@ -58,6 +59,8 @@ class RequestRun:
         self._timeout_s = timeout_s
         self._services = services
         self._arrival_s = services.wall_clock()
+        self.story = Story(request_id, call.request_id, self.timeline, self._arrival_s)
+        self.story.note(What.ADMITTED, choices=call.n, timeout_s=timeout_s, priority=call.priority)
         self._keeper = PromptKeeper(
             request_id,
             call,
@@ -65,6 +68,7 @@ class RequestRun:
             services=services,
             timeline=self.timeline,
             progress=self._progress,
+            story=self.story,
         )
         self._state: RequestState | None = None
         self._choices: list[ChoiceRun] = []
@@ -78,7 +82,9 @@ class RequestRun:
 
     def _tell_of_cancellation(self, task: asyncio.Task[None]) -> None:
         """A task that is cancelled before its first step runs nothing of ``_run``."""
-        if task.cancelled():
+        if task.cancelled() and self.timeline.stage is not Stage.FINISHED:
+            self.story.note(What.CANCELLED, by=self._canceller)
+            self.timeline.finish()
             self.events.put_nowait(RequestCancelled("the request was cancelled"))
 
     def whereabouts(self) -> Whereabouts:
@@ -96,6 +102,10 @@ class RequestRun:
             decode=None if route is None else (route.decode or route.prefill).address,
         )
 
+    @property
+    def _canceller(self) -> str:
+        return "name" if self._cancelled_by_name else "its client, who left"
+
     def cancel_by_name(self) -> None:
         """Ends the request from another connection: its own client sees that it was cancelled."""
         self._cancelled_by_name = True
@@ -108,15 +118,14 @@ class RequestRun:
                 await self._work()
             self._finish()
         except TimeoutError:
-            self.events.put_nowait(
-                DeadlineExceeded(f"the request took longer than {self._timeout_s:g} s", field="timeout")
-            )
+            self._fail(DeadlineExceeded(f"the request took longer than {self._timeout_s:g} s", field="timeout"))
         except ServingError as error:
             if error.field == "structure" and self._call.forces_call:
                 # Engines know calls that are forced as a structure; the client wrote them as tools.
                 error.field = "tools"
-            self.events.put_nowait(error)
+            self._fail(error)
         except asyncio.CancelledError:
+            self.story.note(What.CANCELLED, by=self._canceller)
             if not self._cancelled_by_name:
                 raise
             if self._state is None:
@@ -127,9 +136,14 @@ class RequestRun:
                 self._finish()
         except Exception:
             log.exception("request %s failed", self.request_id)
-            self.events.put_nowait(InternalError(f"internal error; request {self.request_id}"))
+            self._fail(InternalError(f"internal error; request {self.request_id}"))
         finally:
             self._keeper.close()
+            self.timeline.finish()
+
+    def _fail(self, error: ServingError) -> None:
+        self.story.note(What.FAILED, reason=error.reason, message=error.message)
+        self.events.put_nowait(error)
 
     async def _work(self) -> None:
         call = self._call
@@ -170,12 +184,14 @@ class RequestRun:
             timeline=self.timeline,
             progress=self._progress,
             keeper=self._keeper,
+            story=self.story,
+            text_only=max(prompt_ids) < self._services.im_patch_id,
             request=EngineRequest(
                 prompt_ids=prompt_ids,
                 media=prompt.spans,
                 sampling=replace(sampling, prompt_logprobs=None),
                 seed=self._seed,
-                salt=b"" if call.cache_salt is None else call.cache_salt.encode(),
+                salt=call.salt,
                 arrival_s=self._arrival_s,
                 deadline_s=self._arrival_s + self._timeout_s,
                 # Callers put the urgent first by lower numbers, engines by higher ones.
@@ -198,4 +214,5 @@ class RequestRun:
             reasoning_tokens=sum(output.reasoning_tokens for output in outputs),
             time_to_first_token_s=self._state.first_token_s,
         )
+        self.story.note(What.FINISHED, output_tokens=usage.output_tokens)
         self.events.put_nowait(Finished(usage=usage, timings=timings if self._call.return_timings else None))

@@ -38,8 +38,17 @@ class Timeline:
         self._timings.busy[stage] = self._timings.busy.get(stage, 0.0) + seconds
 
     def finish(self) -> Timings:
-        self.enter(Stage.FINISHED)
+        """Idempotent."""
+        if self._stage is not Stage.FINISHED:
+            self.enter(Stage.FINISHED)
         return self._timings
+
+    def so_far(self) -> Timings:
+        """With the present stage, unless it is over."""
+        exposed = dict(self._timings.exposed)
+        if self._stage is not Stage.FINISHED:
+            exposed[self._stage] = exposed.get(self._stage, 0.0) + self._clock() - self._since
+        return Timings(exposed=exposed, busy=dict(self._timings.busy))
 
 
 class Progress:

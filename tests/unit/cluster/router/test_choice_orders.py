@@ -26,7 +26,7 @@ from actors.types import (
     TokenEvent,
 )
 from cluster.generation import ChoiceFinished, Delta, Event, Finished, GenerateCall, PromptScored, Started
-from cluster.policy import EngineView
+from cluster.policy.views import EngineView
 from cluster.router.link import AttemptError, AttemptEvent, EngineLost, Milestone
 from cluster.router.request import RequestRun
 from cluster.router.retry_budget import RetryBudget
@@ -173,6 +173,9 @@ class FleetDouble:
     def engines(self) -> list[EngineView]:
         return self.views
 
+    def set_aside(self) -> dict[str, str]:
+        return {}
+
     def link(self, info: EngineInfo) -> Link:
         return Link(self.engines_double, info)
 
@@ -208,6 +211,7 @@ def services(engines: Engines) -> Services:
         "fleet": FleetDouble(engines, roles),
         "preprocess": PreprocessDouble(),
         "encode": None,
+        "encoders": None,
         "leases": NoLeases(),
     }
     return Services(
@@ -217,6 +221,7 @@ def services(engines: Engines) -> Services:
         model_name="tiny",
         context_limit=lambda: 64,
         vocab_size=100,
+        im_patch_id=0,
         vocabulary=ByteVocabulary(),
         resolve_sampling=lambda call, reply: resolve_sampling(
             call,

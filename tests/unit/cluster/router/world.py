@@ -34,6 +34,7 @@ from actors.wire.channels import make_server
 from actors.wire.engine_link import EngineLinkServicer
 from cluster.generation import ChoiceFinished, Delta, Event, Finished, GenerateCall
 from cluster.registry import EncoderEntry, EngineEntry, PreprocessorEntry, Snapshot
+from cluster.router.encoders import EncoderBook
 from cluster.router.fleet import Fleet
 from cluster.router.leases import LeaseKeeper
 from cluster.router.output import OutputAssembler
@@ -370,11 +371,13 @@ async def world(
         leases=keeper,
         preprocess=stages,  # type: ignore[arg-type]
         encode=stages,  # type: ignore[arg-type]
+        encoders=EncoderBook(),
         budget=RetryBudget(share=0.2, burst=64, clock=time.monotonic),
         suspects=Suspects(),
         model_name="tiny",
         context_limit=lambda: fleet.context_limit(64),
         vocab_size=100,
+        im_patch_id=0,
         vocabulary=ByteVocabulary(),
         resolve_sampling=lambda call, reply: resolve_sampling(
             call,
