@@ -19,7 +19,7 @@ from actors.types import EngineRole
 from actors.vision_encoder import VisionEncoder
 from actors.wire.audit import Audit
 from actors.wire.renewal import renew_for_ever
-from cluster.config import ClusterConfig, EnginePool, Roles
+from cluster.config import ClusterConfig, EnginePool, Roles, RouterPool
 from cluster.planner import Planner
 from cluster.router.assembly import RouterParts
 
@@ -138,12 +138,14 @@ async def in_process_cluster(
     ranks: Sequence[int] | None = None,
     preprocessor: Mapping[str, Any] | None = None,
     encoder: Mapping[str, Any] | None = None,
+    alone_tokens: int = 512,
     **engine: Any,
 ) -> AsyncIterator[InProcessCluster]:
     """Starts preprocessors, encoders, one router and an engine per role; ends them all.
 
     ``embedding_cache_bytes``: what the encoder keeps without a lease; its default when None. ``ranks``: of each engine;
-    one when None. ``preprocessor``, ``encoder`` and ``engine``: further fields of the parts' configs.
+    one when None. ``preprocessor``, ``encoder`` and ``engine``: further fields of the parts' configs; ``alone_tokens``
+    is the router's.
     """
     counts = {role.value: roles.count(role) for role in set(roles)}
     config = ClusterConfig(
@@ -151,6 +153,7 @@ async def in_process_cluster(
         dtype=dtype,  # type: ignore[arg-type]
         compat=compat,  # type: ignore[arg-type]
         engines=(EnginePool(name="engine", roles=Roles(**counts)),),
+        router=RouterPool(alone_tokens=alone_tokens),
     )
     cluster = InProcessCluster()
     async with AsyncExitStack() as stack:

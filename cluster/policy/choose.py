@@ -34,8 +34,6 @@ HANDOVER_TOKENS = 64.0
 BESIDE_DECODING = 0.25
 """Cost of a token computed where others decode. Their steps read all weights anyway, and a few hundred tokens beside
 them are nearly free on a GPU; so this and ``HANDOVER_TOKENS`` balance at about 256."""
-ALONE_TOKENS = 512
-"""The most an engine that decodes only computes of a prompt itself, whatever the queues: steps would be felt."""
 SEND = 1 / 32
 """Cost of a token whose KV is sent on its node; most of it is hidden behind computing."""
 SEND_FAR = 1 / 8
@@ -111,8 +109,8 @@ def choose(demand: Demand, engines: Sequence[EngineView], encoders: Sequence[Enc
                 unable.append(_excluded(name, "no engine that decodes takes its KV"))
             else:
                 options.append(_option(first, found.at(first.node), at_encoders))
-        elif role is EngineRole.DECODE and (why := _why_not_alone(demand, cached[view.info.incarnation])):
-            unable.append(_excluded(f"{name} alone", why))
+        elif role is EngineRole.DECODE and demand.token_count - cached[view.info.incarnation] > demand.alone_tokens:
+            unable.append(_excluded(f"{name} alone", f"may compute {demand.alone_tokens} tokens of this prompt"))
         else:
             options.append(_option(first, None, at_encoders))
     best = min(options, key=lambda option: option.key, default=None)
@@ -169,14 +167,6 @@ def _crowding(view: EngineView) -> float:
 def _key(demand: Demand, view: EngineView, terms: Mapping[str, float]) -> Key:
     too_long = demand.token_count >= view.info.max_model_len
     return too_long, not has_room(view, demand.token_count), sum(terms.values()), used_share(view)
-
-
-def _why_not_alone(demand: Demand, cached: int) -> str:
-    """Why an engine that decodes only cannot compute the prompt; empty if it can."""
-    if not demand.text_only:
-        return "it has no vision experts for the media"
-    lacking = demand.token_count - cached
-    return f"{lacking} tokens to compute are over {ALONE_TOKENS}" if lacking > ALONE_TOKENS else ""
 
 
 def _option(first: _Half, second: _Half | None, encoders: _Encoders) -> _Option:

@@ -44,8 +44,8 @@ class Demand:
 
     token_count: int
     prefix_hashes: PrefixHashes = no_hashes
-    text_only: bool = False
-    """No id of it needs the vision experts: an engine that decodes may compute it too."""
+    alone_tokens: int = 0
+    """The most of it that an engine which only decodes may compute; 0 where it needs the vision experts."""
     units: tuple[tuple[bytes, int], ...] = ()
     """(content key, patches) of the media that are to be encoded."""
     media_tokens: int = 0

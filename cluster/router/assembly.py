@@ -82,6 +82,7 @@ class RouterParts:
             context_limit=context_limit,
             vocab_size=text.vocab_size,
             im_patch_id=model.im_patch_id,
+            alone_tokens=config.router.alone_tokens,
             vocabulary=tokenizer,
             resolve_sampling=partial(_resolve, SamplingDefaults.from_dir(directory), context_limit, tokenizer),
             make_output=partial(_output, tokenizer, score, calls_lead(config.tool_call_parser)),

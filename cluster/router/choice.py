@@ -65,8 +65,8 @@ class RequestState:
     story: Story
     request: EngineRequest
     """Of a choice that begins; without prompt log-probabilities, which are only asked for once."""
-    text_only: bool
-    """No id of the prompt needs the vision experts."""
+    alone_tokens: int
+    """The most of the prompt that an engine which only decodes may compute."""
     prompt_scores: PromptScores | None
     """Given when the caller asked for them."""
     first_token_s: float | None = None
@@ -263,7 +263,7 @@ class ChoiceRun:
         demand = Demand(
             token_count=self._token_count,
             prefix_hashes=request_hashes(request),
-            text_only=self._state.text_only,
+            alone_tokens=self._state.alone_tokens,
             media_tokens=sum(span.grid.tokens for span in request.media),
             encoder_address=request.media[0].encoder_address if request.media else None,
         )

@@ -185,7 +185,7 @@ class RequestRun:
             progress=self._progress,
             keeper=self._keeper,
             story=self.story,
-            text_only=max(prompt_ids) < self._services.im_patch_id,
+            alone_tokens=self._services.alone_tokens if max(prompt_ids) < self._services.im_patch_id else 0,
             request=EngineRequest(
                 prompt_ids=prompt_ids,
                 media=prompt.spans,

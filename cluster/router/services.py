@@ -32,7 +32,9 @@ class Services:
     """Longest prompt and reply together the engines at hand can hold."""
     vocab_size: int
     im_patch_id: int
-    """Ids from here up go to the vision experts."""
+    """Ids from here up may need the vision experts."""
+    alone_tokens: int
+    """The most that an engine which only decodes computes of a prompt without such ids."""
     vocabulary: Vocabulary
     resolve_sampling: Callable[[GenerateCall, PreprocessReply], SamplingParams]
     """What a call leaves open, for the prompt it gave."""

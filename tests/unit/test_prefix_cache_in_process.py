@@ -165,7 +165,7 @@ class Watched:
 
 @asynccontextmanager
 async def watched(*roles: EngineRole, **engine: Any) -> AsyncIterator[Watched]:
-    options = {"block_size": BLOCK, "max_batched_tokens": 64} | engine
+    options = {"block_size": BLOCK, "max_batched_tokens": 64, "alone_tokens": 0} | engine
     async with in_process_cluster(tiny_checkpoint(), *roles, **options) as cluster:
         yield Watched(cluster)
 

@@ -221,7 +221,8 @@ def services(engines: Engines) -> Services:
         model_name="tiny",
         context_limit=lambda: 64,
         vocab_size=100,
-        im_patch_id=0,
+        im_patch_id=90,
+        alone_tokens=0,
         vocabulary=ByteVocabulary(),
         resolve_sampling=lambda call, reply: resolve_sampling(
             call,

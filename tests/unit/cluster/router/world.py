@@ -377,7 +377,8 @@ async def world(
         model_name="tiny",
         context_limit=lambda: fleet.context_limit(64),
         vocab_size=100,
-        im_patch_id=0,
+        im_patch_id=90,
+        alone_tokens=0,
         vocabulary=ByteVocabulary(),
         resolve_sampling=lambda call, reply: resolve_sampling(
             call,
