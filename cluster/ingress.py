@@ -13,6 +13,7 @@ from actors.errors import Unavailable
 from actors.types import EngineRole
 from cluster.admin_api import role_route
 from cluster.config import ClusterConfig
+from cluster.explain_api import explain_route
 from cluster.generation import GenerationService
 from cluster.grpc_service import InferenceServicer
 from cluster.http_api import build_api
@@ -55,7 +56,8 @@ class Ingress(InferenceServicer):
             reply=dict[str, object],
             parameters=tuple({"name": name, "in": "query", "schema": {"type": "boolean"}} for name in options),
         )
-        return build_api(lambda: self.router, (route, role_route(self._admin, self._order_role)))
+        explain = explain_route(lambda name: self.router.explain(name))
+        return build_api(lambda: self.router, (route, role_route(self._admin, self._order_role), explain))
 
     async def status(self, *, audit: bool = False, requests: bool = False) -> dict[str, Any]:
         """What ``ernie status`` shows; with ``audit`` also what every part holds for requests, with ``requests`` where
