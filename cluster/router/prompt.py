@@ -142,6 +142,7 @@ class PromptKeeper:
         self._story.note(What.MEDIA_AGAIN, choice=choice)
         async with self._making:
             if self.prompt.spans is known:
+                self._services.recorder.retried(Stage.ENCODE, "EMBEDDINGS_GONE")
                 self._prompt = await self._make(choice)
         return self.prompt.spans
 
@@ -175,6 +176,7 @@ class PromptKeeper:
             except MissingPatches:
                 log.warning("request %s: patches were gone before they were encoded", self._request_id)
                 self._story.note(What.STAGE_LOST, message="patches were gone before they were encoded")
+                self._services.recorder.retried(Stage.ENCODE, "PATCHES_GONE")
                 done = None
                 self._release(self._leases.patches)
                 await asyncio.sleep(RECHECK_S if misses else 0.0)
@@ -194,6 +196,7 @@ class PromptKeeper:
                     delay_s += min(RECHECK_S * 2**deaths, DEATH_DELAY_S)
                 log.warning("request %s: %s: again in %.1f s", self._request_id, error.message, delay_s)
                 self._story.note(What.STAGE_LOST, message=error.message, again_in_s=delay_s)
+                self._services.recorder.retried(Stage.PREPROCESS if done is None else Stage.ENCODE, error.reason)
                 await asyncio.sleep(delay_s)
 
     def _check_same(self, again: PreprocessReply) -> None:

@@ -11,6 +11,7 @@ from cluster.router.encoders import EncoderBook
 from cluster.router.fleet import Fleet
 from cluster.router.leases import LeaseKeeper
 from cluster.router.output import OutputAssembler
+from cluster.router.records import Recorder
 from cluster.router.retry_budget import RetryBudget
 from cluster.router.stages import EncodeStage, PreprocessStage
 from cluster.router.suspects import Suspects
@@ -27,6 +28,7 @@ class Services:
     encoders: EncoderBook
     budget: RetryBudget
     suspects: Suspects
+    recorder: Recorder
     model_name: str
     context_limit: Callable[[], int]
     """Longest prompt and reply together the engines at hand can hold."""
