@@ -283,9 +283,12 @@ class ChoiceRun:
         match milestone.kind:
             case MilestoneKind.PREFILL_STARTED:
                 if self.index == 0 and state.cached_tokens is None:
-                    state.cached_tokens = milestone.cached_tokens
+                    state.cached_tokens = milestone.token_count
                 if state.progress.stage(self.index) is Stage.QUEUED:
                     state.progress.enter(self.index, Stage.PREFILL)
+            case MilestoneKind.MEDIA_AWAITED:
+                state.timeline.add_busy(Stage.PREFILL, milestone.busy_s)
+                state.keeper.await_unit(self.index, milestone.token_count)
             case MilestoneKind.TRANSFERRED:
                 state.timeline.add_busy(Stage.TRANSFER, milestone.busy_s)
                 self._transferred = True

@@ -129,7 +129,7 @@ class RequestRun:
             log.exception("request %s failed", self.request_id)
             self.events.put_nowait(InternalError(f"internal error; request {self.request_id}"))
         finally:
-            self._keeper.close()
+            await self._keeper.close()
 
     async def _work(self) -> None:
         call = self._call
