@@ -383,10 +383,13 @@ class ChoiceRun:
         match milestone.kind:
             case MilestoneKind.PREFILL_STARTED:
                 if self.index == 0 and state.cached_tokens is None:
-                    state.cached_tokens = milestone.cached_tokens
-                self._note(What.PREFILL_STARTED, cached_tokens=milestone.cached_tokens)
+                    state.cached_tokens = milestone.token_count
+                self._note(What.PREFILL_STARTED, cached_tokens=milestone.token_count)
                 if state.progress.stage(self.index) is Stage.QUEUED:
                     state.progress.enter(self.index, Stage.PREFILL)
+            case MilestoneKind.MEDIA_AWAITED:
+                state.timeline.add_busy(Stage.PREFILL, milestone.busy_s)
+                state.keeper.await_unit(self.index, milestone.token_count)
             case MilestoneKind.TRANSFERRED:
                 state.timeline.add_busy(Stage.TRANSFER, milestone.busy_s)
                 self._note(What.TRANSFERRED, busy_s=milestone.busy_s)

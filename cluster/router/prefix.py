@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from actors.engine.scheduling.block_hash import hash_blocks
-from actors.reports import EncoderInfo, KvIdentity
-from actors.types import EngineRequest, MediaSpan, PromptMedia
-from actors.wire.media import embedding_key
+from actors.reports import KvIdentity
+from actors.types import EngineRequest, MediaSpan
 from cluster.policy.views import PrefixHashes, no_hashes
 
 
@@ -31,18 +30,3 @@ def request_hashes(request: EngineRequest) -> PrefixHashes:
     if request.sampling.prompt_logprobs is not None:
         return no_hashes
     return PromptHashes((*request.prompt_ids, *request.output_ids), request.media, request.salt)
-
-
-def spans_to_be(media: Iterable[PromptMedia], encoder: EncoderInfo) -> tuple[MediaSpan, ...]:
-    """Media as engines will see them once the encoder has them: keys follow from contents."""
-    weights = bytes.fromhex(encoder.fingerprint)
-    return tuple(
-        MediaSpan(
-            kind=item.kind,
-            offset=item.offset,
-            grid=item.grid,
-            embedding_keys=tuple(embedding_key(key, weights, encoder.dtype) for key in item.content_keys),
-            encoder_address=encoder.address,
-        )
-        for item in media
-    )

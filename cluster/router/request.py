@@ -145,7 +145,7 @@ class RequestRun:
             self._fail(InternalError(f"internal error; request {self.request_id}"))
         finally:
             self.timeline.finish()
-            self._keeper.close()
+            await self._keeper.close()
 
     def _fail(self, error: ServingError) -> None:
         self._outcome, self._reason = Outcome.ERROR, error.reason
