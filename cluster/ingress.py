@@ -14,6 +14,7 @@ from actors.types import EngineRole
 from actors.wire.media_server import node_address
 from cluster.admin_api import role_route
 from cluster.config import ClusterConfig
+from cluster.explain_api import explain_route
 from cluster.generation import GenerationService
 from cluster.grpc_service import InferenceServicer
 from cluster.http_api import build_api
@@ -63,8 +64,12 @@ class Ingress(InferenceServicer):
             reply=dict[str, object],
             parameters=tuple({"name": name, "in": "query", "schema": {"type": "boolean"}} for name in options),
         )
-        metrics = metrics_route(lambda: self._parts.metrics.text())
-        return build_api(lambda: self.router, (route, role_route(self._admin, self._order_role), metrics))
+        more = (
+            role_route(self._admin, self._order_role),
+            metrics_route(lambda: self._parts.metrics.text()),
+            explain_route(lambda name: self.router.explain(name)),
+        )
+        return build_api(lambda: self.router, (route, *more))
 
     async def status(self, *, audit: bool = False, requests: bool = False) -> dict[str, Any]:
         """What ``ernie status`` shows; with ``audit`` also what every part holds for requests, with ``requests`` where

@@ -20,12 +20,14 @@ from actors.types import EngineRole
 from actors.vision_encoder import VisionEncoder
 from actors.wire.audit import Audit
 from actors.wire.renewal import renew_for_ever
-from cluster.config import ClusterConfig, EnginePool, Roles
+from cluster.config import ClusterConfig, EnginePool, Roles, RouterPool
 from cluster.metrics.workers import encoder_sheet, engine_sheet, preprocessor_sheet
 from cluster.planner import Planner
 from cluster.router.assembly import RouterParts
 
 HOST = "127.0.0.1"
+ALWAYS_PAIRS: Mapping[str, Any] = {"router": RouterPool(alone_tokens=0)}
+"""For ``described``: texts go through prefill engines however short they are."""
 
 
 class Handle:
