@@ -17,6 +17,7 @@ from actors.errors import InternalError, RequestCancelled, ServingError, Unavail
 from actors.processing.config import ProcessingLimits
 from actors.processing.patches import PATCH_BYTES
 from actors.processing.processor import Processed, Processor
+from actors.tallies import WORK_SECONDS, Tally
 from actors.types import SPATIAL_MERGE, TEMPORAL_MERGE, ImagePart, PreprocessReply, PreprocessRequest, VideoPart
 from actors.wire.audit import Audit
 from actors.wire.media_server import MediaServer, node_address
@@ -41,16 +42,23 @@ class Preprocessor:
         config: where the model directory is and how much to hold.
         limits: what one request may bring.
         host: address its Media server listens on; the node's, as Ray knows it, when None.
+        page: its metrics, in the text format of Prometheus.
     """
 
     async def __init__(  # type: ignore[misc]
-        self, config: PreprocessorConfig, limits: ProcessingLimits | None = None, host: str | None = None
+        self,
+        config: PreprocessorConfig,
+        limits: ProcessingLimits | None = None,
+        host: str | None = None,
+        page: Callable[[Preprocessor], bytes] = lambda _: b"",
     ) -> None:
         self._processor = await asyncio.to_thread(Processor, config.model_dir, limits, media=config.media)
         self._closing = False
         self._store: UnitStore[Patches] = UnitStore(limit_bytes=config.patch_bytes, limit_name="patch_bytes")
         self._pool = ThreadPoolExecutor(max_workers=config.workers, thread_name_prefix="preprocess")
-        self._server = MediaServer(self._store)
+        self.seconds = Tally(WORK_SECONDS)
+        """Work on one request."""
+        self._server = MediaServer(self._store, page=lambda: page(self))
         await self._server.start(host if host is not None else node_address())
         log.info("preprocessor serves patches at %s", self._server.address)
 
@@ -78,6 +86,7 @@ class Preprocessor:
             reservation = await self._store.reserve(lease, min(self._bound(request), self._store.limit_bytes))
             processed, busy_s = await self._in_thread(request, lease, reservation)
             await self._keep(processed, lease, reservation)
+        self.seconds.add(busy_s)
         return PreprocessReply(
             prompt_ids=processed.prompt_ids,
             media=processed.media,
@@ -86,6 +95,11 @@ class Preprocessor:
             incarnation=self._server.incarnation,
             busy_s=busy_s,
         )
+
+    @property
+    def store(self) -> UnitStore[Patches]:
+        """Of its patches."""
+        return self._store
 
     async def check_health(self) -> None:
         """Raises RuntimeError when patches are no longer served: Serve then replaces the replica."""

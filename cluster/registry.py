@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from actors.reports import EncoderInfo, EngineInfo, GroupReport, LoadReport
 from actors.sizes import told_bytes
 from actors.types import EngineRole
+
+PREPROCESSORS, ENCODERS = "preprocessor", "vision_encoder"
+"""Names of pools."""
 
 LEASE_S = 3.0
 """An entry that was not renewed for so long leaves the registry."""
@@ -41,6 +44,11 @@ class PreprocessorEntry:
 
     incarnation: str
     address: str
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return self.incarnation[:8]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,6 +85,25 @@ class Snapshot:
     encoders: tuple[EncoderEntry, ...] = ()
     preprocessors: tuple[PreprocessorEntry, ...] = ()
     loading: tuple[LoadingEntry, ...] = ()
+
+
+class Place(NamedTuple):
+    """Where a worker answers questions about itself."""
+
+    kind: str
+    pool: str
+    worker: str
+    """Its name in ``/status``."""
+    address: str
+
+
+def places(snapshot: Snapshot) -> list[Place]:
+    """Of every worker."""
+    return [
+        *(Place("engine", entry.pool, entry.info.engine_id, entry.info.address) for entry in snapshot.engines),
+        *(Place(ENCODERS, ENCODERS, entry.info.encoder_id, entry.info.address) for entry in snapshot.encoders),
+        *(Place(PREPROCESSORS, PREPROCESSORS, entry.name, entry.address) for entry in snapshot.preprocessors),
+    ]
 
 
 def next_role(wanted: Mapping[EngineRole, int], present: Counter[EngineRole]) -> EngineRole:

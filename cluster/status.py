@@ -54,7 +54,7 @@ def cluster_status(snapshot: Snapshot, *, model: str, active: int, missing: str 
             }
             for entry in snapshot.loading
         ],
-        "preprocessors": [{"id": entry.incarnation[:8], "address": entry.address} for entry in snapshot.preprocessors],
+        "preprocessors": [{"id": entry.name, "address": entry.address} for entry in snapshot.preprocessors],
         "encoders": [
             {
                 "id": entry.info.encoder_id,

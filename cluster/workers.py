@@ -17,7 +17,8 @@ from actors.rank_actors import start_actors
 from actors.vision_encoder import VisionEncoder
 from actors.wire.renewal import Registration
 from cluster.hub import local_directory
-from cluster.metrics import GroupMetrics
+from cluster.metrics.ray_export import RayExport
+from cluster.metrics.workers import encoder_sheet, engine_sheet, preprocessor_sheet
 
 AnyConfig = TypeVar("AnyConfig", PreprocessorConfig, VisionEncoderConfig, EngineReplicaConfig)
 
@@ -28,10 +29,12 @@ class PreprocessorReplica(Preprocessor):
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, config: PreprocessorConfig, limits: ProcessingLimits, planner: Any, host: str | None
     ) -> None:
-        await super().__init__(await _with_files(config), limits, host)
+        await super().__init__(await _with_files(config), limits, host, lambda part: preprocessor_sheet(part).text())
+        export = RayExport()
 
         async def renew() -> None:
             await planner.renew_preprocessor.remote(self.incarnation, self.address)
+            export.tell(preprocessor_sheet(self))
 
         self._registration = Registration(planner, self.incarnation, renew)
 
@@ -51,10 +54,12 @@ class VisionEncoderReplica(VisionEncoder):
         self, config: VisionEncoderConfig, planner: Any, host: str | None
     ) -> None:
         config = dataclasses.replace(await _with_files(config), encoder_id=f"encoder-{_replica_id()}")
-        await super().__init__(config, host)
+        await super().__init__(config, host, lambda part: encoder_sheet(part).text())
+        export = RayExport()
 
         async def renew() -> None:
             await planner.renew_encoder.remote(self.identity, self.queued_patches)
+            export.tell(encoder_sheet(self))
 
         self._registration = Registration(planner, self.identity.incarnation, renew)
 
@@ -74,16 +79,16 @@ class EngineGroupReplica(EngineReplica):
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, config: EngineReplicaConfig, planner: Any, host: str | None
     ) -> None:
-        self._metrics = GroupMetrics() if config.ranks > 1 else None
+        self._export = RayExport()
         name = f"{config.pool}-{_replica_id()}"
         start_group = partial(start_actors, partial(local_directory, config.model_dir))
-        await super().__init__(await _with_files(config), planner, name, host, start_group)
+        await super().__init__(
+            await _with_files(config), planner, name, host, start_group, lambda part: engine_sheet(part).text()
+        )
 
     async def _renew(self) -> None:
-        report = self.group_report()
-        if self._metrics is not None and report is not None:
-            self._metrics.tell(report)
         await super()._renew()
+        self._export.tell(engine_sheet(self))
 
     async def __del__(self) -> None:
         await self.close()

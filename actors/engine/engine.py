@@ -32,6 +32,7 @@ from actors.engine.scheduling.reservations import Reservation, Reservations
 from actors.engine.scheduling.scheduler import Scheduler
 from actors.engine.scheduling.sequence import Sequence
 from actors.engine.step_runner import StepRunner
+from actors.engine.step_tallies import StepTallies
 from actors.engine.validation import check_request
 from actors.ernie.config import ErnieConfig, Rules
 from actors.errors import InternalError, ServingError, Unavailable
@@ -63,6 +64,7 @@ class Engine:
         self.config = config
         self.model_config = model_config
         self.rules = rules
+        self.steps = StepTallies()
         self._runner = runner
         self._sink = sink
         self._identity = identity
@@ -312,7 +314,9 @@ class Engine:
     def _step(self, plan: StepPlan) -> None:
         started = time.perf_counter()
         result = self._runner.run(plan)
-        outcome = self._scheduler.apply(plan, result, time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        self.steps.add(plan, seconds, len(result.tokens))
+        outcome = self._scheduler.apply(plan, result, seconds)
         for piece in outcome.prompt_logprobs:
             self._sink.on_prompt_logprobs(piece)
         if outcome.tokens:

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import torch
 
 from actors.errors import InternalError, ServingError, Unavailable
+from actors.tallies import COUNTS, STEP_SECONDS, Tally
 from actors.types import Grid
 from actors.wire.byte_budget import ByteBudget
 from actors.wire.media import EncodedUnit, MediaMiss, MediaUnit
@@ -107,6 +108,9 @@ class EncodeQueue:
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="vision-encoder")
         self._batches = asyncio.create_task(self._run())
         self._failure: BaseException | None = None
+        self.batch_seconds = Tally(STEP_SECONDS)
+        self.batch_patches = Tally(COUNTS)
+        self.patch_misses = 0
 
     @property
     def failure(self) -> BaseException | None:
@@ -176,6 +180,7 @@ class EncodeQueue:
             try:
                 job.patches = await self._pull(first.patch_address, job.unit, first.lease.name)
             except MediaMiss as miss:
+                self.patch_misses += 1
                 log.info("patches of unit %s are missing: %s", job.unit.content_key.hex(), miss)
                 for ticket in asked:
                     ticket.answer(EncodedUnit(content_key=job.unit.content_key, embedding_key=None))
@@ -230,7 +235,10 @@ class EncodeQueue:
         return _Made(embeddings=embeddings, finite=finite, seconds=time.perf_counter() - started)
 
     def _deliver(self, batch: Sequence[_Job], made: _Made) -> None:
-        per_patch = made.seconds / sum(job.unit.grid.patches for job in batch)
+        patches = sum(job.unit.grid.patches for job in batch)
+        per_patch = made.seconds / patches
+        self.batch_seconds.add(made.seconds)
+        self.batch_patches.add(patches)
         for job, embedding, finite in zip(batch, made.embeddings, made.finite, strict=True):
             if finite:
                 self._store.put(job.key, embedding, job.reservation, [ticket.lease for ticket in job.tickets])

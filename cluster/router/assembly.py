@@ -24,6 +24,7 @@ from actors.wire.media_client import MediaClient
 from cluster.config import ClusterConfig
 from cluster.generation import GenerateCall
 from cluster.hub import local_directory
+from cluster.registry import places
 from cluster.router.fleet import Fleet, call_planner
 from cluster.router.leases import LeaseKeeper
 from cluster.router.output import OutputAssembler
@@ -100,17 +101,13 @@ class RouterParts:
 
     async def audits(self) -> dict[str, Audit]:
         """What every part holds for requests, by name; a part that does not answer has that as its problem."""
-        snapshot = self.fleet.snapshot
-        places = (
-            [(f"engine {entry.info.engine_id}", entry.info.address) for entry in snapshot.engines]
-            + [(f"vision_encoder {entry.info.encoder_id}", entry.info.address) for entry in snapshot.encoders]
-            + [(f"preprocessor {entry.incarnation}", entry.address) for entry in snapshot.preprocessors]
-        )
-        audits = await asyncio.gather(*(_audit(address) for _, address in places))
+        asked = places(self.fleet.snapshot)
+        audits = await asyncio.gather(*(_audit(place.address) for place in asked))
         own = take_audit(
             lambda: {"requests": self.router.active_count, "leases": self._leases.count}, self.router.check_integrity
         )
-        return {"router": own} | {name: audit for (name, _), audit in zip(places, audits, strict=True)}
+        names = (f"{place.kind} {place.worker}" for place in asked)
+        return {"router": own} | dict(zip(names, audits, strict=True))
 
     async def close(self) -> None:
         await self._leases.close()
