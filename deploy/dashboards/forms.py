@@ -28,6 +28,9 @@ SHARE = units.PercentUnit
 COUNT = units.Short
 PER_SECOND = units.CountsPerSecond
 
+KNOWN_BY = "ernie_requests_active"
+"""A series that every cluster has, to find out which clusters there are."""
+
 Panel = timeseries.Panel | stat.Panel | heatmap.Panel | statetimeline.Panel
 
 
@@ -47,7 +50,7 @@ def of_job(expr: str) -> str:
 class Page:
     """Builds one dashboard. ``series``: all there are, with their labels."""
 
-    def __init__(self, name: str, title: str, description: str, series: promql.Series, *, known_by: str) -> None:
+    def __init__(self, name: str, title: str, description: str, series: promql.Series) -> None:
         self.name = name
         self._series = series
         self._panels = 0
@@ -66,7 +69,7 @@ class Page:
                 dashboard.QueryVariable("job")
                 .label("Cluster")
                 .datasource(SOURCE)
-                .query(f"label_values({known_by}, job)")
+                .query(f"label_values({KNOWN_BY}, job)")
                 .refresh(models.VariableRefresh.ON_TIME_RANGE_CHANGED)
             )
             .link(
@@ -78,7 +81,19 @@ class Page:
                 .keep_time(True)
             )
         )
-        promql.labels(known_by, series)
+
+    def choice(self, name: str, label: str, query: str, default: str) -> Self:
+        """A variable: one of the values that a query finds."""
+        self._dashboard.with_variable(
+            dashboard.QueryVariable(name)
+            .label(label)
+            .datasource(SOURCE)
+            .query(of_job(query))
+            .refresh(models.VariableRefresh.ON_DASHBOARD_LOAD)
+            .sort(models.VariableSort.NUMERICAL_ASC)
+            .current(models.VariableOption(text=default, value=default))
+        )
+        return self
 
     def row(self, title: str) -> Self:
         """What follows stands below this heading."""
@@ -95,13 +110,13 @@ class Page:
         stacked: bool = False,
         top: float | None = None,
         bound: float | None = None,
+        signed: bool = False,
         width: int = 8,
     ) -> Self:
-        """Values over time. ``top``: the end of the axis; ``bound``: a red line."""
+        """Values over time. ``top``: where the axis ends; it begins at 0 unless ``signed``. ``bound``: a red line."""
         panel = (
             timeseries.Panel()
             .unit(unit)
-            .min(0)
             .fill_opacity(30 if stacked else 8)
             .line_width(1)
             .show_points(common.VisibilityMode.NEVER)
@@ -116,6 +131,8 @@ class Page:
                 common_forms.VizTooltipOptions().mode(common.TooltipDisplayMode.MULTI).sort(common.SortOrder.DESCENDING)
             )
         )
+        if not signed:
+            panel.min(0)
         if stacked:
             panel.stacking(common_forms.StackingConfig().mode(common.StackingMode.NORMAL))
         if top is not None:
