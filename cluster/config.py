@@ -6,6 +6,7 @@ Every error names the path of the field. What a field leaves open (``None`` or `
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -289,6 +290,10 @@ class ClusterConfig(Section):
     host: Annotated[str, Field(min_length=1)] = LOOPBACK
     http_port: Port = 8000
     grpc_port: Port = 9000
+    metrics_port: Port | None = None
+    """Serves ``/metrics``, which is on the HTTP port anyway, on a port of its own as well, on the router's node."""
+    metrics_host: Annotated[str, Field(min_length=1)] | None = None
+    """Address that port is on. Unset: the node's; ``ernie serve`` then uses ``host``."""
     worker_host: Annotated[str, Field(min_length=1)] | None = None
     """Address on which workers listen for each other. Unset: their node's; ``ernie serve`` then uses loopback."""
     log_level: LogLevel = "WARNING"
@@ -311,8 +316,10 @@ class ClusterConfig(Section):
 
     @model_validator(mode="after")
     def _ports_differ(self) -> Self:
-        if self.http_port == self.grpc_port:
-            raise ValueError(f"http_port and grpc_port are both {self.http_port}")
+        ports = {"http_port": self.http_port, "grpc_port": self.grpc_port, "metrics_port": self.metrics_port}
+        for (name, port), (other, its) in itertools.combinations(ports.items(), 2):
+            if port == its:
+                raise ValueError(f"{name} and {other} are both {port}")
         return self
 
     @model_validator(mode="after")

@@ -19,6 +19,7 @@ from ray.experimental import internal_kv
 from actors.reports import EncoderInfo, EngineInfo, GroupReport, LoadReport, RoleOrder
 from actors.types import EngineRole
 from cluster.config import ClusterConfig
+from cluster.metrics.planner import PlannerCounters, planner_sheet
 from cluster.registry import LEASE_S, EncoderEntry, EngineEntry, LoadingEntry, PreprocessorEntry, Registry, Snapshot
 from cluster.roles import RoleMover, check_move, find_engine
 
@@ -53,6 +54,7 @@ class Planner:
         """By incarnation, of engines that have not done it yet."""
         self._term = take_term(serve.get_replica_context().app_name) if term is None else term
         self._registry = Registry(self._term)
+        self.counters = PlannerCounters()
         self._changed = asyncio.Event()
         self._told_version = self._registry.version
         self._decides_at = time.monotonic() + (LEASE_S if self._term > 1 else 0.0)
@@ -95,6 +97,7 @@ class Planner:
 
     def _done(self, order: RoleOrder, info: EngineInfo, pool: str) -> None:
         del self._orders[info.incarnation]
+        self.counters.role_changes[pool, order.former, order.role] += 1
         log.info("engine %s is %s now", info.engine_id, info.role)
         # Whoever replaces an engine of the pool takes the role that is short from now on, and not before: until it has
         # moved, it counts as what it was.
@@ -141,6 +144,10 @@ class Planner:
         self._registry.renew_preprocessor(entry, time.monotonic())
         self._notify()
 
+    async def metrics(self) -> bytes:
+        """Its page, in the text format of Prometheus."""
+        return planner_sheet(self._term, self._registry.snapshot(), self.counters).text()
+
     async def leave(self, incarnation: str) -> None:
         self._registry.leave(incarnation)
         self._orders.pop(incarnation, None)
@@ -171,8 +178,9 @@ class Planner:
             await asyncio.sleep(EXPIRY_PERIOD_S)
             if time.monotonic() - before > LEASE_S / 2:
                 continue  # this process stood still: renewals wait to be heard
-            for incarnation in self._registry.expire(time.monotonic()):
-                log.warning("lease of %s ran out", incarnation)
+            for incarnation, pool in self._registry.expire(time.monotonic()).items():
+                log.warning("lease of %s of pool %s ran out", incarnation, pool)
+                self.counters.losses[pool] += 1
                 self._orders.pop(incarnation, None)
             self._notify()
 

@@ -36,6 +36,7 @@ class EncoderEntry:
 
     info: EncoderInfo
     queued_patches: int
+    pool: str = ENCODERS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,6 +45,7 @@ class PreprocessorEntry:
 
     incarnation: str
     address: str
+    pool: str = PREPROCESSORS
 
     @property
     def name(self) -> str:
@@ -101,8 +103,8 @@ def places(snapshot: Snapshot) -> list[Place]:
     """Of every worker."""
     return [
         *(Place("engine", entry.pool, entry.info.engine_id, entry.info.address) for entry in snapshot.engines),
-        *(Place(ENCODERS, ENCODERS, entry.info.encoder_id, entry.info.address) for entry in snapshot.encoders),
-        *(Place(PREPROCESSORS, PREPROCESSORS, entry.name, entry.address) for entry in snapshot.preprocessors),
+        *(Place(ENCODERS, entry.pool, entry.info.encoder_id, entry.info.address) for entry in snapshot.encoders),
+        *(Place(PREPROCESSORS, entry.pool, entry.name, entry.address) for entry in snapshot.preprocessors),
     ]
 
 
@@ -183,19 +185,22 @@ class Registry:
         if before != entry:
             self._version += 1
 
-    def leave(self, incarnation: str) -> None:
+    def leave(self, incarnation: str) -> str | None:
+        """Returns the pool of what left."""
         entries: tuple[dict[str, Any], ...] = (self._engines, self._encoders, self._preprocessors, self._loading)
         known = [places.pop(incarnation) for places in entries if incarnation in places]
         self._expiry.pop(incarnation, None)
-        if known:
-            self._version += 1
+        if not known:
+            return None
+        self._version += 1
+        pool: str = known[0].pool
+        return pool
 
-    def expire(self, now: float) -> list[str]:
-        """Drops entries whose lease ran out and returns their incarnations."""
+    def expire(self, now: float) -> dict[str, str]:
+        """Drops entries whose lease ran out and returns their pools, by incarnation."""
         gone = [incarnation for incarnation, expiry in self._expiry.items() if expiry <= now]
-        for incarnation in gone:
-            self.leave(incarnation)
-        return gone
+        left = {incarnation: self.leave(incarnation) for incarnation in gone}
+        return {incarnation: pool for incarnation, pool in left.items() if pool is not None}
 
     def snapshot(self) -> Snapshot:
         return Snapshot(

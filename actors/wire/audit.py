@@ -66,3 +66,19 @@ async def fetch_audit(address: str, *, timeout_s: float) -> Audit:
         stub: audit_pb2_grpc.AuditServiceAsyncStub = audit_pb2_grpc.AuditServiceStub(channel)
         response = await stub.Audit(audit_pb2.AuditRequest(), timeout=timeout_s)
     return Audit(held=dict(response.held), problem=response.problem)
+
+
+class MetricsClient:
+    """Asks one worker for its metrics, over a channel that is kept."""
+
+    def __init__(self, address: str) -> None:
+        self._channel = open_channel(address)
+        self._stub: audit_pb2_grpc.AuditServiceAsyncStub = audit_pb2_grpc.AuditServiceStub(self._channel)
+
+    async def fetch(self) -> bytes:
+        """Its page, in the text format of Prometheus. Raises grpc.aio.AioRpcError when it does not answer."""
+        response = await self._stub.Metrics(audit_pb2.MetricsRequest())
+        return response.page
+
+    async def close(self) -> None:
+        await self._channel.close()

@@ -78,6 +78,11 @@ def _told(bound: float) -> str:
     return "+Inf" if math.isinf(bound) else repr(bound)
 
 
+def node_of(address: str) -> str:
+    """The host of ``host:port``, an IPv6 one without its brackets."""
+    return address.rpartition(":")[0].strip("[]")
+
+
 def merged(texts: Iterable[bytes]) -> bytes:
     """One page of several: the series of a metric stand together, as Prometheus wants them."""
     heads: dict[bytes, bytes] = {}

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from actors.wire.kv_control import TransferCounters
 from actors.wire.unit_store import UnitStore
-from cluster.metrics.sheet import Sheet
+from cluster.metrics.sheet import Sheet, node_of
 from cluster.registry import ENCODERS, PREPROCESSORS
 
 if TYPE_CHECKING:
@@ -14,11 +14,6 @@ if TYPE_CHECKING:
     from actors.preprocessor import Preprocessor
     from actors.reports import GroupReport, LoadReport
     from actors.vision_encoder import VisionEncoder
-
-
-def node_of(address: str) -> str:
-    """The host of ``host:port``, an IPv6 one without its brackets."""
-    return address.rpartition(":")[0].strip("[]")
 
 
 def preprocessor_sheet(part: Preprocessor) -> Sheet:
