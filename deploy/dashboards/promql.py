@@ -49,8 +49,8 @@ def labels(expr: str, series: Series) -> frozenset[str]:
 
 
 def legend_labels(legend: str) -> set[str]:
-    """Labels that a legend or an annotation shows: ``{{pool}}``."""
-    return set(re.findall(r"\{\{\s*\$?(?:labels\.)?(\w+)\s*\}\}", legend))
+    """Labels that a legend or an annotation of Grafana (``{{pool}}``), or an alert (``{{ $labels.pool }}``) shows."""
+    return set(re.findall(r"\{\{\s*(?:\$labels\.)?(\w+)\s*\}\}", legend))
 
 
 class _Labels:

@@ -38,6 +38,12 @@ class Load:
                 for _ in range(self._at_once):
                     group.create_task(self._ask_until(client, end))
 
+    async def burst(self, count: int) -> None:
+        """So many long requests at once, more than a router takes."""
+        async with httpx.AsyncClient(base_url=self._url, timeout=LIMIT_S, trust_env=False) as client:
+            bodies = [_chat(f"Go on about {number}.", max_tokens=200) for number in range(count)]
+            self.ended.update([f"burst {how}" for how in await asyncio.gather(*(_posted(client, b) for b in bodies))])
+
     async def _ask_until(self, client: httpx.AsyncClient, end: float) -> None:
         kinds = (
             self._text,

@@ -62,11 +62,13 @@ def test_what_no_series_has_is_refused(expr: str, wrong: str) -> None:
 def test_what_an_expression_reads() -> None:
     expr = "sum(rate(ernie_requests_total[1m])) / scalar(ernie_limit) + max_over_time(ernie_x[5m:1m])"
     assert promql.reads(expr) == {"ernie_requests_total", "ernie_limit", "ernie_x"}
-    assert promql.legend_labels("{{pool}} of {{ job }}, {{ $labels.outcome }}") == {"pool", "job", "outcome"}
+    assert promql.legend_labels("{{pool}} of {{ job }}, {{ $labels.outcome }}: {{ $value }}") == {
+        "pool",
+        "job",
+        "outcome",
+    }
 
 
 def test_a_page_narrows_every_series_to_one_cluster() -> None:
     expr = 'sum(rate(ernie_a_total[5m])) / ernie_b{x="y", z=~"$pool"} + up'
-    assert of_job(expr) == (
-        'sum(rate(ernie_a_total{job="$job"}[5m])) / ernie_b{job="$job", x="y", z=~"$pool"} + up'
-    )
+    assert of_job(expr) == ('sum(rate(ernie_a_total{job="$job"}[5m])) / ernie_b{job="$job", x="y", z=~"$pool"} + up')
