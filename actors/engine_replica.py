@@ -62,6 +62,10 @@ StartGroup = Callable[[EngineReplicaConfig, EngineRole, str], EngineGroup]
 """Starts the further ranks of an engine whose leader, this process, listens on the given address. Blocks."""
 MOVE_S = 2.0
 """For attempts that move to let go of their blocks, transfers included."""
+STEP_LIMIT_S = 120.0
+"""A step that takes longer hangs, as in a group."""
+SUCCESSOR_S = 20.0
+"""Longest wait of the last engine of a role for another one to take it."""
 LAST_WORDS_S = 0.05
 """For what was told before a step failed to reach the routers: it names what the step computed."""
 
@@ -406,11 +410,14 @@ class EngineReplica:
             self._receiver.check_integrity()
 
     async def check_health(self) -> None:
-        """Serve replaces a replica whose check raises."""
+        """Serve replaces a replica whose check raises. One whose step hangs ends here: its links would live on."""
         self._registration.check()
+        self._engine.check_step(STEP_LIMIT_S)
 
     async def close(self) -> None:
-        """Drains: no new attempts, running ones may finish until the drain timeout; then their routers move them."""
+        """Drains: no new attempts, running ones may finish until the drain timeout; then their routers move them. The
+        last engine of a role first waits for another one to take it."""
+        await self._registration.wait_for_leave(SUCCESSOR_S)
         self._closing = True
         self._leaves = True
         self._links.tell_load()

@@ -106,8 +106,13 @@ class VisionEncoder:
 
     @property
     def queued_patches(self) -> int:
-        """Patches that wait for their batch."""
+        """Patches that wait for their batch or are in it."""
         return self._queue.queued_patches
+
+    @property
+    def busy(self) -> float:
+        """Share of the last seconds in which it computed."""
+        return self._queue.busy
 
     def audit(self) -> Audit:
         """What is held for requests, and whether the books agree."""

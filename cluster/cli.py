@@ -29,6 +29,8 @@ app.add_typer(checkpoint_app, name="checkpoint")
 app.add_typer(eval_app, name="eval")
 
 EXIT_INTERRUPTED = 130
+LAST_DECISIONS = 5
+"""How many of them ``ernie status`` shows."""
 OTHER_PROGRAMS = "For command lines of vLLM and FastDeploy"
 ABOUT = {
     "nano": "nano is the small built-in model: it knows coloured shapes, numbers and short clips, and nothing else.",
@@ -254,7 +256,7 @@ def status(url: Annotated[str, typer.Option(help="Base URL of the HTTP API.")] =
     from rich.table import Table
     from rich.text import Text
 
-    from cluster.status import engine_notes, rows, summary
+    from cluster.status import decision_lines, engine_notes, pool_rows, rows, summary
 
     try:
         response = httpx.get(f"{url.rstrip('/')}/status", timeout=10.0, trust_env=False)
@@ -263,15 +265,18 @@ def status(url: Annotated[str, typer.Option(help="Base URL of the HTTP API.")] =
     except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
         _fail(f"no status from {url}: {error}")
     console = Console(highlight=False)
-    table = Table("pool", "id", "role", "address", "load", box=None, pad_edge=False)
+    pools = Table("pool", "replicas", "target", "bounds", box=None, pad_edge=False)
+    workers = Table("pool", "id", "role", "address", "load", box=None, pad_edge=False)
     try:
         console.print(Text(summary(body)))
+        for pool in pool_rows(body):
+            pools.add_row(*map(Text, pool))
         for row in rows(body):
-            table.add_row(*map(Text, row))
+            workers.add_row(*map(Text, row))
     except (KeyError, TypeError):
         _fail(f"no status from {url}: what answers there is no ernie cluster")
-    console.print(table)
-    for note in engine_notes(body):
+    console.print(pools, workers)
+    for note in (*engine_notes(body), *decision_lines(body, LAST_DECISIONS)):
         console.print(Text(note))
     raise typer.Exit(0 if body["ready"] else 1)
 

@@ -140,12 +140,14 @@ async def in_process_cluster(
     ranks: Sequence[int] | None = None,
     preprocessor: Mapping[str, Any] | None = None,
     encoder: Mapping[str, Any] | None = None,
+    described: Mapping[str, Any] | None = None,
     **engine: Any,
 ) -> AsyncIterator[InProcessCluster]:
     """Starts preprocessors, encoders, one router and an engine per role; ends them all.
 
     ``embedding_cache_bytes``: what the encoder keeps without a lease; its default when None. ``ranks``: of each engine;
-    one when None. ``preprocessor``, ``encoder`` and ``engine``: further fields of the parts' configs.
+    one when None. ``preprocessor``, ``encoder`` and ``engine``: further fields of the parts' configs; ``described``: of
+    the cluster's.
     """
     counts = {role.value: roles.count(role) for role in set(roles)}
     config = ClusterConfig(
@@ -153,12 +155,13 @@ async def in_process_cluster(
         dtype=dtype,  # type: ignore[arg-type]
         compat=compat,  # type: ignore[arg-type]
         engines=(EnginePool(name="engine", roles=Roles(**counts)),),
+        **(described or {}),
     )
     cluster = InProcessCluster()
     async with AsyncExitStack() as stack:
         planner = Planner.__new__(Planner)
         await planner.__init__(config, term=1)  # type: ignore[func-returns-value,misc]
-        stack.callback(planner._expiry.cancel)
+        stack.callback(planner.close)
         cluster.planner, handle = planner, Handle(planner)
         preprocessor_config = PreprocessorConfig(model_dir=str(model_dir), **(preprocessor or {}))
         for _ in range(preprocessors):

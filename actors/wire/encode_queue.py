@@ -21,6 +21,7 @@ from dataclasses import dataclass
 
 import torch
 
+from actors.busy import BusyShare
 from actors.errors import InternalError, ServingError, Unavailable
 from actors.tallies import COUNTS, STEP_SECONDS, Tally
 from actors.types import Grid
@@ -108,6 +109,7 @@ class EncodeQueue:
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="vision-encoder")
         self._batches = asyncio.create_task(self._run())
         self._failure: BaseException | None = None
+        self._busy = BusyShare()
         self.batch_seconds = Tally(STEP_SECONDS)
         self.batch_patches = Tally(COUNTS)
         self.patch_misses = 0
@@ -121,6 +123,11 @@ class EncodeQueue:
     def queued_patches(self) -> int:
         """Patches of all jobs, those of the running batch included."""
         return sum(job.unit.grid.patches for job in self._jobs.values())
+
+    @property
+    def busy(self) -> float:
+        """Share of the last seconds that batches took."""
+        return self._busy.share()
 
     @property
     def window_bytes_used(self) -> int:
@@ -228,7 +235,8 @@ class EncodeQueue:
         """On the worker thread."""
         started = time.perf_counter()
         patches = [job.patches for job in batch if job.patches is not None]
-        embeddings = self._encode(patches, [job.unit.grid for job in batch])
+        with self._busy.doing():
+            embeddings = self._encode(patches, [job.unit.grid for job in batch])
         if len(embeddings) != len(batch):
             raise RuntimeError(f"{len(embeddings)} embeddings of {len(batch)} units")
         finite = [bool(torch.isfinite(embedding).all()) for embedding in embeddings]

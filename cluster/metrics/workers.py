@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from actors.wire.kv_control import TransferCounters
 from actors.wire.unit_store import UnitStore
+from cluster.config import PREPROCESSORS, VISION_ENCODERS
 from cluster.metrics.sheet import Sheet, node_of
-from cluster.registry import ENCODERS, PREPROCESSORS
 
 if TYPE_CHECKING:
     from actors.engine_replica import EngineReplica
@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 def preprocessor_sheet(part: Preprocessor) -> Sheet:
     sheet = Sheet(pool=PREPROCESSORS, worker=part.incarnation[:8], node=node_of(part.address))
+    sheet.add("ernie_preprocessor_waiting", part.waiting_count)
+    sheet.add("ernie_preprocessor_queue_age_seconds", part.queue_age_s)
+    sheet.add("ernie_preprocessor_busy_ratio", part.busy)
     sheet.add("ernie_preprocess_seconds", part.seconds)
     _add_store(sheet, part.store)
     return sheet
@@ -25,8 +28,9 @@ def preprocessor_sheet(part: Preprocessor) -> Sheet:
 
 def encoder_sheet(part: VisionEncoder) -> Sheet:
     info, queue = part.identity, part.queue
-    sheet = Sheet(pool=ENCODERS, worker=info.encoder_id, node=node_of(info.address))
+    sheet = Sheet(pool=VISION_ENCODERS, worker=info.encoder_id, node=node_of(info.address))
     sheet.add("ernie_encoder_queued_patches", queue.queued_patches)
+    sheet.add("ernie_encoder_busy_ratio", part.busy)
     sheet.add("ernie_encoder_window_bytes", queue.window_bytes_used)
     sheet.add("ernie_encoder_batch_seconds", queue.batch_seconds)
     sheet.add("ernie_encoder_batch_patches", queue.batch_patches)
@@ -81,6 +85,7 @@ def _add_load(sheet: Sheet, load: LoadReport) -> None:
     for state, count in (("running", load.running), ("waiting", load.waiting), ("reserved", load.reserved)):
         sheet.add("ernie_engine_sequences", count, state=state)
     sheet.add("ernie_engine_queued_tokens", load.queued_tokens)
+    sheet.add("ernie_engine_prefill_busy_ratio", load.prefill_busy)
     used, cached = load.total_blocks - load.free_blocks, load.cached_blocks
     for state, count in (("used", used), ("cached", cached), ("empty", load.free_blocks - cached)):
         sheet.add("ernie_kv_blocks", count, state=state)

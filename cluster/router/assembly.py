@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -67,7 +67,7 @@ class RouterParts:
         text = ErnieConfig.from_dir(directory).text
         score = TokenScorer(cache(tokenizer.token_bytes))
         context_limit = partial(fleet.context_limit, config.max_model_len or text.max_position_embeddings)
-        counts = RequestMetrics()
+        counts = RequestMetrics(config.slo)
         services = Services(
             fleet=fleet,
             leases=leases,
@@ -111,7 +111,11 @@ class RouterParts:
             sheet.add("ernie_suspects", services.suspects.count)
             sheet.add("ernie_leases", leases.count)
 
-        page = MetricsPage(lambda: fleet.snapshot, tell, lambda: _as_coroutine(planner.metrics.remote()))
+        async def ask_planner() -> bytes:
+            page: bytes = await planner.metrics.remote()
+            return page
+
+        page = MetricsPage(lambda: fleet.snapshot, tell, ask_planner)
         return cls(router, services, page, media)
 
     async def audits(self) -> dict[str, Audit]:
@@ -129,10 +133,6 @@ class RouterParts:
         await self._leases.close()
         await self.fleet.close()
         await self._media.close()
-
-
-async def _as_coroutine(response: Awaitable[bytes]) -> bytes:
-    return await response
 
 
 async def _audit(address: str) -> Audit:

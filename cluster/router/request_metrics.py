@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 
+from actors.errors import Overloaded
 from actors.tallies import WORK_SECONDS, Tally
 from actors.types import Stage
+from cluster.config_scaling import Slo
 from cluster.metrics.sheet import Sheet
 from cluster.router.records import Outcome, Recorder, RequestRecord
 
@@ -20,11 +22,15 @@ STAGES: tuple[Stage, ...] = tuple(stage for stage in Stage if stage is not Stage
 class RequestMetrics(Recorder):
     """Of one router, since its start."""
 
-    def __init__(self) -> None:
-        self._requests = Counter({(Outcome.FINISHED, "stop"): 0})
+    def __init__(self, slo: Slo) -> None:
+        self._slo = {"ttft": slo.ttft_s, "tpot": slo.tpot_s}
+        self._kept: Counter[tuple[str, bool]] = Counter()
+        """By name of the latency and whether it was kept to."""
+        # What is usual has a value before it happens: a rate needs a first one.
+        self._requests = Counter({(Outcome.FINISHED, "stop"): 0, (Outcome.FINISHED, "length"): 0})
         """By outcome and reason."""
-        self._refusals: Counter[str] = Counter()
-        self._retries: Counter[tuple[Stage, str]] = Counter()
+        self._refusals = Counter({Overloaded.default_reason: 0})
+        self._retries = Counter({(Stage.PREFILL, "ENGINE_LOST"): 0, (Stage.PREFILL, "PREEMPTED"): 0})
         self._first_token = Tally(LATENCY_SECONDS)
         self._per_token = Tally(TOKEN_SECONDS)
         self._gaps = Tally(TOKEN_SECONDS)
@@ -53,6 +59,14 @@ class RequestMetrics(Recorder):
             self._first_token.add(record.ttft_s)
         if record.tpot_s is not None:
             self._per_token.add(record.tpot_s)
+        for name, seconds in (("ttft", record.ttft_s), ("tpot", record.tpot_s)):
+            bound = self._slo[name]
+            if bound is None:
+                continue
+            if record.outcome is Outcome.ERROR:
+                self._kept[name, False] += 1
+            elif seconds is not None:
+                self._kept[name, seconds <= bound] += 1
         if record.outcome is Outcome.FINISHED:
             self._whole.add(record.e2e_s)
         for tallies, times in ((self._exposed, record.timings.exposed), (self._busy, record.timings.busy)):
@@ -77,6 +91,11 @@ class RequestMetrics(Recorder):
         sheet.add("ernie_time_per_output_token_seconds", self._per_token)
         sheet.add("ernie_inter_token_seconds", self._gaps)
         sheet.add("ernie_request_seconds", self._whole)
+        for name, bound in self._slo.items():
+            if bound is not None:
+                sheet.add("ernie_slo_seconds", bound, slo=name)
+                for met in (True, False):
+                    sheet.add("ernie_slo_requests_total", self._kept[name, met], slo=name, met=str(met).lower())
         for stage in STAGES:
             sheet.add("ernie_stage_exposed_seconds", self._exposed[stage], stage=stage)
             sheet.add("ernie_stage_busy_seconds", self._busy[stage], stage=stage)

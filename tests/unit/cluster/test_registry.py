@@ -86,7 +86,7 @@ def test_a_lost_engines_role_is_given_to_its_replacement() -> None:
     wanted = {P: 1, D: 1}
     registry.renew_engine(engine("a", P), now=0.0)
     registry.renew_engine(engine("b", D), now=2.0)
-    assert registry.expire(now=LEASE_S) == {"a": "pool"}
+    assert registry.expire(now=LEASE_S) == ["a"]
     assert registry.assign("c", "pool", wanted, now=LEASE_S) is P
 
 
@@ -96,8 +96,8 @@ def test_a_starting_engine_that_goes_silent_gives_its_role_back() -> None:
     registry.assign("a", "pool", wanted, now=0.0)
     registry.renew_loading("a", LoadingEntry(pool="pool", role=P, ranks=((3, 9),)), now=1.0)
     assert [(entry.role, entry.ranks) for entry in registry.snapshot().loading] == [(P, ((3, 9),))]
-    assert registry.expire(now=LEASE_S) == {}
-    assert registry.expire(now=LEASE_S + 1.0) == {"a": "pool"}
+    assert registry.expire(now=LEASE_S) == []
+    assert registry.expire(now=LEASE_S + 1.0) == ["a"]
     assert registry.assign("b", "pool", wanted, now=LEASE_S + 1.0) is P
 
 
