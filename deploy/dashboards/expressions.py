@@ -38,11 +38,6 @@ def mean(histogram: str, by: str = "") -> str:
     return f"{rate(f'{histogram}_sum', by)} / {rate(f'{histogram}_count', by)}"
 
 
-def within(histogram: str, bound: str) -> str:
-    """Share of the values that are no more than one of the histogram's bounds."""
-    return f'sum(rate({histogram}_bucket{{le="{bound}"}}[$__rate_interval])) / {rate(f"{histogram}_count")}'
-
-
 def happened(counter: str) -> str:
     """By how much a counter grew since a step ago, where it did; also one that was not there before."""
     return f"({counter} - {counter} offset $__interval) > 0 or ({counter} unless {counter} offset $__interval) > 0"

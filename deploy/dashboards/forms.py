@@ -82,19 +82,6 @@ class Page:
             )
         )
 
-    def choice(self, name: str, label: str, query: str, default: str) -> Self:
-        """A variable: one of the values that a query finds."""
-        self._dashboard.with_variable(
-            dashboard.QueryVariable(name)
-            .label(label)
-            .datasource(SOURCE)
-            .query(of_job(query))
-            .refresh(models.VariableRefresh.ON_DASHBOARD_LOAD)
-            .sort(models.VariableSort.NUMERICAL_ASC)
-            .current(models.VariableOption(text=default, value=default))
-        )
-        return self
-
     def row(self, title: str) -> Self:
         """What follows stands below this heading."""
         self._panels += 1

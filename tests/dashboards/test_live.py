@@ -33,6 +33,7 @@ CLUSTER: dict[str, Any] = {
     "max_model_len": 4096,
     "drain_timeout_s": 10.0,
     "router": {"max_active": 12},
+    "slo": {"ttft_s": 0.5, "tpot_s": 0.02},
     "engines": [
         {"name": "single", "roles": {"prefill": 1, "decode": 2}, "kv_cache_gib": 0.02, "max_num_seqs": 16},
         {
@@ -68,7 +69,7 @@ class Watched:
 
 @pytest.fixture(scope="module")
 def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
-    """A cluster that was asked for everything it can and cannot do, whose engine changed its role, and that lost one."""
+    """A cluster that was asked for what it can and cannot do, one engine of which changed its role and was lost."""
     folder = tmp_path_factory.mktemp("dashboards")
     cluster = LaunchedCluster(folder, {"model": str(tiny_checkpoint()), **CLUSTER})
     try:
@@ -134,7 +135,7 @@ def kill_engine(cluster: LaunchedCluster, address: str) -> None:
 
 def filled(expr: str) -> str:
     """As Grafana would, with its variables set."""
-    values = {"$job": "ernie", "$ttft": "2.0", "$tpot": "0.05", "$__rate_interval": f"{RATE_S}s", "$__interval": "1s"}
+    values = {"$job": "ernie", "$__rate_interval": f"{RATE_S}s", "$__interval": "1s"}
     return promql.filled(expr, values)
 
 

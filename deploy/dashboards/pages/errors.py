@@ -62,7 +62,7 @@ def page() -> Page:
         "Lost",
         "Workers whose lease ran out, since the planner started.",
         COUNT,
-        Query("sum by (pool) (ernie_parts_lost_total)", "{{pool}}"),
+        Query('sum by (pool) (ernie_fleet_changes_total{change="lost"})', "{{pool}}"),
     )
     page.lines(
         "Silent",

@@ -14,22 +14,48 @@ def page() -> Page:
         series(),
     )
     page.annotate(
-        "Roles",
-        happened("ernie_role_changes_total"),
-        "blue",
-        title="{{pool}}: {{former}} -> {{role}}",
-        text="An engine took another role.",
+        "Scaling",
+        happened("ernie_scaling_decisions_total"),
+        "purple",
+        title="{{pool}}: {{direction}}",
+        text="The pool was told to change its size.",
     )
     page.annotate(
-        "Losses", happened("ernie_parts_lost_total"), "red", title="{{pool}}: lost", text="A lease was not renewed."
+        "Roles",
+        happened("ernie_role_decisions_total"),
+        "blue",
+        title="{{pool}}: {{former}} -> {{role}}",
+        text="An engine was told to take another role.",
+    )
+    page.annotate(
+        "Fleet",
+        happened("ernie_fleet_changes_total"),
+        "red",
+        title="{{pool}}: {{change}}",
+        text="A worker joined, left or was lost.",
     )
 
     page.row("Size")
     page.lines(
         "Workers",
-        "Those the planner knows.",
+        "Those that take requests, and how many there are to be.",
         COUNT,
-        Query("sum by (pool, state) (ernie_workers)", "{{pool}} {{state}}"),
+        Query('sum by (pool) (ernie_workers{state="ready"})', "{{pool}}"),
+        Query("max by (pool) (ernie_pool_target_replicas)", "{{pool}} wanted"),
+    )
+    page.lines(
+        "Loading",
+        "Engines that read their weights.",
+        COUNT,
+        Query('sum by (pool) (ernie_workers{state="loading"})', "{{pool}}"),
+        stacked=True,
+    )
+    page.lines(
+        "Bounds",
+        "The fewest and the most workers a pool may be told to have; equal where it does not scale.",
+        COUNT,
+        Query("max by (pool) (ernie_pool_min_replicas)", "{{pool}} at least"),
+        Query("max by (pool) (ernie_pool_max_replicas)", "{{pool}} at most"),
     )
     page.lines(
         "Engines by role",
@@ -39,11 +65,17 @@ def page() -> Page:
         stacked=True,
     )
     page.lines(
-        "Changes",
+        "Decisions",
         "Counted since the planner started.",
         COUNT,
-        Query("sum by (pool, former, role) (ernie_role_changes_total)", "{{pool}} {{former}} -> {{role}}"),
-        Query("sum by (pool) (ernie_parts_lost_total)", "{{pool}} lost"),
+        Query("sum by (pool, direction) (ernie_scaling_decisions_total)", "{{pool}} {{direction}}"),
+        Query("sum by (pool, former, role) (ernie_role_decisions_total)", "{{pool}} {{former}} -> {{role}}"),
+    )
+    page.lines(
+        "Comings and goings",
+        "Workers that joined, left or were lost, since the planner started.",
+        COUNT,
+        Query("sum by (pool, change) (ernie_fleet_changes_total)", "{{pool}} {{change}}"),
     )
 
     page.row("What asks for more")
@@ -54,11 +86,10 @@ def page() -> Page:
         Query("max by (pool) (ernie_preprocessor_queue_age_seconds)", "{{pool}}"),
     )
     page.lines(
-        "Preprocessors: requests",
-        "Waiting for memory or a worker, and running.",
+        "Preprocessors: waiting",
+        "Requests that wait for memory or a worker.",
         COUNT,
-        Query("sum by (state) (ernie_preprocessor_requests)", "{{state}}"),
-        stacked=True,
+        Query("sum by (pool) (ernie_preprocessor_waiting)", "{{pool}}"),
     )
     page.lines(
         "Vision encoders: queued patches",
@@ -88,6 +119,15 @@ def page() -> Page:
         SECONDS,
         Query(quantile(0.95, "ernie_time_to_first_token_seconds"), "first token, p95"),
         Query(quantile(0.95, "ernie_time_per_output_token_seconds"), "per token, p95"),
+    )
+    page.lines(
+        "Busy",
+        "Share of the last seconds in which they computed; of engines, in which they computed prompts.",
+        SHARE,
+        Query("avg by (pool) (ernie_preprocessor_busy_ratio)", "{{pool}}"),
+        Query("avg by (pool) (ernie_encoder_busy_ratio)", "{{pool}}"),
+        Query("avg by (pool, role) (ernie_engine_prefill_busy_ratio)", "{{pool}} {{role}}, prompts"),
+        top=1.0,
     )
     page.lines(
         "Waiting for room",
