@@ -122,6 +122,7 @@ class RouterParts:
 
         def tell(sheet: Sheet) -> None:
             counts.add_to(sheet)
+            sheet.add("ernie_ready", router.missing is None)
             sheet.add("ernie_requests_active", router.active_count)
             sheet.add("ernie_requests_waiting_for_room", fleet.waiting_for_room)
             sheet.add("ernie_retry_budget", budget.saved)

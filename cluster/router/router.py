@@ -204,6 +204,11 @@ class Router:
         )
 
     async def not_ready(self) -> str | None:
+        return self.missing
+
+    @property
+    def missing(self) -> str | None:
+        """What keeps it from answering requests; None when nothing does."""
         if self._draining:
             return "draining"
         snapshot = self._services.fleet.snapshot
