@@ -20,7 +20,7 @@ from cluster.openapi import Route
 from cluster.router.assembly import RouterParts
 from cluster.router.router import Router
 from cluster.serve_errors import own_error
-from cluster.status import cluster_status
+from cluster.status import cluster_status, flow
 
 
 @serve.ingress()
@@ -60,14 +60,17 @@ class Ingress(InferenceServicer):
     async def status(self, *, audit: bool = False, requests: bool = False) -> dict[str, Any]:
         """What ``ernie status`` shows; with ``audit`` also what every part holds for requests, with ``requests`` where
         each of them is."""
+        fleet, whereabouts = self._parts.fleet, self.router.whereabouts()
         status = cluster_status(
-            self._parts.fleet.snapshot,
+            fleet.live_snapshot(),
             model=self._model,
             active=self.router.active_count,
             missing=await self.router.not_ready(),
+            speaking=fleet.speaking(),
         )
+        status["flow"] = flow(whereabouts)
         if requests:
-            status["requests"] = [dataclasses.asdict(where) for where in self.router.whereabouts()]
+            status["requests"] = [dataclasses.asdict(where) for where in whereabouts]
         if audit:
             audits = await self._parts.audits()
             status["audits"] = {

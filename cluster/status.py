@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from cluster.registry import Snapshot
+from actors.types import Stage
+from cluster.registry import EngineEntry, Snapshot
+
+if TYPE_CHECKING:
+    from cluster.router.request import Whereabouts
+
+READY, STARTING, DRAINING, SILENT = "ready", "starting", "draining", "silent"
+"""What an engine is: it takes requests, has yet to warm up, leaves, or says nothing to this router."""
 
 
-def cluster_status(snapshot: Snapshot, *, model: str, active: int, missing: str | None) -> dict[str, Any]:
-    """The registry as this router knows it, as JSON values."""
+def cluster_status(
+    snapshot: Snapshot,
+    *,
+    model: str,
+    active: int,
+    missing: str | None,
+    speaking: Container[str],
+) -> dict[str, Any]:
+    """The registry as this router knows it, as JSON values. ``speaking``: incarnations of the engines it hears."""
     return {
         "ready": missing is None,
         "missing": missing,
@@ -23,7 +38,9 @@ def cluster_status(snapshot: Snapshot, *, model: str, active: int, missing: str 
                 "pool": entry.pool,
                 "role": str(entry.info.role),
                 "ready": entry.ready,
+                "state": _state(entry, speaking),
                 "address": entry.info.address,
+                "node": _node(entry.info.address),
                 "dtype": entry.info.dtype,
                 "notes": list(entry.info.notes),
                 "load": None
@@ -54,17 +71,55 @@ def cluster_status(snapshot: Snapshot, *, model: str, active: int, missing: str 
             }
             for entry in snapshot.loading
         ],
-        "preprocessors": [{"id": entry.incarnation[:8], "address": entry.address} for entry in snapshot.preprocessors],
+        "preprocessors": [
+            {"id": entry.incarnation[:8], "address": entry.address, "node": _node(entry.address)}
+            for entry in snapshot.preprocessors
+        ],
         "encoders": [
             {
                 "id": entry.info.encoder_id,
                 "address": entry.info.address,
+                "node": _node(entry.info.address),
                 "dtype": entry.info.dtype,
                 "queued_patches": entry.queued_patches,
             }
             for entry in snapshot.encoders
         ],
     }
+
+
+def flow(requests: Iterable[Whereabouts]) -> list[dict[str, Any]]:
+    """How many requests are in each stage, in the order of stages, and of them at which address. Those that queue or are
+    preprocessed are at none that is known; those in transfer are where they go to.
+    """
+    counts = dict.fromkeys((stage for stage in Stage if stage is not Stage.FINISHED), 0)
+    places: dict[Stage, Counter[str]] = {stage: Counter() for stage in counts}
+    for request in requests:
+        if request.stage not in counts:
+            continue
+        counts[request.stage] += 1
+        place = {
+            Stage.ENCODE: request.encoder,
+            Stage.PREFILL: request.prefill,
+            Stage.TRANSFER: request.decode,
+            Stage.DECODE: request.decode,
+        }.get(request.stage)
+        if place is not None:
+            places[request.stage][place] += 1
+    return [{"stage": str(stage), "requests": count, "at": dict(places[stage])} for stage, count in counts.items()]
+
+
+def _state(entry: EngineEntry, speaking: Container[str]) -> str:
+    if not entry.ready:
+        return STARTING
+    if entry.load is not None and entry.load.draining:
+        return DRAINING
+    return READY if entry.info.incarnation in speaking else SILENT
+
+
+def _node(address: str) -> str:
+    """The host of ``host:port``."""
+    return address.rpartition(":")[0].strip("[]")
 
 
 def summary(status: Mapping[str, Any]) -> str:

@@ -6,9 +6,10 @@ import json
 from dataclasses import replace
 
 from actors.reports import EncoderInfo, EngineInfo, GroupReport, LoadReport
-from actors.types import EngineRole
+from actors.types import EngineRole, Stage
 from cluster.registry import EncoderEntry, EngineEntry, LoadingEntry, PreprocessorEntry, Snapshot
-from cluster.status import cluster_status, engine_notes, rows, summary
+from cluster.router.request import Whereabouts
+from cluster.status import cluster_status, engine_notes, flow, rows, summary
 
 ENGINE = EngineInfo(
     engine_id="engine-1",
@@ -76,7 +77,9 @@ SNAPSHOT = Snapshot(
 
 
 def test_every_worker_has_a_row() -> None:
-    status = json.loads(json.dumps(cluster_status(SNAPSHOT, model="m", active=2, missing="no prefill engine")))
+    status = json.loads(
+        json.dumps(cluster_status(SNAPSHOT, model="m", active=2, missing="no prefill engine", speaking={"i1"}))
+    )
     assert list(rows(status)) == [
         ("preprocessor", "01234567", "preprocess", "10.0.0.3:3", ""),
         ("vision_encoder", "e1", "encode", "10.0.0.2:2", "5 patches queued"),
@@ -104,6 +107,54 @@ def test_every_worker_has_a_row() -> None:
 
 
 def test_an_empty_cluster_has_no_rows() -> None:
-    status = cluster_status(Snapshot(term=0, version=-1), model="m", active=0, missing=None)
+    status = cluster_status(Snapshot(term=0, version=-1), model="m", active=0, missing=None, speaking=())
     assert list(rows(status)) == []
     assert summary(status) == "m: ready, 0 requests active"
+
+
+def test_workers_have_nodes_and_engines_states() -> None:
+    leaving = replace(ENGINE, engine_id="engine-2", incarnation="i5", address="[fd00::7]:9")
+    frozen = replace(ENGINE, engine_id="engine-3", incarnation="i6")
+    entries = (
+        *SNAPSHOT.engines,
+        EngineEntry(info=leaving, pool="engine", ready=True, load=replace(LOAD, draining=True)),
+        EngineEntry(info=frozen, pool="engine", ready=True, load=LOAD),
+        EngineEntry(info=frozen, pool="engine", ready=False, load=None),
+    )
+    snapshot = replace(SNAPSHOT, engines=entries)
+    status = cluster_status(snapshot, model="m", active=0, missing=None, speaking={"i1", "i4", "i5"})
+    assert [(engine["node"], engine["state"]) for engine in status["engines"]] == [
+        ("10.0.0.1", "ready"),
+        ("10.0.0.4", "ready"),
+        ("fd00::7", "draining"),
+        ("10.0.0.1", "silent"),
+        ("10.0.0.1", "starting"),
+    ]
+    assert [one["node"] for one in (*status["encoders"], *status["preprocessors"])] == ["10.0.0.2", "10.0.0.3"]
+
+
+def test_requests_are_counted_by_stage_and_place() -> None:
+    def at(stage: Stage, **places: str) -> Whereabouts:
+        return Whereabouts(request_id="r", alias=None, stage=stage, elapsed_s=1.0, output_tokens=0, **places)
+
+    engines = {"prefill": "p:1", "decode": "d:1"}
+    requests = [
+        at(Stage.QUEUED, **engines),
+        at(Stage.PREPROCESS, preprocessor="x:1"),
+        at(Stage.ENCODE, encoder="e:1"),
+        *[at(Stage.PREFILL, **engines)] * 2,
+        at(Stage.PREFILL, prefill="p:2", decode="d:1"),
+        at(Stage.TRANSFER, **engines),
+        at(Stage.DECODE, **engines),
+        at(Stage.FINISHED, **engines),
+    ]
+    assert flow(requests) == [
+        {"stage": "queued", "requests": 1, "at": {}},
+        {"stage": "preprocess", "requests": 1, "at": {}},
+        {"stage": "encode", "requests": 1, "at": {"e:1": 1}},
+        {"stage": "prefill", "requests": 3, "at": {"p:1": 2, "p:2": 1}},
+        {"stage": "transfer", "requests": 1, "at": {"d:1": 1}},
+        {"stage": "decode", "requests": 1, "at": {"d:1": 1}},
+    ]
+    thousand = flow(requests * 125)
+    assert sum(entry["requests"] for entry in thousand) == 1000 and len(json.dumps(thousand)) < 1000
