@@ -28,7 +28,7 @@ from tests.media import png
 from tests.unit.cluster.test_boxes import CASES
 from tests.unit.cluster.test_http_api import serving
 
-STATIC = Path(__file__).resolve().parents[3] / "cluster" / "playground" / "static"
+STATIC = Path(__file__).resolve().parents[3] / "cluster" / "pages" / "playground"
 PICTURE = png(200, 100, 1)
 Answer = tuple[Any, ...] | str
 
