@@ -14,7 +14,17 @@ from ray.serve import Application
 
 from actors.config import EngineReplicaConfig, PreprocessorConfig, VisionEncoderConfig
 from cluster.builtin import locate
-from cluster.config import BLOCK_SIZE, ClusterConfig, EnginePool, parse, resolve
+from cluster.config import (
+    BLOCK_SIZE,
+    PLANNERS,
+    PREPROCESSORS,
+    ROUTERS,
+    VISION_ENCODERS,
+    ClusterConfig,
+    EnginePool,
+    parse,
+    resolve,
+)
 from cluster.hub import locate_checkpoint, repository_name
 from cluster.ingress import Ingress
 from cluster.model_check import check_model
@@ -59,16 +69,16 @@ def build(args: ClusterConfig | Mapping[str, Any]) -> Application:
     """
     described = args if isinstance(args, ClusterConfig) else _deployed(args)
     config = resolve(described, gpus=cluster_gpus())
-    planner = _deployment(Planner, "planner", planner_claim()).bind(config)
+    planner = _deployment(Planner, PLANNERS, planner_claim()).bind(config)
     preprocessor = _deployment(
         PreprocessorReplica,
-        "preprocessor",
+        PREPROCESSORS,
         preprocessor_claim(config),
         replicas=config.preprocessor.replicas,
         max_ongoing=config.preprocessor.max_ongoing,
     ).bind(preprocessor_config(config), config.preprocessor.limits, planner, config.worker_host)
     encoders = _deployment(
-        VisionEncoderReplica, "vision_encoder", encoder_claim(config), replicas=config.vision_encoder.replicas
+        VisionEncoderReplica, VISION_ENCODERS, encoder_claim(config), replicas=config.vision_encoder.replicas
     ).bind(encoder_config(config), planner, config.worker_host)
     engines = [
         _deployment(
@@ -83,7 +93,7 @@ def build(args: ClusterConfig | Mapping[str, Any]) -> Application:
     ]
     router = _deployment(
         Ingress,
-        "router",
+        ROUTERS,
         router_claim(config),
         replicas=config.router.replicas,
         # The router refuses by its own count, with a retry delay; Serve must not be the first to.
@@ -133,7 +143,7 @@ def encoder_config(config: ClusterConfig) -> VisionEncoderConfig:
     pool = config.vision_encoder
     return VisionEncoderConfig(
         model_dir=config.model,
-        encoder_id="vision_encoder",
+        encoder_id=VISION_ENCODERS,
         dtype=config.dtype,
         device=_device(encoder_claim(config)),
         max_batch_patches=pool.max_batch_patches,

@@ -38,7 +38,8 @@ Port = Annotated[int, Field(ge=1, le=65535)]
 LOOPBACK = "127.0.0.1"
 LOOPBACK_HOSTS = (LOOPBACK, "localhost", "::1")
 
-POOL_NAMES_TAKEN = ("router", "planner", "preprocessor", "vision_encoder")
+ROUTERS, PLANNERS, PREPROCESSORS, VISION_ENCODERS = "router", "planner", "preprocessor", "vision_encoder"
+POOL_NAMES_TAKEN = (ROUTERS, PLANNERS, PREPROCESSORS, VISION_ENCODERS)
 
 NANO, RANDOM = "nano", "random"
 """Names of the built-in models. A directory called so is written ``./nano``."""

@@ -7,7 +7,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from actors.sizes import told_bytes
-from cluster.config import ClusterConfig, EnginePool, PreprocessorPool
+from cluster.config import (
+    PLANNERS,
+    PREPROCESSORS,
+    ROUTERS,
+    VISION_ENCODERS,
+    ClusterConfig,
+    EnginePool,
+    PreprocessorPool,
+)
 
 PLANNER_CPUS = 0.1
 
@@ -98,10 +106,10 @@ def lacking_gpus(config: ClusterConfig, gpus: int) -> str:
 def describe(config: ClusterConfig) -> list[tuple[str, str, str]]:
     """Rows (pool, replicas, what each has) of a settled description."""
     rows = [
-        ("router", str(config.router.replicas), "HTTP and gRPC"),
-        ("planner", "1", "registry and roles"),
-        ("preprocessor", str(config.preprocessor.replicas), _preprocessing(config.preprocessor)),
-        ("vision_encoder", str(config.vision_encoder.replicas), _encoding(config)),
+        (ROUTERS, str(config.router.replicas), "HTTP and gRPC"),
+        (PLANNERS, "1", "registry and roles"),
+        (PREPROCESSORS, str(config.preprocessor.replicas), _preprocessing(config.preprocessor)),
+        (VISION_ENCODERS, str(config.vision_encoder.replicas), _encoding(config)),
     ]
     for pool in config.pools:
         roles = " + ".join(f"{count} {role}" for role, count in pool.role_counts().items())

@@ -11,6 +11,8 @@ import contextlib
 import logging
 import time
 from collections import Counter
+from collections.abc import Container
+from dataclasses import replace
 
 import ray
 from ray import serve
@@ -18,8 +20,18 @@ from ray.experimental import internal_kv
 
 from actors.reports import EncoderInfo, EngineInfo, GroupReport, LoadReport, RoleOrder
 from actors.types import EngineRole
-from cluster.config import ClusterConfig
-from cluster.registry import LEASE_S, EncoderEntry, EngineEntry, LoadingEntry, PreprocessorEntry, Registry, Snapshot
+from cluster.config import PREPROCESSORS, VISION_ENCODERS, ClusterConfig
+from cluster.decisions import DecisionKind, DecisionLog
+from cluster.registry import (
+    LEASE_S,
+    EncoderEntry,
+    EngineEntry,
+    LoadingEntry,
+    PoolScale,
+    PreprocessorEntry,
+    Registry,
+    Snapshot,
+)
 from cluster.roles import RoleMover, check_move, find_engine
 
 log = logging.getLogger(__name__)
@@ -53,8 +65,17 @@ class Planner:
         """By incarnation, of engines that have not done it yet."""
         self._term = take_term(serve.get_replica_context().app_name) if term is None else term
         self._registry = Registry(self._term)
+        self._decisions = DecisionLog(time.time)
+        self._pools = tuple(
+            PoolScale(name=name, target=replicas, min=replicas, max=replicas)
+            for name, replicas in (
+                (PREPROCESSORS, config.preprocessor.replicas),
+                (VISION_ENCODERS, config.vision_encoder.replicas),
+                *((pool.name, pool.replicas) for pool in config.pools),
+            )
+        )
         self._changed = asyncio.Event()
-        self._told_version = self._registry.version
+        self._told = self._snapshot()
         self._decides_at = time.monotonic() + (LEASE_S if self._term > 1 else 0.0)
         self._expiry = asyncio.get_running_loop().create_task(self._expire())
         self._deciding = asyncio.get_running_loop().create_task(self._decide()) if self._movers else None
@@ -120,7 +141,15 @@ class Planner:
         self._orders[info.incarnation] = RoleOrder(
             term=self._term, epoch=info.epoch, former=info.role, role=role, substitutes=alone
         )
+        self._decisions.note(
+            DecisionKind.ROLE,
+            pool=entry.pool,
+            subject=info.engine_id,
+            change=f"{info.role} -> {role}",
+            reason=why,
+        )
         log.warning("engine %s is to be %s instead of %s: %s", info.engine_id, role, info.role, why)
+        self._notify()
 
     async def _decide(self) -> None:
         await asyncio.sleep(max(0.0, self._decides_at - time.monotonic()))
@@ -155,13 +184,31 @@ class Planner:
         await asyncio.sleep(max(0.0, self._decides_at - time.monotonic()))
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
-                while (self._registry.version, self._term) == (known_version, known_term):
+                while (self._told.version, self._term) == (known_version, known_term):
                     await self._changed.wait()
-        return self._registry.snapshot()
+        return self._snapshot()
 
-    def _notify(self) -> None:
-        if self._registry.version != self._told_version:
-            self._told_version = self._registry.version
+    def _snapshot(self) -> Snapshot:
+        seen = self._registry.snapshot()
+        version = seen.version + self._decisions.count
+        return replace(seen, version=version, pools=self._pools, decisions=self._decisions.kept)
+
+    def _notify(self, lost: Container[str] = ()) -> None:
+        """Tells whoever waits if anything changed, and notes who came and went. ``lost``: incarnations that did not say
+        goodbye.
+        """
+        known = self._told.members()
+        members = self._registry.snapshot().members()
+        for incarnation, (pool, name) in members.items():
+            if incarnation not in known:
+                self._decisions.note(DecisionKind.FLEET, pool=pool, subject=name, change="joined")
+        for incarnation, (pool, name) in known.items():
+            if incarnation not in members:
+                change = "lost" if incarnation in lost else "left"
+                self._decisions.note(DecisionKind.FLEET, pool=pool, subject=name, change=change)
+        now = self._snapshot()
+        if now.version != self._told.version:
+            self._told = now
             self._changed.set()
             self._changed = asyncio.Event()
 
@@ -171,10 +218,11 @@ class Planner:
             await asyncio.sleep(EXPIRY_PERIOD_S)
             if time.monotonic() - before > LEASE_S / 2:
                 continue  # this process stood still: renewals wait to be heard
-            for incarnation in self._registry.expire(time.monotonic()):
+            lost = self._registry.expire(time.monotonic())
+            for incarnation in lost:
                 log.warning("lease of %s ran out", incarnation)
                 self._orders.pop(incarnation, None)
-            self._notify()
+            self._notify(lost)
 
     def check_health(self) -> None:
         for task, what in ((self._expiry, "lease clock"), (self._deciding, "moving of roles")):

@@ -10,6 +10,8 @@ from typing import Any
 from actors.reports import EncoderInfo, EngineInfo, GroupReport, LoadReport
 from actors.sizes import told_bytes
 from actors.types import EngineRole
+from cluster.config import PREPROCESSORS, VISION_ENCODERS
+from cluster.decisions import Decision
 
 LEASE_S = 3.0
 """An entry that was not renewed for so long leaves the registry."""
@@ -42,6 +44,10 @@ class PreprocessorEntry:
     incarnation: str
     address: str
 
+    @property
+    def worker_id(self) -> str:
+        return self.incarnation[:8]
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoadingEntry:
@@ -68,8 +74,20 @@ class LoadingEntry:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class PoolScale:
+    """How many replicas of a pool there are to be, within its bounds."""
+
+    name: str
+    target: int
+    min: int
+    max: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Snapshot:
-    """Immutable view. ``version`` grows when membership, role or readiness changes, not with load or progress."""
+    """Immutable view. ``version`` grows when membership, role, readiness, a target or a decision changes, not with load
+    or progress.
+    """
 
     term: int
     version: int
@@ -77,6 +95,19 @@ class Snapshot:
     encoders: tuple[EncoderEntry, ...] = ()
     preprocessors: tuple[PreprocessorEntry, ...] = ()
     loading: tuple[LoadingEntry, ...] = ()
+    pools: tuple[PoolScale, ...] = ()
+    decisions: tuple[Decision, ...] = ()
+    """The last, oldest first."""
+
+    def members(self) -> dict[str, tuple[str, str]]:
+        """(pool, id) of every worker that serves, by incarnation."""
+        members = {entry.info.incarnation: (entry.pool, entry.info.engine_id) for entry in self.engines if entry.ready}
+        members |= {entry.info.incarnation: (VISION_ENCODERS, entry.info.encoder_id) for entry in self.encoders}
+        return members | {entry.incarnation: (PREPROCESSORS, entry.worker_id) for entry in self.preprocessors}
+
+    def replicas(self, pool: str) -> int:
+        """Workers of the pool that serve."""
+        return sum(name == pool for name, _ in self.members().values())
 
 
 def next_role(wanted: Mapping[EngineRole, int], present: Counter[EngineRole]) -> EngineRole:

@@ -72,7 +72,7 @@ def cluster_status(
             for entry in snapshot.loading
         ],
         "preprocessors": [
-            {"id": entry.incarnation[:8], "address": entry.address, "node": _node(entry.address)}
+            {"id": entry.worker_id, "address": entry.address, "node": _node(entry.address)}
             for entry in snapshot.preprocessors
         ],
         "encoders": [
@@ -85,6 +85,8 @@ def cluster_status(
             }
             for entry in snapshot.encoders
         ],
+        "pools": [{"replicas": snapshot.replicas(pool.name)} | asdict(pool) for pool in snapshot.pools],
+        "decisions": [asdict(decision) for decision in snapshot.decisions],
     }
 
 

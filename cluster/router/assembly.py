@@ -27,6 +27,7 @@ from cluster.hub import local_directory
 from cluster.router.fleet import Fleet, call_planner
 from cluster.router.leases import LeaseKeeper
 from cluster.router.output import OutputAssembler
+from cluster.router.records import Recorders
 from cluster.router.retry_budget import RetryBudget
 from cluster.router.router import Router
 from cluster.router.sampling import SamplingDefaults, resolve_sampling
@@ -75,6 +76,7 @@ class RouterParts:
             encode=EncodeStage(media, leases),
             budget=budget,
             suspects=Suspects(),
+            recorder=Recorders(),
             model_name=config.model_name,
             context_limit=context_limit,
             vocab_size=text.vocab_size,

@@ -81,11 +81,16 @@ class ChoiceRun:
         self.output: OutputAssembler = state.services.make_output(state.call, state.keeper.prompt.reply.starts_thinking)
         self._state = state
         self._name = ChoiceKey(state.request_id, index)
-        self._ended = False
         self._spans: tuple[MediaSpan, ...] = ()
         self._route: Route | None = None
         self._first = 0
         self._transferred = False
+        self.attempts = 0
+        """Submitted to engines."""
+        self.finish_reason: FinishReason | None = None
+        """Set when the choice has ended."""
+        self._first_token_s = self._last_token_s = 0.0
+        """On the services' clock."""
 
     async def run(self) -> None:
         """Returns when the choice has ended.
@@ -106,6 +111,7 @@ class ChoiceRun:
                     if verdict is Verdict.TOLD:
                         raise
                     log.info("%s: %s after %d tokens", key, error.reason, len(self.output.token_ids))
+                    services.recorder.retried(Stage.PREFILL, error.reason)
                     self._check_poison(error)
                 finally:
                     services.suspects.rest(self._name)
@@ -136,8 +142,18 @@ class ChoiceRun:
 
     def cancel(self) -> None:
         """Tells the client that the choice was cancelled, unless it has ended. ``run`` must have been stopped."""
-        if not self._ended:
+        if self.finish_reason is None:
             self._finish(Ending(reason=FinishReason.CANCELLED))
+
+    @property
+    def gap_count(self) -> int:
+        """Between its tokens."""
+        return max(0, len(self.output.token_ids) - 1)
+
+    @property
+    def decoded_s(self) -> float:
+        """From its first token to its last."""
+        return self._last_token_s - self._first_token_s
 
     @property
     def engine_finished(self) -> bool:
@@ -159,7 +175,7 @@ class ChoiceRun:
 
     def _finish(self, ending: Ending) -> None:
         state = self._state
-        self._ended = True
+        self.finish_reason = ending.reason
         state.events.put_nowait(ChoiceFinished(choice=self.index, reason=ending.reason, stop_reason=ending.stop_reason))
         state.keeper.computed(self.index)
         state.progress.leave(self.index)
@@ -180,6 +196,7 @@ class ChoiceRun:
         self._first = len(self.output.token_ids)
         self._transferred = False
         self.output.begin_attempt()
+        self.attempts += 1
         await Attempt(self, key, self._request(), links).run()
 
     async def _find_route(self, attempt: int) -> Route:
@@ -241,6 +258,7 @@ class ChoiceRun:
         count = len(self.output.token_ids)
         if count == before:
             return False
+        self._time_tokens(before)
         state.services.suspects.advance(self._name, count)
         if before == 0 and self.index == 0:
             self._tell_prompt()
@@ -257,6 +275,15 @@ class ChoiceRun:
         if delta.text or delta.reasoning or delta.tool_calls or delta.token_ids or delta.logprobs:
             state.events.put_nowait(replace(delta, choice=self.index))
         return self.output.ending is not None
+
+    def _time_tokens(self, before: int) -> None:
+        """Tokens arrived behind the ``before`` that the choice had."""
+        now = self._state.services.clock()
+        if before == 0:
+            self._first_token_s = now
+        else:
+            self._state.services.recorder.token_gap(now - self._last_token_s)
+        self._last_token_s = now
 
     def _tell_prompt(self) -> None:
         """The request's first token is here, so the prompt is computed and scored."""

@@ -131,6 +131,7 @@ class PromptKeeper:
         self.need(choice)
         async with self._making:
             if self.prompt.spans is known:
+                self._services.recorder.retried(Stage.ENCODE, "EMBEDDINGS_GONE")
                 self._prompt = await self._make(choice)
         return self.prompt.spans
 
@@ -163,6 +164,7 @@ class PromptKeeper:
                 return Prompt(reply=done.reply, spans=await self._encode(done, choice))
             except MissingPatches:
                 log.warning("request %s: patches were gone before they were encoded", self._request_id)
+                self._services.recorder.retried(Stage.ENCODE, "PATCHES_GONE")
                 done = None
                 self._release(self._leases.patches)
                 await asyncio.sleep(RECHECK_S if misses else 0.0)
@@ -181,6 +183,7 @@ class PromptKeeper:
                 if deaths > 1:
                     delay_s += min(RECHECK_S * 2**deaths, DEATH_DELAY_S)
                 log.warning("request %s: %s: again in %.1f s", self._request_id, error.message, delay_s)
+                self._services.recorder.retried(Stage.PREPROCESS if done is None else Stage.ENCODE, error.reason)
                 await asyncio.sleep(delay_s)
 
     def _check_same(self, again: PreprocessReply) -> None:

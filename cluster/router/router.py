@@ -87,13 +87,11 @@ class Router:
             task.cancel()
 
     def _admit(self, call: GenerateCall) -> tuple[RequestRun, asyncio.Task[None]]:
-        self._check_open()
-        self._check_model(call.model)
-        self._check_bounds(call)
-        if len(self._active) >= self._max_active:
-            raise Overloaded(f"{self._max_active} requests are active: the router's queue is full", retry_after_s=1.0)
-        if call.request_id is not None and call.request_id in self._aliases:
-            raise AlreadyExists(f"request_id: {call.request_id!r} is active", field="request_id")
+        try:
+            self._check_admissible(call)
+        except ServingError as error:
+            self._services.recorder.refused(error.reason)
+            raise
         self._services.budget.admit()
         self._count += 1
         request_id = f"{self._incarnation}-{self._count}"
@@ -108,9 +106,19 @@ class Router:
         self._idle.clear()
         if call.request_id is not None:
             self._aliases[call.request_id] = request_id
+        self._services.recorder.admitted(request_id)
         task = run.start()
         task.add_done_callback(lambda _: self._end(request_id, call.request_id))
         return run, task
+
+    def _check_admissible(self, call: GenerateCall) -> None:
+        self._check_open()
+        self._check_model(call.model)
+        self._check_bounds(call)
+        if len(self._active) >= self._max_active:
+            raise Overloaded(f"{self._max_active} requests are active: the router's queue is full", retry_after_s=1.0)
+        if call.request_id is not None and call.request_id in self._aliases:
+            raise AlreadyExists(f"request_id: {call.request_id!r} is active", field="request_id")
 
     def _end(self, request_id: str, alias: str | None) -> None:
         run = self._active.pop(request_id)
@@ -123,7 +131,9 @@ class Router:
             del self._aliases[alias]
         while self._ended and next(iter(self._ended.values())) < now - REMEMBER_S:
             self._ended.popitem(last=False)
-        log.info("request %s ended after %.3f s", request_id, run.timeline.elapsed_s)
+        record = run.record()
+        self._services.recorder.ended(record)
+        log.info("request %s: %s after %.3f s", request_id, record.reason or record.outcome, record.e2e_s)
         if not self._active:
             self._idle.set()
 

@@ -10,6 +10,7 @@ from cluster.generation import GenerateCall, PositionScores, Vocabulary
 from cluster.router.fleet import Fleet
 from cluster.router.leases import LeaseKeeper
 from cluster.router.output import OutputAssembler
+from cluster.router.records import Recorder
 from cluster.router.retry_budget import RetryBudget
 from cluster.router.stages import EncodeStage, PreprocessStage
 from cluster.router.suspects import Suspects
@@ -25,6 +26,7 @@ class Services:
     encode: EncodeStage
     budget: RetryBudget
     suspects: Suspects
+    recorder: Recorder
     model_name: str
     context_limit: Callable[[], int]
     """Longest prompt and reply together the engines at hand can hold."""

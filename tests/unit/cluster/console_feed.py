@@ -6,12 +6,13 @@ import json
 import math
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from actors.reports import EncoderInfo, EngineInfo, LoadReport
 from actors.types import EngineRole, Stage
-from cluster.registry import EncoderEntry, EngineEntry, LoadingEntry, PreprocessorEntry, Snapshot
+from cluster.decisions import Decision, DecisionKind
+from cluster.registry import EncoderEntry, EngineEntry, LoadingEntry, PoolScale, PreprocessorEntry, Snapshot
 from cluster.router.request import Whereabouts
 from cluster.status import cluster_status, flow
 
@@ -22,9 +23,21 @@ PREFILL, DECODE, COLOCATED = EngineRole.PREFILL, EngineRole.DECODE, EngineRole.C
 EARLY = (Stage.QUEUED, Stage.PREPROCESS)
 
 
-def decision(number: int, age_s: float, kind: str, pool: str, subject: str, change: str, reason: str) -> dict[str, Any]:
-    told = {"kind": kind, "pool": pool, "subject": subject, "change": change, "reason": reason}
-    return {"number": number, "time_s": BEGAN - age_s, **told}
+def decision(number: int, age_s: float, kind: str, pool: str, subject: str, change: str, reason: str = "") -> Decision:
+    return Decision(
+        number=number,
+        time_s=BEGAN - age_s,
+        kind=DecisionKind(kind),
+        pool=pool,
+        subject=subject,
+        change=change,
+        reason=reason,
+    )
+
+
+def scales(*pools: tuple[str, int, int, int]) -> tuple[PoolScale, ...]:
+    """Of (name, target, least, most)."""
+    return tuple(PoolScale(name=name, target=target, min=least, max=most) for name, target, least, most in pools)
 
 
 @dataclass
@@ -42,8 +55,8 @@ class Simulated:
     loading: tuple[LoadingEntry, ...] = ()
     unready: tuple[tuple[str, str], ...] = ()
     """(id, state) of engines that are not ready."""
-    pools: tuple[dict[str, Any], ...] = ()
-    decisions: list[dict[str, Any]] = field(default_factory=list)
+    pools: tuple[PoolScale, ...] = ()
+    decisions: tuple[Decision, ...] = ()
     missing: str | None = None
     slow: float = 1.0
     """Factor of the latencies."""
@@ -177,6 +190,8 @@ class Simulated:
             ),
             preprocessors=tuple(self._preprocessors),
             loading=self.loading,
+            pools=self.pools,
+            decisions=self.decisions,
         )
         speaking = {info.incarnation for info in self._engines if states.get(info.engine_id) != "silent"}
         status = cluster_status(
@@ -188,8 +203,6 @@ class Simulated:
         )
         status |= {
             "flow": flow(requests),
-            "pools": list(self.pools),
-            "decisions": self.decisions,
             "latency": self._latency(len(requests)),
         }
         return json.loads(json.dumps({name: value for name, value in status.items() if name not in self.without}))  # type: ignore[no-any-return]
@@ -217,15 +230,12 @@ class Simulated:
 
 def small(requests: int, **options: Any) -> Simulated:
     """A laptop's cluster."""
-    pools = tuple(
-        {"name": name, "replicas": count, "target": count, "min": count, "max": count}
-        for name, count in (("preprocessor", 1), ("vision_encoder", 1), ("engine", 2))
-    )
+    pools = scales(("preprocessor", 1, 1, 1), ("vision_encoder", 1, 1, 1), ("engine", 2, 2, 2))
     feed = Simulated(
         nodes=1, engines=(("engine", PREFILL, 1), ("engine", DECODE, 1)), requests=requests, pools=pools, **options
     )
-    feed.decisions = [
-        decision(number, 62 - number, "fleet", pool, subject, "joined", "")
+    feed.decisions = tuple(
+        decision(number, 62 - number, "fleet", pool, subject, "joined")
         for number, (pool, subject) in enumerate(
             [
                 ("preprocessor", feed._preprocessors[0].incarnation),
@@ -234,7 +244,7 @@ def small(requests: int, **options: Any) -> Simulated:
             ],
             1,
         )
-    ]
+    )
     return feed
 
 
@@ -246,31 +256,25 @@ def eight(requests: int) -> Simulated:
         requests=requests,
         encoders=2,
         preprocessors=4,
-        pools=(
-            {"name": "preprocessor", "replicas": 4, "target": 5, "min": 0, "max": 8},
-            {"name": "vision_encoder", "replicas": 2, "target": 2, "min": 1, "max": 4},
-            {"name": "engine", "replicas": 8, "target": 9, "min": 4, "max": 12},
+        pools=scales(
+            ("preprocessor", 5, 0, 8),
+            ("vision_encoder", 2, 1, 4),
+            ("engine", 9, 4, 12),
         ),
         loading=(LoadingEntry(pool="engine", role=DECODE, ranks=((31 * GB, 44 * GB),)),),
         slow=1.6,
     )
     ids = feed.engine_ids
     feed.unready = ((ids[2], "draining"),)
-    feed.decisions = [
-        decision(31, 340, "fleet", "engine", ids[3], "joined", ""),
+    feed.decisions = (
+        decision(31, 340, "fleet", "engine", ids[3], "joined"),
         decision(32, 201, "scale", "preprocessor", "preprocessor", "4 -> 5", "oldest waits 2.4 s, over 1 s for 10 s"),
-        decision(33, 122, "fleet", "engine", "engine-q81xv0c2", "lost", ""),
+        decision(33, 122, "fleet", "engine", "engine-q81xv0c2", "lost"),
         decision(34, 64, "scale", "engine", "engine", "8 -> 9", "KV of decode engines 91% full, over 85% for 15 s"),
         decision(
-            35,
-            12,
-            "role",
-            "engine",
-            ids[2],
-            "prefill -> decode",
-            "KV of decode engines 93% full, 90% is too much; prefill engines idle",
+            35, 12, "role", "engine", ids[2], "prefill -> decode", "KV of decode engines 93% full, 90% is too much"
         ),
-    ]
+    )
     return feed
 
 
@@ -282,12 +286,12 @@ def large(requests: int) -> Simulated:
         requests=requests,
         encoders=12,
         preprocessors=24,
-        pools=(
-            {"name": "preprocessor", "replicas": 24, "target": 24, "min": 4, "max": 48},
-            {"name": "vision_encoder", "replicas": 12, "target": 14, "min": 2, "max": 24},
-            {"name": "prefill", "replicas": 28, "target": 28, "min": 8, "max": 40},
-            {"name": "decode", "replicas": 62, "target": 64, "min": 16, "max": 80},
-            {"name": "mixed", "replicas": 10, "target": 10, "min": 10, "max": 10},
+        pools=scales(
+            ("preprocessor", 24, 4, 48),
+            ("vision_encoder", 14, 2, 24),
+            ("prefill", 28, 8, 40),
+            ("decode", 64, 16, 80),
+            ("mixed", 10, 10, 10),
         ),
         loading=(
             LoadingEntry(pool="decode", role=DECODE, ranks=((5 * GB, 8 * GB), (3 * GB, 8 * GB))),
@@ -296,13 +300,10 @@ def large(requests: int) -> Simulated:
     )
     ids = feed.engine_ids
     feed.unready = ((ids[3], "draining"), (ids[40], "silent"), (ids[95], "starting"))
-    feed.decisions = [
-        decision(number, 700 - 4 * number, "fleet", "decode", ids[30 + number], "joined", "") for number in range(1, 40)
-    ] + [
+    feed.decisions = (
+        *(decision(number, 700 - 4 * number, "fleet", "decode", ids[30 + number], "joined") for number in range(1, 40)),
         decision(40, 300, "scale", "decode", "decode", "62 -> 64", "KV of decode engines 87% full, over 85% for 15 s"),
-        decision(
-            41, 95, "scale", "vision_encoder", "vision_encoder", "12 -> 14", "9400 patches queued for each encoder"
-        ),
+        decision(41, 95, "scale", "vision_encoder", "vision_encoder", "12 -> 14", "9400 patches queued for each"),
         decision(42, 20, "role", "prefill", ids[3], "prefill -> decode", "by hand"),
-    ]
+    )
     return feed

@@ -98,3 +98,32 @@ async def test_an_engine_counts_as_what_it_was_until_it_has_moved(monkeypatch: p
         await made.leave("b")
         await made.renew_engine(infos["a"], "pool", True, None)
         assert await made.assign_role("e", "pool") is EngineRole.PREFILL
+
+
+async def test_the_planner_remembers_who_came_and_went_and_what_it_decided(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with planner(monkeypatch) as made:
+        first, second = engine("a", EngineRole.PREFILL).info, engine("b", EngineRole.DECODE).info
+        await made.renew_engine(first, "pool", False, None)
+        assert (await made.snapshot(-1, 0, 5.0)).decisions == ()
+        for info in (first, second):
+            await made.renew_engine(info, "pool", True, None)
+        await made.renew_engine(engine("c", EngineRole.DECODE).info, "pool", True, None)
+        known = await made.snapshot(-1, 0, 5.0)
+        waiting = asyncio.create_task(made.snapshot(known.version, known.term, 5.0))
+        await asyncio.sleep(0.01)
+        await made.order_role("engine-b", EngineRole.PREFILL)
+        assert (await waiting).decisions[-1].change == "decode -> prefill", "a decision is told at once"
+        await made.leave("c")
+        while (await made.snapshot(-1, 0, 5.0)).engines:
+            await asyncio.sleep(0.02)
+        told = [(one.number, one.kind, one.pool, one.subject, one.change) for one in made._decisions.kept]
+    assert told == [
+        (1, "fleet", "pool", "engine-a", "joined"),
+        (2, "fleet", "pool", "engine-b", "joined"),
+        (3, "fleet", "pool", "engine-c", "joined"),
+        (4, "role", "pool", "engine-b", "decode -> prefill"),
+        (5, "fleet", "pool", "engine-c", "left"),
+        (6, "fleet", "pool", "engine-a", "lost"),
+        (7, "fleet", "pool", "engine-b", "lost"),
+    ]
+    assert made._decisions.kept[3].reason == "by hand"

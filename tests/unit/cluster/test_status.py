@@ -7,7 +7,8 @@ from dataclasses import replace
 
 from actors.reports import EncoderInfo, EngineInfo, GroupReport, LoadReport
 from actors.types import EngineRole, Stage
-from cluster.registry import EncoderEntry, EngineEntry, LoadingEntry, PreprocessorEntry, Snapshot
+from cluster.decisions import Decision, DecisionKind
+from cluster.registry import EncoderEntry, EngineEntry, LoadingEntry, PoolScale, PreprocessorEntry, Snapshot
 from cluster.router.request import Whereabouts
 from cluster.status import cluster_status, engine_notes, flow, rows, summary
 
@@ -73,6 +74,18 @@ SNAPSHOT = Snapshot(
         LoadingEntry(pool="engine", role=EngineRole.DECODE, ranks=((0, 0), (0, 0))),
         LoadingEntry(pool="engine", role=EngineRole.DECODE, ranks=((GB, 57 * GB),)),
     ),
+    pools=(PoolScale(name="engine", target=3, min=1, max=4), PoolScale(name="preprocessor", target=0, min=0, max=2)),
+    decisions=(
+        Decision(
+            number=7,
+            time_s=1.5,
+            kind=DecisionKind.SCALE,
+            pool="engine",
+            subject="engine",
+            change="2 -> 3",
+            reason="decode short",
+        ),
+    ),
 )
 
 
@@ -104,6 +117,25 @@ def test_every_worker_has_a_row() -> None:
     ]
     assert list(engine_notes(status)) == ["decode engine-1: KV arena of 1 GiB", "decode engine-1: experts: loop"]
     assert summary(status) == "m: not ready: no prefill engine, 2 requests active"
+
+
+def test_pools_and_decisions_are_told() -> None:
+    status = json.loads(json.dumps(cluster_status(SNAPSHOT, model="m", active=2, missing=None, speaking=())))
+    assert status["pools"] == [
+        {"name": "engine", "replicas": 2, "target": 3, "min": 1, "max": 4},
+        {"name": "preprocessor", "replicas": 1, "target": 0, "min": 0, "max": 2},
+    ]
+    assert status["decisions"] == [
+        {
+            "number": 7,
+            "time_s": 1.5,
+            "kind": "scale",
+            "pool": "engine",
+            "subject": "engine",
+            "change": "2 -> 3",
+            "reason": "decode short",
+        }
+    ]
 
 
 def test_an_empty_cluster_has_no_rows() -> None:

@@ -28,6 +28,7 @@ from actors.types import (
 from cluster.generation import ChoiceFinished, Delta, Event, Finished, GenerateCall, PromptScored, Started
 from cluster.policy import EngineView
 from cluster.router.link import AttemptError, AttemptEvent, EngineLost, Milestone
+from cluster.router.records import Recorder
 from cluster.router.request import RequestRun
 from cluster.router.retry_budget import RetryBudget
 from cluster.router.sampling import SamplingDefaults, resolve_sampling
@@ -214,6 +215,7 @@ def services(engines: Engines) -> Services:
         **parts,
         budget=RetryBudget(share=0.2, burst=64, clock=lambda: 0.0),
         suspects=Suspects(),
+        recorder=Recorder(),
         model_name="tiny",
         context_limit=lambda: 64,
         vocab_size=100,
