@@ -91,7 +91,7 @@ def cluster_status(
 
 
 def flow(requests: Iterable[Whereabouts]) -> list[dict[str, Any]]:
-    """How many requests are in each stage, in the order of stages, and of them at which address. Those that queue or are
+    """How many requests are in each stage, in the order of stages, and at which addresses. Those that queue or are
     preprocessed are at none that is known; those in transfer are where they go to.
     """
     counts = dict.fromkeys((stage for stage in Stage if stage is not Stage.FINISHED), 0)
@@ -138,8 +138,8 @@ def rows(status: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str, str]]:
         load = f"{encoder['queued_patches']} patches queued"
         yield ("vision_encoder", encoder["id"], "encode", encoder["address"], load)
     for engine in sorted(status["engines"], key=lambda item: (item["pool"], item["role"], item["id"])):
-        state = engine["address"] if engine["ready"] else f"{engine['address']}, not ready"
-        yield (engine["pool"], engine["id"], engine["role"], state, _load(engine["load"]) + _group(engine["group"]))
+        place = engine["address"] if engine["state"] == READY else f"{engine['address']}, {engine['state']}"
+        yield (engine["pool"], engine["id"], engine["role"], place, _load(engine["load"]) + _group(engine["group"]))
     for engine in status["loading"]:
         yield (engine["pool"], "", engine["role"], ", ".join(filter(None, ("loading", engine["progress"]))), "")
 

@@ -3,7 +3,7 @@
 import { byId, make, showEach, tell } from "../shared/dom.js";
 import { compact } from "../shared/words.js";
 
-const MOST_DOTS = 55;
+const MOST_DOTS = 36;
 const STEPS = [1, 2, 5];
 const PLACES = { encode: "encoder" };
 
@@ -53,5 +53,5 @@ function placed(stage, places, names) {
   if (places.length === 0) return "";
   if (places.length === 1) return `at ${names.get(places[0][0]) ?? places[0][0]}`;
   const most = Math.max(...places.map(([, count]) => count));
-  return `at ${places.length} ${PLACES[stage] ?? "engine"}s, up to ${most} each`;
+  return `at ${places.length} ${PLACES[stage] ?? "engine"}s, most ${most}`;
 }

@@ -10,8 +10,8 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 from cluster.demo import made_samples
-from cluster.pictures import open_upright
 from cluster.pages.routes import CONSOLE, PLAYGROUND, SHARED, install_pages
+from cluster.pictures import open_upright
 from tests.doubles import ScriptedService
 from tests.unit.cluster.test_http_api import serving
 

@@ -100,7 +100,7 @@ def test_every_worker_has_a_row() -> None:
             "engine",
             "group-1",
             "colocated",
-            "10.0.0.4:4",
+            "10.0.0.4:4, silent",
             "2 running, 3 waiting, 1 reserved, KV 10/100, prefix hits 25%, 4 preempted, "
             "4 ranks, skew 1.50 text, 1.25 vision, 6 experts moved",
         ),
