@@ -28,8 +28,9 @@ serve: venv  ## Start a cluster and keep it; ARGS="--model DIR ..." are passed o
 test: venv  ## Run all tests; ARGS="-k ..." are passed on.
 	$(BIN)/python -m pytest $(ARGS)
 
-chaos: venv  ## Kill and freeze parts under requests; TRIALS=100 SEED=1 MUTANT=no_resume ...
-	$(BIN)/python -m tests.chaos --trials $(or $(TRIALS),100) --seed $(or $(SEED),1) --mutant "$(MUTANT)"
+chaos: venv  ## Kill and freeze parts under requests; TRIALS=100 SEED=1 FIRST=0 MUTANT=no_resume ARGS=...
+	$(BIN)/python -m tests.chaos --trials $(or $(TRIALS),100) --seed $(or $(SEED),1) --first $(or $(FIRST),0) \
+		--mutant "$(MUTANT)" $(ARGS)
 
 test-clients: venv  ## Run other people's clients against a cluster; prints a line for each.
 	$(BIN)/python -m pip install --quiet --editable '.[test,clients]'

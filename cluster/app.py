@@ -6,13 +6,16 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
 from ray import serve
 from ray.serve import Application
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
 from actors.config import EngineReplicaConfig, PreprocessorConfig, VisionEncoderConfig
+from actors.engine_replica import SUCCESSOR_S
 from cluster.builtin import locate
 from cluster.config import (
     BLOCK_SIZE,
@@ -25,6 +28,7 @@ from cluster.config import (
     parse,
     resolve,
 )
+from cluster.config_scaling import Autoscaling
 from cluster.hub import locate_checkpoint, repository_name
 from cluster.ingress import Ingress
 from cluster.model_check import check_model
@@ -37,6 +41,7 @@ from cluster.placement import (
     router_claim,
 )
 from cluster.planner import Planner
+from cluster.scaling_policy import follow_planner
 from cluster.workers import EngineGroupReplica, PreprocessorReplica, VisionEncoderReplica
 
 log = logging.getLogger(__name__)
@@ -47,6 +52,8 @@ CONTROL_CALLS = 1000
 """Calls a replica accepts at once where Serve is not the one to bound them."""
 SHUTDOWN_MARGIN_S = 5.0
 """For a replica to close its servers after its own drain."""
+ECHO_PERIOD_S = 1.0
+"""Between two times a replica says how many of its pool the planner wants."""
 CONSTRUCTOR_TRIES = 2
 """Of a first deployment: what a replica cannot load once it seldom can later."""
 DEPLOY_FILE_PLACES = {
@@ -75,10 +82,15 @@ def build(args: ClusterConfig | Mapping[str, Any]) -> Application:
         PREPROCESSORS,
         preprocessor_claim(config),
         replicas=config.preprocessor.replicas,
+        autoscaling=config.preprocessor.autoscaling,
         max_ongoing=config.preprocessor.max_ongoing,
     ).bind(preprocessor_config(config), config.preprocessor.limits, planner, config.worker_host)
     encoders = _deployment(
-        VisionEncoderReplica, VISION_ENCODERS, encoder_claim(config), replicas=config.vision_encoder.replicas
+        VisionEncoderReplica,
+        VISION_ENCODERS,
+        encoder_claim(config),
+        replicas=config.vision_encoder.replicas,
+        autoscaling=config.vision_encoder.autoscaling,
     ).bind(encoder_config(config), planner, config.worker_host)
     engines = [
         _deployment(
@@ -86,8 +98,9 @@ def build(args: ClusterConfig | Mapping[str, Any]) -> Application:
             pool.name,
             engine_claim(pool),
             replicas=pool.replicas,
-            # It may change its role when it is asked to end, and moves what does not finish.
-            shutdown_s=config.role_drain_s + config.drain_timeout_s + 2 * SHUTDOWN_MARGIN_S,
+            autoscaling=pool.autoscaling,
+            # It may have to wait for another one to take its role, and moves what does not finish.
+            shutdown_s=SUCCESSOR_S + config.role_drain_s + config.drain_timeout_s + 2 * SHUTDOWN_MARGIN_S,
         ).bind(engine_config(config, pool), planner, config.worker_host)
         for pool in config.pools
     ]
@@ -189,12 +202,16 @@ def _deployment(
     claim: Claim,
     *,
     replicas: int = 1,
+    autoscaling: Autoscaling | None = None,
     max_ongoing: int = CONTROL_CALLS,
     shutdown_s: float = 2 * SHUTDOWN_MARGIN_S,
 ) -> serve.Deployment:
+    count: dict[str, Any] = {"num_replicas": replicas}
+    if autoscaling is not None:
+        count = {"autoscaling_config": _following_the_planner(replicas, autoscaling)}
     return serve.deployment(
         name=name,
-        num_replicas=replicas,
+        **count,
         max_ongoing_requests=max_ongoing,
         health_check_period_s=HEALTH_PERIOD_S,
         health_check_timeout_s=HEALTH_TIMEOUT_S,
@@ -203,3 +220,21 @@ def _deployment(
         max_constructor_retry_count=CONSTRUCTOR_TRIES,
         **claim.options,
     )(worker)
+
+
+def _following_the_planner(replicas: int, autoscaling: Autoscaling) -> AutoscalingConfig:
+    """The planner has waited before it decides: Serve follows at once."""
+    with warnings.catch_warnings():
+        # The environment variables that are to replace the interval are read by no part of this version of Serve.
+        warnings.filterwarnings("ignore", "The `metrics_interval_s` field", DeprecationWarning)
+        return AutoscalingConfig(
+            min_replicas=autoscaling.min_replicas,
+            initial_replicas=replicas,
+            max_replicas=autoscaling.max_replicas,
+            upscale_delay_s=0.0,
+            downscale_delay_s=0.0,
+            metrics_interval_s=ECHO_PERIOD_S,
+            # Replicas are asked five times in it.
+            look_back_period_s=5 * ECHO_PERIOD_S,
+            policy=AutoscalingPolicy(policy_function=follow_planner),  # type: ignore[no-untyped-call]
+        )

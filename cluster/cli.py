@@ -29,6 +29,7 @@ app.add_typer(checkpoint_app, name="checkpoint")
 app.add_typer(eval_app, name="eval")
 
 EXIT_INTERRUPTED = 130
+"""How many of them ``ernie status`` shows."""
 OTHER_PROGRAMS = "For command lines of vLLM and FastDeploy"
 ABOUT = {
     "nano": "nano is the small built-in model: it knows coloured shapes, numbers and short clips, and nothing else.",
@@ -55,6 +56,9 @@ def serve(
         int | None, typer.Option("--http-port", "--port", help="Port of the HTTP API; 8000 when unset.")
     ] = None,
     grpc_port: Annotated[int | None, typer.Option(help="Port of the gRPC API; 9000 when unset.")] = None,
+    metrics_port: Annotated[
+        int | None, typer.Option(help="Serve /metrics on this port, too; it is on the HTTP port anyway.")
+    ] = None,
     allowed_media_domains: Annotated[
         list[str] | None, typer.Option(help="Host media may be fetched from; repeat for more.")
     ] = None,
@@ -86,7 +90,6 @@ def serve(
         int, typer.Option(help="Only 1.", show_default=False, rich_help_panel=OTHER_PROGRAMS)
     ] = 1,
     quantization: Annotated[str | None, typer.Option(help="Not built yet.", rich_help_panel=OTHER_PROGRAMS)] = None,
-    metrics_port: Annotated[int | None, typer.Option(help="Changes nothing.", rich_help_panel=OTHER_PROGRAMS)] = None,
     engine_worker_queue_port: Annotated[
         int | None, typer.Option(help="Changes nothing.", rich_help_panel=OTHER_PROGRAMS)
     ] = None,
@@ -102,7 +105,7 @@ def serve(
     log_dir: Annotated[Path | None, typer.Option(help="Keep the logs of the session here.")] = None,
 ) -> None:
     """Starts a cluster on this machine and keeps it until Ctrl-C."""
-    from cluster.launch import StopRequested, grpc_address, http_url, leave, running_cluster
+    from cluster.launch import StopRequested, grpc_address, http_url, leave, metrics_url, running_cluster
     from cluster.serve_options import ServeOptions
     from cluster.session import StartFailed
 
@@ -116,6 +119,7 @@ def serve(
         "host": host,
         "http_port": http_port,
         "grpc_port": grpc_port,
+        "metrics_port": metrics_port,
         "max_model_len": max_model_len,
         "served_model_name": served_model_name,
         "reasoning_parser": reasoning_parser,
@@ -129,7 +133,6 @@ def serve(
         limit_mm_per_prompt=limit_mm_per_prompt,
         tensor_parallel_size=tensor_parallel_size,
         quantization=quantization,
-        metrics_port=metrics_port,
         engine_worker_queue_port=engine_worker_queue_port,
         enable_mm=enable_mm,
         trust_remote_code=trust_remote_code,
@@ -143,6 +146,7 @@ def serve(
             url = http_url(settings)
             typer.echo(f"  HTTP  {url}/v1")
             typer.echo(f"  gRPC  {grpc_address(settings)}")
+            typer.echo(f"  Metrics  {metrics_url(settings)}")
             typer.echo(f"Open {url}/ in a browser, or try:")
             typer.echo(f"  {_example(url)}")
             typer.echo(f'  {_command()} chat "Hello" --address {grpc_address(settings)}')

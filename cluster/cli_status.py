@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import httpx
@@ -14,13 +14,14 @@ from rich.table import Table
 from rich.text import Text
 
 from actors.sizes import told_seconds
-from cluster.status import engine_notes, rows, summary
+from cluster.status import decision_lines, engine_notes, pool_rows, rows, summary
 
 TIMEOUT_S = 10.0
-DECISIONS_SHOWN = 8
+DECISIONS_SHOWN = 6
 LATENCIES = {"ttft_s": "first token", "tpot_s": "each further one", "e2e_s": "whole request"}
 PERCENTILES = ("p50", "p95", "p99")
 SUMS = ("running", "waiting", "queued tokens", "KV")
+NUMBERS = (*SUMS, "replicas", "target")
 STYLES = {"preprocess": "cyan", "encode": "magenta", "prefill": "blue", "decode": "green", "colocated": "yellow"}
 
 Status = Mapping[str, Any]
@@ -95,10 +96,17 @@ def _heading(trouble: str) -> Iterator[Text]:
 def _view(status: Status, room: int | None = None) -> Group:
     """``room``: lines there are. Where the workers do not fit, the nodes are shown in their place."""
     whole: Any = {"overflow": "ellipsis", "no_wrap": True} if room is not None else {}
-    facts = [Text(line, **whole) for line in facts_of(status)]
-    decisions = [Text(line, "dim", **whole) for line in decisions_of(status)]
-    left = None if room is None else room - len(facts) - len(decisions) - 4
-    return Group(Text(summary(status), "bold"), *facts, *_fleet(status, left), *decisions)
+    facts = [Text(line, **whole) for line in (*_stages(status["flow"]), *_latencies(status["latency"]))]
+    decisions = [Text(line, "dim", **whole) for line in decision_lines(status, DECISIONS_SHOWN)]
+    pools = list(pool_rows(status))
+    left = None if room is None else room - len(facts) - len(pools) - len(decisions) - 4
+    return Group(
+        Text(summary(status), "bold"),
+        *facts,
+        _table(("pool", "replicas", "target", "bounds"), pools),
+        *_fleet(status, left),
+        *decisions,
+    )
 
 
 def _fleet(status: Status, room: int | None) -> Iterator[RenderableType]:
@@ -108,14 +116,18 @@ def _fleet(status: Status, room: int | None) -> Iterator[RenderableType]:
         columns = ("node", "workers", *SUMS)
         found = list(nodes_of(status))
     shown = found if room is None else found[: max(1, room)]
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    for name in columns:
-        table.add_column(name, justify="right" if name in SUMS else "left")
-    for row in shown:
-        table.add_row(*(Text(cell, STYLES.get(cell, "")) for cell in row))
-    yield table
+    yield _table(columns, shown)
     if len(found) > len(shown):
         yield Text(f"and {len(found) - len(shown)} more", "dim")
+
+
+def _table(columns: Sequence[str], found: Iterable[Sequence[str]]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for name in columns:
+        table.add_column(name, justify="right" if name in NUMBERS else "left")
+    for row in found:
+        table.add_row(*(Text(cell, STYLES.get(cell, "")) for cell in row))
+    return table
 
 
 def nodes_of(status: Status) -> Iterator[tuple[str, ...]]:
@@ -136,14 +148,8 @@ def nodes_of(status: Status) -> Iterator[tuple[str, ...]]:
         )
 
 
-def facts_of(status: Status) -> Iterator[str]:
-    """A line each of what the cluster as a whole does, as far as it is told."""
-    if flow := status.get("flow"):
-        yield "requests: " + ", ".join(f"{entry['requests']} {entry['stage']}" for entry in flow)
-    if latency := status.get("latency"):
-        yield from _latencies(latency)
-    if pools := status.get("pools"):
-        yield "pools: " + ", ".join(map(_pool, pools))
+def _stages(flow: Iterable[Mapping[str, Any]]) -> Iterator[str]:
+    yield "requests: " + ", ".join(f"{entry['requests']} {entry['stage']}" for entry in flow)
 
 
 def _latencies(latency: Mapping[str, Any]) -> Iterator[str]:
@@ -155,18 +161,3 @@ def _latencies(latency: Mapping[str, Any]) -> Iterator[str]:
     for field, name in LATENCIES.items():
         if (found := latency.get(field)) and found["p50"] is not None:
             yield f"  {name:<18}" + "".join(f"{share} {told_seconds(found[share]):<10}" for share in PERCENTILES)
-
-
-def _pool(pool: Mapping[str, Any]) -> str:
-    change = "" if pool["replicas"] == pool["target"] else f" -> {pool['target']}"
-    bounds = "" if pool["min"] == pool["max"] else f" ({pool['min']} to {pool['max']})"
-    return f"{pool['replicas']}{change} {pool['name']}{bounds}"
-
-
-def decisions_of(status: Status) -> Iterator[str]:
-    """The last decisions, the newest first."""
-    for one in reversed(status.get("decisions", [])[-DECISIONS_SHOWN:]):
-        when = time.strftime("%H:%M:%S", time.localtime(one["time_s"]))
-        yield f"{when} {one['kind']}: {one['subject']} {one['change']}" + (
-            f": {one['reason']}" if one["reason"] else ""
-        )

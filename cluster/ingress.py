@@ -11,11 +11,13 @@ from ray import serve
 
 from actors.errors import Unavailable
 from actors.types import EngineRole
+from actors.wire.media_server import node_address
 from cluster.admin_api import role_route
 from cluster.config import ClusterConfig
 from cluster.generation import GenerationService
 from cluster.grpc_service import InferenceServicer
 from cluster.http_api import build_api
+from cluster.metrics_api import MetricsPort, metrics_route
 from cluster.openapi import Route
 from cluster.router.assembly import RouterParts
 from cluster.router.router import Router
@@ -38,6 +40,9 @@ class Ingress(InferenceServicer):
         self._admin = config.admin
         self._planner = planner
         self.router = self._parts.router
+        self._metrics_port = MetricsPort(self._parts.metrics.text)
+        if config.metrics_port is not None:
+            await self._metrics_port.start(config.metrics_host or node_address(), config.metrics_port)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         options = ("audit", "requests")
@@ -55,7 +60,8 @@ class Ingress(InferenceServicer):
             reply=dict[str, object],
             parameters=tuple({"name": name, "in": "query", "schema": {"type": "boolean"}} for name in options),
         )
-        return build_api(lambda: self.router, (route, role_route(self._admin, self._order_role)))
+        metrics = metrics_route(lambda: self._parts.metrics.text())
+        return build_api(lambda: self.router, (route, role_route(self._admin, self._order_role), metrics))
 
     async def status(self, *, audit: bool = False, requests: bool = False) -> dict[str, Any]:
         """What ``ernie status`` shows; with ``audit`` also what every part holds for requests, with ``requests`` where
@@ -90,4 +96,5 @@ class Ingress(InferenceServicer):
         return await self.router.drain(timeout_s)
 
     async def __del__(self) -> None:
+        await self._metrics_port.close()
         await self._parts.close()

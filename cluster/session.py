@@ -107,9 +107,12 @@ class Session:
         """
         if "ray" in sys.modules:
             raise RuntimeError("Ray was imported before its session was made")
-        for name, port in (("http_port", config.http_port), ("grpc_port", config.grpc_port)):
-            if not can_listen(config.host, port):
-                raise StartFailed(f"{name}: cannot listen on {config.host}:{port}: in use or not an address of ours")
+        listens = [("http_port", config.host, config.http_port), ("grpc_port", config.host, config.grpc_port)]
+        if config.metrics_port is not None:
+            listens.append(("metrics_port", config.metrics_host or config.host, config.metrics_port))
+        for name, host, port in listens:
+            if not can_listen(host, port):
+                raise StartFailed(f"{name}: cannot listen on {host}:{port}: in use or not an address of ours")
         self.config = config
         self.native_proxy = native_proxy_available()
         self._log_dir = log_dir

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import asdict
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from actors.types import Stage
@@ -128,6 +129,21 @@ def summary(status: Mapping[str, Any]) -> str:
     """One line about the whole."""
     state = "ready" if status["ready"] else f"not ready: {status['missing']}"
     return f"{status['model']}: {state}, {status['active_requests']} requests active"
+
+
+def pool_rows(status: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]]:
+    """(pool, replicas there are, how many there are to be, bounds) of every pool."""
+    for pool in status["pools"]:
+        bounds = "" if pool["min"] == pool["max"] else f"{pool['min']} to {pool['max']}"
+        yield (pool["name"], str(pool["replicas"]), str(pool["target"]), bounds)
+
+
+def decision_lines(status: Mapping[str, Any], count: int) -> Iterator[str]:
+    """The last decisions, one line each, the oldest first."""
+    for decision in status["decisions"][-count:]:
+        at = datetime.fromtimestamp(decision["time_s"]).strftime("%H:%M:%S")
+        reason = f": {decision['reason']}" if decision["reason"] else ""
+        yield f"{at} {decision['subject']} {decision['change']}{reason}"
 
 
 def rows(status: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str, str]]:

@@ -56,6 +56,9 @@ class EmbeddingPuller:
         self._bytes_per_token = bytes_per_token
         self._window = ByteBudget(window_bytes)
         self._active: dict[SequenceKey, _Pulling] = {}
+        self.pulled_units = 0
+        self.pulled_bytes = 0
+        self.misses = 0
 
     @property
     def held_bytes(self) -> int:
@@ -130,8 +133,12 @@ class EmbeddingPuller:
             embedding_key = span.embedding_keys[unit_index]
             state.resupplied.clear()
             try:
-                return await self._pull(span, embedding_key, key)
+                embedding = await self._pull(span, embedding_key, key)
+                self.pulled_units += 1
+                self.pulled_bytes += embedding.nbytes
+                return embedding
             except MediaMiss as error:
+                self.misses += 1
                 misses += 1
                 if misses == PULL_TRIES:
                     message = "embeddings were lost again and again"

@@ -178,6 +178,7 @@ class ReceivingLane:
         )
         if self._still_wanted(entry):
             entry.busy_s += received.seconds + scatter_s
+            counters.seconds += received.seconds + scatter_s
             self._place(entry, offer, sent)
 
     def _accept(self, entry: Incoming, offer: pb.Offer, generation: int) -> _Exchange:
@@ -220,5 +221,6 @@ class ReceivingLane:
         return await asyncio.wrap_future(self._end.filled())
 
     def _nack(self, offer: pb.Offer, generation: int, reason: str) -> None:
+        self._parts.counters.nacks += 1
         nack = pb.Nack(key=offer.key, chunk=offer.chunk, generation=generation, reason=reason)
         self._say(pb.TransferResponse(nack=nack))

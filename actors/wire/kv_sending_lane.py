@@ -250,6 +250,7 @@ class SendingLane:
         counters = self._parts.counters
         size = self._parts.geometry.chunk_bytes(chunk.computed.token_count)
         chunk.entry.busy_s += busy_s
+        counters.seconds += busy_s
         counters.sent_bytes += size
         counters.streamed_bytes += size if chunk.streamed else 0
         counters.resent_bytes += size if chunk.sends else 0

@@ -240,6 +240,7 @@ class SendingPair:
         chunk = entry.unacked.get(nack.chunk) if entry is not None else None
         if chunk is None or chunk.generation != nack.generation:
             return
+        self._parts.counters.nacks += 1
         if nack.reason == BROKEN:
             self._lane_of(chunk).broke(chunk)
             return

@@ -42,6 +42,7 @@ class MediaServer:
         store: what is served; stays the caller's.
         encoder: answers Encode; without one it is UNIMPLEMENTED.
         also_held: what else the owner holds for requests, for audits.
+        page: the owner's metrics, in the text format of Prometheus.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class MediaServer:
         encoder: UnitEncoder | None = None,
         *,
         also_held: Callable[[], Mapping[str, int]] = dict,
+        page: Callable[[], bytes] = bytes,
     ) -> None:
         self.incarnation = uuid.uuid4().hex
         self.address = ""
@@ -57,6 +59,7 @@ class MediaServer:
         self._store = store
         self._servicer = _MediaServicer(store, encoder)
         self._also_held = also_held
+        self._page = page
         self._server: grpc.aio.Server | None = None
         self._expiry: asyncio.Task[None] | None = None
 
@@ -64,7 +67,7 @@ class MediaServer:
         """Listens on a free port of ``host``."""
         self._server = server = make_server()
         media_pb2_grpc.add_MediaServiceServicer_to_server(self._servicer, server)
-        audit_pb2_grpc.add_AuditServiceServicer_to_server(AuditServicer(self._audit), server)
+        audit_pb2_grpc.add_AuditServiceServicer_to_server(AuditServicer(self._audit, self._page), server)
         address = bind(server, host)
         await server.start()
         self.address = address

@@ -24,10 +24,14 @@ from actors.wire.media_client import MediaClient
 from cluster.config import ClusterConfig
 from cluster.generation import GenerateCall
 from cluster.hub import local_directory
+from cluster.metrics.sheet import Sheet
+from cluster.registry import places
 from cluster.router.fleet import Fleet, call_planner
 from cluster.router.leases import LeaseKeeper
+from cluster.router.metrics_page import MetricsPage
 from cluster.router.output import OutputAssembler
 from cluster.router.records import Recorders
+from cluster.router.request_metrics import RequestMetrics
 from cluster.router.retry_budget import RetryBudget
 from cluster.router.router import Router
 from cluster.router.sampling import SamplingDefaults, resolve_sampling
@@ -42,10 +46,11 @@ AUDIT_TIMEOUT_S = 2.0
 class RouterParts:
     """A router with the parts it runs on. ``close`` ends them all."""
 
-    def __init__(self, router: Router, fleet: Fleet, leases: LeaseKeeper, media: MediaClient) -> None:
+    def __init__(self, router: Router, services: Services, metrics: MetricsPage, media: MediaClient) -> None:
         self.router = router
-        self.fleet = fleet
-        self._leases = leases
+        self.fleet = services.fleet
+        self.metrics = metrics
+        self._leases = services.leases
         self._media = media
 
     @classmethod
@@ -62,6 +67,7 @@ class RouterParts:
         text = ErnieConfig.from_dir(directory).text
         score = TokenScorer(cache(tokenizer.token_bytes))
         context_limit = partial(fleet.context_limit, config.max_model_len or text.max_position_embeddings)
+        counts = RequestMetrics(config.slo)
         services = Services(
             fleet=fleet,
             leases=leases,
@@ -76,7 +82,7 @@ class RouterParts:
             encode=EncodeStage(media, leases),
             budget=budget,
             suspects=Suspects(),
-            recorder=Recorders(),
+            recorder=Recorders(counts),
             model_name=config.model_name,
             context_limit=context_limit,
             vocab_size=text.vocab_size,
@@ -96,23 +102,34 @@ class RouterParts:
         )
         fleet.start()
         leases.start()
-        return cls(router, fleet, leases, media)
+
+        def tell(sheet: Sheet) -> None:
+            counts.add_to(sheet)
+            sheet.add("ernie_requests_active", router.active_count)
+            sheet.add("ernie_requests_waiting_for_room", fleet.waiting_for_room)
+            sheet.add("ernie_retry_budget", budget.saved)
+            sheet.add("ernie_suspects", services.suspects.count)
+            sheet.add("ernie_leases", leases.count)
+
+        async def ask_planner() -> bytes:
+            page: bytes = await planner.metrics.remote()
+            return page
+
+        page = MetricsPage(lambda: fleet.snapshot, tell, ask_planner)
+        return cls(router, services, page, media)
 
     async def audits(self) -> dict[str, Audit]:
         """What every part holds for requests, by name; a part that does not answer has that as its problem."""
-        snapshot = self.fleet.snapshot
-        places = (
-            [(f"engine {entry.info.engine_id}", entry.info.address) for entry in snapshot.engines]
-            + [(f"vision_encoder {entry.info.encoder_id}", entry.info.address) for entry in snapshot.encoders]
-            + [(f"preprocessor {entry.incarnation}", entry.address) for entry in snapshot.preprocessors]
-        )
-        audits = await asyncio.gather(*(_audit(address) for _, address in places))
+        asked = places(self.fleet.snapshot)
+        audits = await asyncio.gather(*(_audit(place.address) for place in asked))
         own = take_audit(
             lambda: {"requests": self.router.active_count, "leases": self._leases.count}, self.router.check_integrity
         )
-        return {"router": own} | {name: audit for (name, _), audit in zip(places, audits, strict=True)}
+        names = (f"{place.kind} {place.worker}" for place in asked)
+        return {"router": own} | dict(zip(names, audits, strict=True))
 
     async def close(self) -> None:
+        await self.metrics.close()
         await self._leases.close()
         await self.fleet.close()
         await self._media.close()

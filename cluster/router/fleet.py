@@ -136,6 +136,10 @@ class Fleet:
     def _takes_new(self) -> bool:
         return pick_route(self.engines(), 1) is not None
 
+    @property
+    def waiting_for_room(self) -> int:
+        return len(self._waiting)
+
     def is_behind(self, rank: float) -> bool:
         """Whether somebody of a lower rank waits for room."""
         return any(waiter.rank < rank and not waiter.future.done() for waiter in self._waiting)

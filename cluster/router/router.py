@@ -20,6 +20,7 @@ from actors.errors import (
     Unavailable,
 )
 from actors.types import PreprocessReply, PreprocessRequest
+from cluster.config import PREPROCESSORS
 from cluster.generation import Event, Finished, GenerateCall, ModelCard, PromptTokens, Vocabulary
 from cluster.policy import pick_encoder
 from cluster.registry import LoadingEntry
@@ -191,9 +192,10 @@ class Router:
     async def not_ready(self) -> str | None:
         if self._draining:
             return "draining"
+        snapshot = self._services.fleet.snapshot
         if not self._services.fleet.has_path:
-            return "no prefill and decode path" + "".join(map(_progress, self._services.fleet.snapshot.loading))
-        if not self._services.fleet.snapshot.preprocessors:
+            return "no prefill and decode path" + "".join(map(_progress, snapshot.loading))
+        if not snapshot.preprocessors and not snapshot.may_be_empty(PREPROCESSORS):
             return "no preprocessor"
         if pick_encoder(self._services.fleet.encoders) is None:
             return "no vision encoder"

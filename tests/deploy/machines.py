@@ -20,7 +20,7 @@ from pathlib import Path
 
 USER = "ernie"
 HOME = Path("/home") / USER
-TOOLS = ("ip", "setpriv", "unshare", "nsenter", "ssh", "ssh-keygen", "rsync", "sshd")
+TOOLS = ("ip", "setpriv", "unshare", "nsenter", "ssh", "ssh-keygen", "rsync", "sshd", "redis-server")
 LIMIT_S = 20.0
 BRIDGE = "switch"
 _PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
@@ -74,7 +74,8 @@ def lacking() -> str:
         return "namespaces are Linux's"
     missing = [tool for tool in TOOLS if shutil.which(tool, path=_PATH) is None]
     if missing:
-        return f"not installed: {', '.join(missing)} (Debian: openssh-server, openssh-client, rsync, iproute2)"
+        packages = "openssh-server, openssh-client, rsync, iproute2, redis-server"
+        return f"not installed: {', '.join(missing)} (Debian: {packages})"
     if os.geteuid() != 0:
         return "making network and mount namespaces needs root"
     for trial in (

@@ -26,7 +26,7 @@ async def planner(monkeypatch: pytest.MonkeyPatch, term: int = 1) -> AsyncIterat
     made = Planner.__new__(Planner)
     await made.__init__(CONFIG, term)  # type: ignore[misc]
     yield made
-    made._expiry.cancel()
+    made.close()
 
 
 async def test_a_replacement_takes_the_role_of_the_engine_it_replaces(monkeypatch: pytest.MonkeyPatch) -> None:

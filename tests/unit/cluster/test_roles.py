@@ -9,9 +9,10 @@ import pytest
 from actors.errors import InvalidRequest, NotFound, Unavailable
 from actors.reports import LoadReport
 from actors.types import EngineRole
-from cluster.config import RoleMoves
-from cluster.registry import EngineEntry
-from cluster.roles import Pressure, RoleMover, check_move, find_engine, measure, serving, substitutes
+from cluster.config_scaling import RoleMoves
+from cluster.pressure import Pressure, measure
+from cluster.registry import EngineEntry, Snapshot
+from cluster.roles import RoleMover, check_move, find_engine, serving, substitutes
 from tests.unit.cluster.test_registry import engine
 
 P, D, C = EngineRole.PREFILL, EngineRole.DECODE, EngineRole.COLOCATED
@@ -26,6 +27,10 @@ def fleet(*roles: EngineRole, **loads: LoadReport) -> list[EngineEntry]:
         replace(engine(name, role), pool="pool", load=loads.get(name, IDLE))
         for name, role in zip(names, roles, strict=True)
     ]
+
+
+def seen(engines: list[EngineEntry]) -> Snapshot:
+    return Snapshot(term=1, version=1, engines=tuple(engines))
 
 
 def queue(tokens: int) -> LoadReport:
@@ -115,7 +120,7 @@ def test_pressure_is_a_mean_over_those_who_do_the_work() -> None:
 
 
 def moves(mover: RoleMover, engines: list[EngineEntry], seconds: range, moving: tuple[str, ...] = ()) -> list[str]:
-    decided = [(now, mover.decide(engines, "pool", float(now), moving)) for now in seconds]
+    decided = [(now, mover.decide(seen(engines), "pool", float(now), moving)) for now in seconds]
     return [f"{now} {move.mover.info.incarnation} {move.role}" for now, move in decided if move is not None]
 
 
@@ -141,7 +146,7 @@ def test_a_shortage_that_comes_and_goes_moves_nobody() -> None:
     mover = RoleMover(CONFIG)
     busy, calm = fleet(P, D, D, a=queue(5000)), fleet(P, D, D)
     for now in range(60):
-        assert mover.decide(busy if now % 5 < 4 else calm, "pool", float(now), ()) is None
+        assert mover.decide(seen(busy if now % 5 < 4 else calm), "pool", float(now), ()) is None
 
 
 def test_moves_are_apart_and_none_begins_beside_another() -> None:
@@ -169,7 +174,7 @@ def test_a_day_of_load_settles_on_each_side() -> None:
         full = used(5) if morning else used(90)
         names = "abcd"
         loads = {name: busy if role is P else full for name, role in zip(names, roles, strict=True)}
-        move = mover.decide(fleet(*roles, **loads), "pool", float(now), ())
+        move = mover.decide(seen(fleet(*roles, **loads)), "pool", float(now), ())
         if move is not None:
             roles[names.index(move.mover.info.incarnation)] = move.role
             told.append((now, move.role))

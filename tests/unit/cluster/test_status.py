@@ -43,6 +43,7 @@ GROUP = replace(
 )
 REPORT = GroupReport(
     ranks=4,
+    processes=(11, 12, 13, 14),
     steps=9,
     plan_s=0.1,
     own_s=2.0,
