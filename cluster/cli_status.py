@@ -21,6 +21,8 @@ DECISIONS_SHOWN = 6
 LATENCIES = {"ttft_s": "first token", "tpot_s": "each further one", "e2e_s": "whole request"}
 PERCENTILES = ("p50", "p95", "p99")
 SUMS = ("running", "waiting", "queued tokens", "KV")
+WHOLE: Any = {"overflow": "ellipsis", "no_wrap": True}
+"""Of lines that must stay one."""
 NUMBERS = (*SUMS, "replicas", "target")
 STYLES = {"preprocess": "cyan", "encode": "magenta", "prefill": "blue", "decode": "green", "colocated": "yellow"}
 
@@ -61,7 +63,7 @@ def watch_status(
             Live(console=console, screen=True, auto_refresh=False) if console.is_terminal else _Printed(console) as live
         ):
             while True:
-                room = console.height if console.is_terminal else None
+                room = console.height - bool(trouble) if console.is_terminal else None
                 live.update(Group(*_heading(trouble), _view(status, room)), refresh=True)
                 wait(interval_s)
                 try:
@@ -95,7 +97,7 @@ def _heading(trouble: str) -> Iterator[Text]:
 
 def _view(status: Status, room: int | None = None) -> Group:
     """``room``: lines there are. Where the workers do not fit, the nodes are shown in their place."""
-    whole: Any = {"overflow": "ellipsis", "no_wrap": True} if room is not None else {}
+    whole: Any = {} if room is None else WHOLE
     facts = [Text(line, **whole) for line in (*_stages(status["flow"]), *_latencies(status["latency"]))]
     decisions = [Text(line, "dim", **whole) for line in decision_lines(status, DECISIONS_SHOWN)]
     pools = list(pool_rows(status))
@@ -103,7 +105,7 @@ def _view(status: Status, room: int | None = None) -> Group:
     return Group(
         Text(summary(status), "bold"),
         *facts,
-        _table(("pool", "replicas", "target", "bounds"), pools),
+        _table(("pool", "replicas", "target", "bounds"), pools, **whole),
         *_fleet(status, left),
         *decisions,
     )
@@ -116,15 +118,15 @@ def _fleet(status: Status, room: int | None) -> Iterator[RenderableType]:
         columns = ("node", "workers", *SUMS)
         found = list(nodes_of(status))
     shown = found if room is None else found[: max(1, room)]
-    yield _table(columns, shown)
+    yield _table(columns, shown, **({} if room is None else WHOLE))
     if len(found) > len(shown):
         yield Text(f"and {len(found) - len(shown)} more", "dim")
 
 
-def _table(columns: Sequence[str], found: Iterable[Sequence[str]]) -> Table:
+def _table(columns: Sequence[str], found: Iterable[Sequence[str]], **wrapping: Any) -> Table:
     table = Table(box=None, pad_edge=False, header_style="dim")
     for name in columns:
-        table.add_column(name, justify="right" if name in NUMBERS else "left")
+        table.add_column(name, justify="right" if name in NUMBERS else "left", **wrapping)
     for row in found:
         table.add_row(*(Text(cell, STYLES.get(cell, "")) for cell in row))
     return table
@@ -159,5 +161,12 @@ def _latencies(latency: Mapping[str, Any]) -> Iterator[str]:
         return
     yield f"latency of {latency['count']} requests in {window_s:g} s:"
     for field, name in LATENCIES.items():
-        if (found := latency.get(field)) and found["p50"] is not None:
-            yield f"  {name:<18}" + "".join(f"{share} {told_seconds(found[share]):<10}" for share in PERCENTILES)
+        if (found := latency[field]) is not None:
+            yield (
+                f"  {name:<18}"
+                + "  ".join(f"{share} {told_seconds(found[share]):<8}" for share in PERCENTILES).rstrip()
+            )
+    slo = latency["slo"]
+    bounds = [f"{LATENCIES[field]} {told_seconds(slo[field])}" for field in LATENCIES if slo.get(field) is not None]
+    if bounds:
+        yield f"  {slo['met']:.1%} within {', '.join(bounds)}"

@@ -22,7 +22,7 @@ from cluster.openapi import Route
 from cluster.router.assembly import RouterParts
 from cluster.router.router import Router
 from cluster.serve_errors import own_error
-from cluster.status import cluster_status, flow
+from cluster.status import cluster_status
 
 
 @serve.ingress()
@@ -38,6 +38,7 @@ class Ingress(InferenceServicer):
         self._parts = await RouterParts.start(config, planner, preprocessor)
         self._model = config.model_name
         self._admin = config.admin
+        self._slo = config.slo
         self._planner = planner
         self.router = self._parts.router
         self._metrics_port = MetricsPort(self._parts.metrics.text)
@@ -70,11 +71,12 @@ class Ingress(InferenceServicer):
         status = cluster_status(
             fleet.live_snapshot(),
             model=self._model,
-            active=self.router.active_count,
             missing=await self.router.not_ready(),
+            requests=whereabouts,
             speaking=fleet.speaking(),
+            latency=self._parts.latency.summary(),
+            slo=self._slo,
         )
-        status["flow"] = flow(whereabouts)
         if requests:
             status["requests"] = [dataclasses.asdict(where) for where in whereabouts]
         if audit:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from actors.types import Stage
-from cluster.registry import EngineEntry, Snapshot
+from cluster.config_scaling import Slo
+from cluster.registry import EngineEntry, Latency, Percentiles, Snapshot
 
 if TYPE_CHECKING:
     from cluster.router.request import Whereabouts
@@ -22,16 +23,21 @@ def cluster_status(
     snapshot: Snapshot,
     *,
     model: str,
-    active: int,
     missing: str | None,
+    requests: Sequence[Whereabouts],
+    latency: Latency,
+    slo: Slo,
     speaking: Container[str],
 ) -> dict[str, Any]:
-    """The registry as this router knows it, as JSON values. ``speaking``: incarnations of the engines it hears."""
+    """The registry as this router knows it, its requests and their latencies, as JSON values.
+
+    ``speaking``: incarnations of the engines it hears.
+    """
     return {
         "ready": missing is None,
         "missing": missing,
         "model": model,
-        "active_requests": active,
+        "active_requests": len(requests),
         "planner_term": snapshot.term,
         "engines": [
             {
@@ -87,6 +93,15 @@ def cluster_status(
             for entry in snapshot.encoders
         ],
         "pools": [{"replicas": snapshot.replicas(pool.name)} | asdict(pool) for pool in snapshot.pools],
+        "flow": flow(requests),
+        "latency": {
+            "window_s": latency.window_s,
+            "count": latency.count,
+            "ttft_s": _percentiles(latency.ttft_s),
+            "tpot_s": _percentiles(latency.tpot_s),
+            "e2e_s": _percentiles(latency.e2e_s),
+            "slo": {"ttft_s": slo.ttft_s, "tpot_s": slo.tpot_s, "met": latency.slo_met},
+        },
         "decisions": [asdict(decision) for decision in snapshot.decisions],
     }
 
@@ -123,6 +138,10 @@ def _state(entry: EngineEntry, speaking: Container[str]) -> str:
 def _node(address: str) -> str:
     """The host of ``host:port``."""
     return address.rpartition(":")[0].strip("[]")
+
+
+def _percentiles(found: Percentiles | None) -> dict[str, float] | None:
+    return None if found is None else asdict(found)
 
 
 def summary(status: Mapping[str, Any]) -> str:

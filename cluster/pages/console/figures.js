@@ -51,23 +51,29 @@ export function showFigures(status) {
   const rate = latency ? `${(latency.count / latency.window_s).toFixed(1)} ended per second` : `in the last ${MINUTES} minutes`;
   requests.show(compact(status.active_requests), rate, status.active_requests);
   for (const [name, tile] of LATENCIES) {
-    const found = latency?.[name];
-    if (!found) tile.hide();
-    else if (found.p50 == null) tile.show(NONE, `none in ${latency.window_s} s`, null);
+    if (!latency) tile.hide();
+    else if (!latency[name]) tile.show(NONE, `none in ${latency.window_s} s`, null);
     else {
-      const more = `p95 ${seconds(found.p95)} \u00b7 p99 ${seconds(found.p99)}`;
-      tile.show(seconds(found.p50), more, found.p95, { below: found.p50 });
+      const { p50, p95, p99 } = latency[name];
+      tile.show(seconds(p50), `p95 ${seconds(p95)} \u00b7 p99 ${seconds(p99)}`, p95, { below: p50 });
     }
   }
   showObjectives(latency?.slo);
   showCache(status.engines);
 }
 
+/** Where none are set there is nothing to meet. */
 function showObjectives(slo) {
-  if (!slo || Object.keys(slo).length === 0) {
+  const bounds = [
+    [slo?.ttft_s, "to the first token"],
+    [slo?.tpot_s, "per further one"],
+  ].filter(([bound]) => bound != null);
+  if (bounds.length === 0) {
     attained.hide();
     return;
   }
+  const words = bounds.map(([bound, of]) => `${seconds(bound)} ${of}`).join(", ");
+  attained.show(slo.met === null ? NONE : percent(slo.met, 1), words, slo.met, { top: 1 });
 }
 
 function showCache(engines) {

@@ -11,15 +11,26 @@ from typing import Any
 
 from actors.reports import EncoderInfo, EngineInfo, LoadReport
 from actors.types import EngineRole, Stage
+from cluster.config_scaling import Slo
 from cluster.decisions import Decision, DecisionKind
-from cluster.registry import EncoderEntry, EngineEntry, LoadingEntry, PoolScale, PreprocessorEntry, Snapshot
+from cluster.registry import (
+    EncoderEntry,
+    EngineEntry,
+    Latency,
+    LoadingEntry,
+    Percentiles,
+    PoolScale,
+    PreprocessorEntry,
+    Snapshot,
+)
 from cluster.router.request import Whereabouts
-from cluster.status import cluster_status, flow
+from cluster.status import cluster_status
 
 GB = 10**9
 BEGAN = 1_790_000_000
 """Wall clock of a feed's first status."""
 PREFILL, DECODE, COLOCATED = EngineRole.PREFILL, EngineRole.DECODE, EngineRole.COLOCATED
+NOTHING_SET = Slo()
 EARLY = (Stage.QUEUED, Stage.PREPROCESS)
 
 
@@ -57,6 +68,7 @@ class Simulated:
     """(id, state) of engines that are not ready."""
     pools: tuple[PoolScale, ...] = ()
     decisions: tuple[Decision, ...] = ()
+    slo: Slo = NOTHING_SET
     missing: str | None = None
     slow: float = 1.0
     """Factor of the latencies."""
@@ -197,31 +209,24 @@ class Simulated:
         status = cluster_status(
             snapshot,
             model="baidu/ERNIE-4.5-VL-28B-A3B-Thinking",
-            active=len(requests),
             missing=self.missing,
+            requests=requests,
+            latency=self._latency(len(requests)),
+            slo=self.slo,
             speaking=speaking,
         )
-        status |= {
-            "flow": flow(requests),
-            "latency": self._latency(len(requests)),
-        }
         return json.loads(json.dumps({name: value for name, value in status.items() if name not in self.without}))  # type: ignore[no-any-return]
 
-    def _latency(self, active: int) -> dict[str, Any]:
-        shape = self.slow * (0.7 + 0.5 * active / max(1, self.requests)) * self._random.uniform(0.95, 1.05)
-        names = {"ttft_s": 0.31, "tpot_s": 0.021, "e2e_s": 5.2}
+    def _latency(self, active: int) -> Latency:
+        if self.requests == 0:
+            return Latency(window_s=60.0, count=0)
+        shape = self.slow * (0.7 + 0.5 * active / self.requests) * self._random.uniform(0.95, 1.05)
 
-        def of(middle: float) -> dict[str, float | None]:
-            if self.requests == 0:
-                return {"p50": None, "p95": None, "p99": None}
-            return {"p50": middle * shape, "p95": middle * shape * 2.1, "p99": middle * shape * 3.4}
+        def of(middle: float) -> Percentiles:
+            return Percentiles(p50=middle * shape, p95=middle * shape * 2.1, p99=middle * shape * 3.4)
 
-        return {
-            "window_s": 60,
-            "count": active * 11,
-            **{name: of(middle) for name, middle in names.items()},
-            "slo": {},
-        }
+        met = None if self.slo == NOTHING_SET else max(0.0, 1.02 - 0.05 * shape)
+        return Latency(window_s=60.0, count=active * 11, ttft_s=of(0.31), tpot_s=of(0.021), e2e_s=of(5.2), slo_met=met)
 
     @property
     def engine_ids(self) -> list[str]:
@@ -263,6 +268,7 @@ def eight(requests: int) -> Simulated:
         ),
         loading=(LoadingEntry(pool="engine", role=DECODE, ranks=((31 * GB, 44 * GB),)),),
         slow=1.6,
+        slo=Slo(ttft_s=2.0, tpot_s=0.1),
     )
     ids = feed.engine_ids
     feed.unready = ((ids[2], "draining"),)
@@ -297,6 +303,7 @@ def large(requests: int) -> Simulated:
             LoadingEntry(pool="decode", role=DECODE, ranks=((5 * GB, 8 * GB), (3 * GB, 8 * GB))),
             LoadingEntry(pool="decode", role=DECODE),
         ),
+        slo=Slo(ttft_s=1.0),
     )
     ids = feed.engine_ids
     feed.unready = ((ids[3], "draining"), (ids[40], "silent"), (ids[95], "starting"))

@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Container
 from dataclasses import replace
+from typing import Any
 
 from actors.reports import EncoderInfo, EngineInfo, GroupReport, LoadReport
 from actors.types import EngineRole, Stage
+from cluster.config_scaling import Slo
 from cluster.decisions import Decision, DecisionKind
-from cluster.registry import EncoderEntry, EngineEntry, LoadingEntry, PoolScale, PreprocessorEntry, Snapshot
+from cluster.registry import (
+    EncoderEntry,
+    EngineEntry,
+    Latency,
+    LoadingEntry,
+    Percentiles,
+    PoolScale,
+    PreprocessorEntry,
+    Snapshot,
+)
 from cluster.router.request import Whereabouts
 from cluster.status import cluster_status, engine_notes, flow, rows, summary
 
@@ -56,6 +68,7 @@ REPORT = GroupReport(
     move_s=0.3,
 )
 GB = 10**9
+QUIET = Latency(window_s=60.0, count=0)
 SNAPSHOT = Snapshot(
     term=1,
     version=4,
@@ -90,10 +103,31 @@ SNAPSHOT = Snapshot(
 )
 
 
-def test_every_worker_has_a_row() -> None:
-    status = json.loads(
-        json.dumps(cluster_status(SNAPSHOT, model="m", active=2, missing="no prefill engine", speaking={"i1"}))
+def told(
+    snapshot: Snapshot,
+    *,
+    active: int = 0,
+    missing: str | None = None,
+    latency: Latency = QUIET,
+    speaking: Container[str] = ("i1",),
+) -> dict[str, Any]:
+    """As a client reads it."""
+    waits = Whereabouts(request_id="r", alias=None, stage=Stage.QUEUED, elapsed_s=1.0, output_tokens=0)
+    status = cluster_status(
+        snapshot,
+        model="m",
+        missing=missing,
+        requests=[waits] * active,
+        latency=latency,
+        slo=Slo(ttft_s=2.0),
+        speaking=speaking,
     )
+    read: dict[str, Any] = json.loads(json.dumps(status))
+    return read
+
+
+def test_every_worker_has_a_row() -> None:
+    status = told(SNAPSHOT, active=2, missing="no prefill engine")
     assert list(rows(status)) == [
         ("preprocessor", "01234567", "preprocess", "10.0.0.3:3", ""),
         ("vision_encoder", "e1", "encode", "10.0.0.2:2", "5 patches queued"),
@@ -121,7 +155,7 @@ def test_every_worker_has_a_row() -> None:
 
 
 def test_pools_and_decisions_are_told() -> None:
-    status = json.loads(json.dumps(cluster_status(SNAPSHOT, model="m", active=2, missing=None, speaking=())))
+    status = told(SNAPSHOT, active=2)
     assert status["pools"] == [
         {"name": "engine", "replicas": 2, "target": 3, "min": 1, "max": 4},
         {"name": "preprocessor", "replicas": 1, "target": 0, "min": 0, "max": 2},
@@ -139,8 +173,20 @@ def test_pools_and_decisions_are_told() -> None:
     ]
 
 
+def test_latencies_are_told_with_what_they_should_be() -> None:
+    some = Latency(window_s=60.0, count=3, ttft_s=Percentiles(p50=0.5, p95=1.0, p99=1.5), slo_met=1.0)
+    assert told(SNAPSHOT, latency=some)["latency"] == {
+        "window_s": 60.0,
+        "count": 3,
+        "ttft_s": {"p50": 0.5, "p95": 1.0, "p99": 1.5},
+        "tpot_s": None,
+        "e2e_s": None,
+        "slo": {"ttft_s": 2.0, "tpot_s": None, "met": 1.0},
+    }
+
+
 def test_an_empty_cluster_has_no_rows() -> None:
-    status = cluster_status(Snapshot(term=0, version=-1), model="m", active=0, missing=None, speaking=())
+    status = told(Snapshot(term=0, version=-1))
     assert list(rows(status)) == []
     assert summary(status) == "m: ready, 0 requests active"
 
@@ -155,7 +201,7 @@ def test_workers_have_nodes_and_engines_states() -> None:
         EngineEntry(info=frozen, pool="engine", ready=False, load=None),
     )
     snapshot = replace(SNAPSHOT, engines=entries)
-    status = cluster_status(snapshot, model="m", active=0, missing=None, speaking={"i1", "i4", "i5"})
+    status = told(snapshot, speaking={"i1", "i4", "i5"})
     assert [(engine["node"], engine["state"]) for engine in status["engines"]] == [
         ("10.0.0.1", "ready"),
         ("10.0.0.4", "ready"),
