@@ -65,14 +65,14 @@ export function showFigures(status) {
 /** Where none are set there is nothing to meet. */
 function showObjectives(slo) {
   const bounds = [
-    [slo?.ttft_s, "to the first token"],
-    [slo?.tpot_s, "per further one"],
+    [slo?.ttft_s, "TTFT"],
+    [slo?.tpot_s, "TPOT"],
   ].filter(([bound]) => bound != null);
   if (bounds.length === 0) {
     attained.hide();
     return;
   }
-  const words = bounds.map(([bound, of]) => `${seconds(bound)} ${of}`).join(", ");
+  const words = bounds.map(([bound, of]) => `${of} ${bound} s`).join(" \u00b7 ");
   attained.show(slo.met === null ? NONE : percent(slo.met, 1), words, slo.met, { top: 1 });
 }
 

@@ -53,5 +53,5 @@ function placed(stage, places, names) {
   if (places.length === 0) return "";
   if (places.length === 1) return `at ${names.get(places[0][0]) ?? places[0][0]}`;
   const most = Math.max(...places.map(([, count]) => count));
-  return `at ${places.length} ${PLACES[stage] ?? "engine"}s, most ${most}`;
+  return `${places.length} ${PLACES[stage] ?? "engine"}s, most ${most}`;
 }

@@ -134,7 +134,7 @@ def test_the_dots_stand_for_more_where_there_are_many(browser: Browser, url: str
     with opened(browser, url, CONSOLE, shown.prepare, reduced_motion="reduce") as page:
         expect(page.locator("#dot-means")).to_have_text("a dot is 20 requests")
         assert 10 < page.locator("#flow .decode .dots i").count() <= 36
-        expect(page.locator("#flow .decode .where")).to_contain_text("at 72 engines, most ")
+        expect(page.locator("#flow .decode .where")).to_contain_text("72 engines, most ")
         assert page.locator(".busy .track").first.evaluate("e => getComputedStyle(e).animationName") == "none"
 
 
