@@ -74,16 +74,18 @@ class Ingress(InferenceServicer):
     async def status(self, *, audit: bool = False, requests: bool = False) -> dict[str, Any]:
         """What ``ernie status`` shows; with ``audit`` also what every part holds for requests, with ``requests`` where
         each of them is."""
+        fleet, whereabouts = self._parts.fleet, self.router.whereabouts()
         status = cluster_status(
-            self._parts.fleet.snapshot,
+            fleet.live_snapshot(),
             model=self._model,
-            active=self.router.active_count,
             missing=await self.router.not_ready(),
+            requests=whereabouts,
+            speaking=fleet.speaking(),
             latency=self._parts.latency.summary(),
             slo=self._slo,
         )
         if requests:
-            status["requests"] = [dataclasses.asdict(where) for where in self.router.whereabouts()]
+            status["requests"] = [dataclasses.asdict(where) for where in whereabouts]
         if audit:
             audits = await self._parts.audits()
             status["audits"] = {

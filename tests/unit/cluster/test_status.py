@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Container
 from dataclasses import replace
 from typing import Any
 
 from actors.reports import EncoderInfo, EngineInfo, GroupReport, LoadReport
-from actors.types import EngineRole
+from actors.types import EngineRole, Stage
 from cluster.config_scaling import Slo
 from cluster.decisions import Decision, DecisionKind
 from cluster.registry import (
@@ -20,7 +21,8 @@ from cluster.registry import (
     PreprocessorEntry,
     Snapshot,
 )
-from cluster.status import cluster_status, decision_lines, engine_notes, pool_rows, rows, summary
+from cluster.router.request import Whereabouts
+from cluster.status import cluster_status, decision_lines, engine_notes, flow, pool_rows, rows, summary
 
 ENGINE = EngineInfo(
     engine_id="engine-1",
@@ -102,10 +104,24 @@ SNAPSHOT = Snapshot(
 
 
 def told(
-    snapshot: Snapshot, *, active: int = 0, missing: str | None = None, latency: Latency = QUIET
+    snapshot: Snapshot,
+    *,
+    active: int = 0,
+    missing: str | None = None,
+    latency: Latency = QUIET,
+    speaking: Container[str] = ("i1",),
 ) -> dict[str, Any]:
     """As a client reads it."""
-    status = cluster_status(snapshot, model="m", active=active, missing=missing, latency=latency, slo=Slo(ttft_s=2.0))
+    waits = Whereabouts(request_id="r", alias=None, stage=Stage.QUEUED, elapsed_s=1.0, output_tokens=0)
+    status = cluster_status(
+        snapshot,
+        model="m",
+        missing=missing,
+        requests=[waits] * active,
+        latency=latency,
+        slo=Slo(ttft_s=2.0),
+        speaking=speaking,
+    )
     read: dict[str, Any] = json.loads(json.dumps(status))
     return read
 
@@ -119,7 +135,7 @@ def test_every_worker_has_a_row() -> None:
             "engine",
             "group-1",
             "colocated",
-            "10.0.0.4:4",
+            "10.0.0.4:4, silent",
             "2 running, 3 waiting, 1 reserved, KV 10/100, prefix hits 25%, 4 preempted, "
             "4 ranks, skew 1.50 text, 1.25 vision, 6 experts moved",
         ),
@@ -181,3 +197,51 @@ def test_an_empty_cluster_has_no_rows() -> None:
     status = told(Snapshot(term=0, version=-1))
     assert list(rows(status)) == []
     assert summary(status) == "m: ready, 0 requests active"
+
+
+def test_workers_have_nodes_and_engines_states() -> None:
+    leaving = replace(ENGINE, engine_id="engine-2", incarnation="i5", address="[fd00::7]:9")
+    frozen = replace(ENGINE, engine_id="engine-3", incarnation="i6")
+    entries = (
+        *SNAPSHOT.engines,
+        EngineEntry(info=leaving, pool="engine", ready=True, load=replace(LOAD, draining=True)),
+        EngineEntry(info=frozen, pool="engine", ready=True, load=LOAD),
+        EngineEntry(info=frozen, pool="engine", ready=False, load=None),
+    )
+    snapshot = replace(SNAPSHOT, engines=entries)
+    status = told(snapshot, speaking={"i1", "i4", "i5"})
+    assert [(engine["node"], engine["state"]) for engine in status["engines"]] == [
+        ("10.0.0.1", "ready"),
+        ("10.0.0.4", "ready"),
+        ("fd00::7", "draining"),
+        ("10.0.0.1", "silent"),
+        ("10.0.0.1", "starting"),
+    ]
+    assert [one["node"] for one in (*status["encoders"], *status["preprocessors"])] == ["10.0.0.2", "10.0.0.3"]
+
+
+def test_requests_are_counted_by_stage_and_place() -> None:
+    def at(stage: Stage, **places: str) -> Whereabouts:
+        return Whereabouts(request_id="r", alias=None, stage=stage, elapsed_s=1.0, output_tokens=0, **places)
+
+    engines = {"prefill": "p:1", "decode": "d:1"}
+    requests = [
+        at(Stage.QUEUED, **engines),
+        at(Stage.PREPROCESS, preprocessor="x:1"),
+        at(Stage.ENCODE, encoder="e:1"),
+        *[at(Stage.PREFILL, **engines)] * 2,
+        at(Stage.PREFILL, prefill="p:2", decode="d:1"),
+        at(Stage.TRANSFER, **engines),
+        at(Stage.DECODE, **engines),
+        at(Stage.FINISHED, **engines),
+    ]
+    assert flow(requests) == [
+        {"stage": "queued", "requests": 1, "at": {}},
+        {"stage": "preprocess", "requests": 1, "at": {}},
+        {"stage": "encode", "requests": 1, "at": {"e:1": 1}},
+        {"stage": "prefill", "requests": 3, "at": {"p:1": 2, "p:2": 1}},
+        {"stage": "transfer", "requests": 1, "at": {"d:1": 1}},
+        {"stage": "decode", "requests": 1, "at": {"d:1": 1}},
+    ]
+    thousand = flow(requests * 125)
+    assert sum(entry["requests"] for entry in thousand) == 1000 and len(json.dumps(thousand)) < 1000

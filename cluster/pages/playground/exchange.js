@@ -1,6 +1,6 @@
 // One exchange: asks, and lets the model look closer until it has answered.
 
-import { streamChat } from "./api.js";
+import { streamChat } from "../shared/api.js";
 import { lookCloser, MAX_ROUNDS, picturesOf, toolMessage, ZOOM, zoomTool } from "./looking.js";
 import { aside, callCard, lookCard, Step } from "./view.js";
 

@@ -1,6 +1,6 @@
 // Pictures and videos on their way into a message: picked, dropped or pasted.
 
-import { byId, make } from "./dom.js";
+import { byId, make } from "../shared/dom.js";
 
 /** Shows what is attached and hands it over. `refuse` is told what is neither a picture nor a video. */
 export class Attachments {

@@ -24,6 +24,11 @@ export async function isReady() {
   }
 }
 
+/** What the cluster is doing, as GET /status tells it. */
+export async function clusterStatus(signal) {
+  return (await call("status", { signal })).json();
+}
+
 /** Streams the chunks of a chat completion. Aborting `signal` cancels the request in the cluster. */
 export async function* streamChat(body, signal) {
   const reply = await call("v1/chat/completions", {

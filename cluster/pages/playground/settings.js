@@ -1,11 +1,11 @@
 // What requests ask for beside the messages, kept in this browser.
 
-import { byId } from "./dom.js";
+import { byId } from "../shared/dom.js";
+import { startTheme } from "../shared/themes.js";
 
 const NUMBERS = ["temperature", "top_p", "top_k", "seed", "max_tokens", "reasoning_max_tokens"];
 const KEPT = [...NUMBERS, "system", "thinking", "zoom"];
 const KEY = "ernie-settings";
-const THEMES = ["auto", "light", "dark"];
 
 /** Wires the dialog, the choices below the message and the theme. */
 export function startSettings() {
@@ -50,19 +50,4 @@ function fill(values) {
 function keep() {
   const values = KEPT.map((id) => [id, byId(id).type === "checkbox" ? byId(id).checked : byId(id).value]);
   localStorage.setItem(KEY, JSON.stringify(Object.fromEntries(values)));
-}
-
-function startTheme() {
-  const root = document.documentElement;
-  const tell = () => {
-    const { theme } = root.dataset;
-    byId("theme-name").textContent = theme[0].toUpperCase() + theme.slice(1);
-    byId("theme").ariaLabel = `Theme: ${theme}`;
-  };
-  byId("theme").addEventListener("click", () => {
-    root.dataset.theme = THEMES[(THEMES.indexOf(root.dataset.theme) + 1) % THEMES.length];
-    localStorage.setItem("ernie-theme", root.dataset.theme);
-    tell();
-  });
-  tell();
 }

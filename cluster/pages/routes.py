@@ -1,4 +1,4 @@
-"""Serves the playground's files."""
+"""Serves the files of the pages."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from importlib.resources.abc import Traversable
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import RedirectResponse
 
-PATH = "/playground/"
+PLAYGROUND, CONSOLE = "/playground/", "/console/"
+SHARED = "/shared/"
 INDEX = "index.html"
 MEDIA_TYPES: Mapping[str, str] = {
     "html": "text/html; charset=utf-8",
@@ -39,25 +40,35 @@ class _File:
     headers: Mapping[str, str]
 
 
-def install_playground(app: FastAPI) -> None:
-    """Adds the page at ``PATH``, to which ``/`` leads. Its routes are not part of the API's description."""
-    served = _read(files(__package__) / "static")
+def install_pages(app: FastAPI) -> None:
+    """Adds the pages; ``/`` leads to the playground. Their routes are not part of the API's description."""
+    for path in (PLAYGROUND, CONSOLE, SHARED):
+        _install_folder(app, path)
+    for path in (PLAYGROUND, CONSOLE):
+        _install_lead(app, path.rstrip("/"), path)
+    _install_lead(app, "/", PLAYGROUND)
 
-    async def page(request: Request) -> Response:
-        file = served.get(request.path_params.get("name") or INDEX)
-        if file is None:
+
+def _install_folder(app: FastAPI, path: str) -> None:
+    served = _read(files(__package__) / path.strip("/"))
+
+    async def file(request: Request) -> Response:
+        found = served.get(request.path_params.get("name") or INDEX)
+        if found is None:
             return Response("There is no such page.\n", 404, HEADERS, "text/plain")
-        if request.headers.get("if-none-match") == file.headers["etag"]:
-            return Response(status_code=304, headers=file.headers)
-        return Response(file.content, headers=file.headers)
+        if request.headers.get("if-none-match") == found.headers["etag"]:
+            return Response(status_code=304, headers=found.headers)
+        return Response(found.content, headers=found.headers)
 
-    async def to_page(request: Request) -> Response:
-        return RedirectResponse(request.scope.get("root_path", "").rstrip("/") + PATH)
+    app.add_route(path, file, methods=["GET"], include_in_schema=False)
+    app.add_route(path + "{name:path}", file, methods=["GET"], include_in_schema=False)
 
-    app.add_route("/", to_page, methods=["GET"], include_in_schema=False)
-    app.add_route(PATH.rstrip("/"), to_page, methods=["GET"], include_in_schema=False)
-    app.add_route(PATH, page, methods=["GET"], include_in_schema=False)
-    app.add_route(PATH + "{name:path}", page, methods=["GET"], include_in_schema=False)
+
+def _install_lead(app: FastAPI, path: str, to: str) -> None:
+    async def lead(request: Request) -> Response:
+        return RedirectResponse(request.scope.get("root_path", "").rstrip("/") + to)
+
+    app.add_route(path, lead, methods=["GET"], include_in_schema=False)
 
 
 def _read(folder: Traversable, prefix: str = "") -> dict[str, _File]:

@@ -1,6 +1,6 @@
 // Questions to begin with, about pictures the small built-in model can read.
 
-import { byId, make } from "./dom.js";
+import { byId, make } from "../shared/dom.js";
 
 const EXAMPLES = [
   { file: "picture.png", question: "What colour is the star?", note: "A picture" },

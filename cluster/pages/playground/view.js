@@ -1,11 +1,11 @@
 // How turns look. A step is one reply of the model: thinking, answer, looks at pictures, and its cost.
 
 import { findBoxes } from "./boxes.js";
-import { make } from "./dom.js";
+import { draw, make } from "../shared/dom.js";
+import { seconds } from "../shared/words.js";
 import { rendered } from "./markdown.js";
 import { shown } from "./media.js";
 
-const SVG = "http://www.w3.org/2000/svg";
 const BOX_COLOURS = 6;
 
 /** The turn of the user. */
@@ -117,10 +117,7 @@ export const aside = (text) => make("p", { class: "aside" }, text);
 /** A picture with boxes drawn on it; those of one label have one colour. */
 function pictured(url, boxes) {
   const holder = make("div", { class: "pictured" }, make("img", { src: url, alt: boxes.length ? described(boxes) : "A part of a picture" }));
-  const drawing = document.createElementNS(SVG, "svg");
-  drawing.setAttribute("viewBox", "0 0 1000 1000");
-  drawing.setAttribute("preserveAspectRatio", "none");
-  drawing.setAttribute("aria-hidden", "true");
+  const drawing = draw("svg", { viewBox: "0 0 1000 1000", preserveAspectRatio: "none", "aria-hidden": "true" });
   holder.append(drawing);
   const labels = [...new Set(boxes.map((box) => box.label))];
   for (const { corners, label } of boxes) {
@@ -128,11 +125,7 @@ function pictured(url, boxes) {
     const colour = `box-${labels.indexOf(label) % BOX_COLOURS}`;
     // A white line below the coloured one: a box is seen on any ground.
     for (const look of ["halo", colour]) {
-      const rect = document.createElementNS(SVG, "rect");
-      for (const [name, value] of Object.entries({ x: x1, y: y1, width: x2 - x1, height: y2 - y1, class: look })) {
-        rect.setAttribute(name, value);
-      }
-      drawing.append(rect);
+      drawing.append(draw("rect", { x: x1, y: y1, width: x2 - x1, height: y2 - y1, class: look }));
     }
     if (label) {
       const tag = make("span", { class: colour }, label);
@@ -181,10 +174,4 @@ function told(usage, timings, finishReason) {
   if (timings?.time_to_first_token) parts.push(`first token after ${seconds(timings.time_to_first_token)}`);
   if (finishReason === "length") parts.push("cut off at the bound on tokens");
   return parts.join(" \u00b7 ");
-}
-
-function seconds(time) {
-  if (time >= 1) return `${time.toFixed(2)} s`;
-  const ms = time * 1000;
-  return `${ms < 10 ? ms.toFixed(1) : Math.round(ms)} ms`;
 }

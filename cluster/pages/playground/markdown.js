@@ -1,6 +1,6 @@
 // The Markdown that models write, as elements: paragraphs, headings, lists, code, bold, italics, links.
 
-import { make } from "./dom.js";
+import { make } from "../shared/dom.js";
 
 const INLINE = /(`+)([\s\S]+?)\1|\*\*(?=\S)([\s\S]+?)\*\*|\*(?=[^\s*])([^*\n]+)\*|\[([^\]\n]+)\]\((https?:\/\/[^\s)]+)\)/g;
 

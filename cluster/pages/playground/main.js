@@ -1,7 +1,7 @@
 // The page: who serves, what is said, and the form below.
 
-import { isReady, servedModel } from "./api.js";
-import { byId, make } from "./dom.js";
+import { isReady, servedModel } from "../shared/api.js";
+import { byId, make } from "../shared/dom.js";
 import { exchange } from "./exchange.js";
 import { listExamples } from "./examples.js";
 import { Attachments, part } from "./media.js";
