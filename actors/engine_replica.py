@@ -62,6 +62,8 @@ StartGroup = Callable[[EngineReplicaConfig, EngineRole, str], EngineGroup]
 """Starts the further ranks of an engine whose leader, this process, listens on the given address. Blocks."""
 MOVE_S = 2.0
 """For attempts that move to let go of their blocks, transfers included."""
+STEP_LIMIT_S = 120.0
+"""A step that takes longer hangs, as in a group."""
 SUCCESSOR_S = 20.0
 """Longest wait of the last engine of a role for another one to take it."""
 LAST_WORDS_S = 0.05
@@ -255,13 +257,13 @@ class EngineReplica:
     def deliver_blocks_changed(self, stored: tuple[bytes, ...], removed: tuple[bytes, ...]) -> None:
         self._links.deliver_blocks_changed(stored, removed)
 
-    def pass_milestone(self, key: SequenceKey, kind: MilestoneKind, busy_s: float, cached_tokens: int) -> None:
+    def pass_milestone(self, key: SequenceKey, kind: MilestoneKind, busy_s: float, token_count: int) -> None:
         if kind is MilestoneKind.RELEASED:
             self._puller.stop(key)
             self._attempts.pop(key, None)
             self._links.forget(key)
         else:
-            self._links.deliver_milestone(key, kind, busy_s, cached_tokens)
+            self._links.deliver_milestone(key, kind, busy_s, token_count)
 
     def admit(self, key: SequenceKey, cached_tokens: int) -> None:
         if (attempt := self._attempts.get(key)) is not None:
@@ -408,8 +410,9 @@ class EngineReplica:
             self._receiver.check_integrity()
 
     async def check_health(self) -> None:
-        """Serve replaces a replica whose check raises."""
+        """Serve replaces a replica whose check raises. One whose step hangs ends here: its links would live on."""
         self._registration.check()
+        self._engine.check_step(STEP_LIMIT_S)
 
     async def close(self) -> None:
         """Drains: no new attempts, running ones may finish until the drain timeout; then their routers move them. The
@@ -448,8 +451,8 @@ class _Sink:
     def on_prompt_logprobs(self, piece: PromptLogprobs) -> None:
         self._post(self._replica.deliver_prompt_logprobs, piece)
 
-    def on_milestone(self, key: SequenceKey, kind: MilestoneKind, busy_s: float, cached_tokens: int) -> None:
-        self._post(self._replica.pass_milestone, key, kind, busy_s, cached_tokens)
+    def on_milestone(self, key: SequenceKey, kind: MilestoneKind, busy_s: float, token_count: int) -> None:
+        self._post(self._replica.pass_milestone, key, kind, busy_s, token_count)
 
     def on_admitted(self, key: SequenceKey, cached_tokens: int) -> None:
         self._post(self._replica.admit, key, cached_tokens)

@@ -39,6 +39,8 @@ class GroupReport:
     """What the ranks of an engine did together. Counts and seconds since the start, but for the skews."""
 
     ranks: int
+    processes: tuple[int, ...]
+    """Their ids by rank, each on its own node."""
     steps: int
     """Plans that were run, those without tokens among them."""
     plan_s: float

@@ -87,6 +87,8 @@ class Engine:
         self._checks: set[Future[None]] = set()
         self._role_changes: set[Future[None]] = set()
         self._load = measure(self._scheduler)
+        self._step_began: float | None = None
+        """Of the step under way."""
         self._prefilling = BusyShare(clock=clock)
         # The step thread's own:
         self._reservations = Reservations(config.retry_after_s)
@@ -239,6 +241,13 @@ class Engine:
         with self._wake:
             return replace(self._load, prefill_busy=self._prefilling.share())
 
+    def check_step(self, limit_s: float) -> None:
+        """Ends the engine if the step under way takes longer: its thread hangs, and nothing can interrupt it."""
+        with self._wake:
+            hangs = self._step_began is not None and self._clock() - self._step_began > limit_s
+        if hangs:
+            self._lose(RuntimeError(f"step {self._load.step} did not end in {limit_s:g} s"))
+
     def check_integrity(self) -> None:
         """Checks all bookkeeping between two steps; waits for that. Raises AssertionError naming what is wrong."""
         with self._wake:
@@ -304,10 +313,12 @@ class Engine:
         if plan is not None:
             with self._wake:
                 self._load = measure(self._scheduler)
+                self._step_began = now
             self._step(plan)
         self._run_checks()
         with self._wake:
             self._load = measure(self._scheduler)
+            self._step_began = None
             if plan is None and not (self._commands or self._checks or self._stopping or self._lost):
                 wakeup = self._scheduler.next_wakeup()
                 self._wake.wait(None if wakeup is None else min(MAX_WAIT_S, max(0.0, wakeup - self._clock())))
@@ -448,10 +459,10 @@ class Engine:
                 sink.on_reservation_dropped(key)
             case ev.Ended(key, error):
                 sink.on_ended(key, error)
-            case ev.Milestone(key, kind, busy_s, cached_tokens):
+            case ev.Milestone(key, kind, busy_s, token_count):
                 if kind is MilestoneKind.RELEASED:
                     self._retire(key)
-                sink.on_milestone(key, kind, busy_s, cached_tokens)
+                sink.on_milestone(key, kind, busy_s, token_count)
 
     def _retire(self, key: SequenceKey) -> None:
         self._constraints.drop(key)

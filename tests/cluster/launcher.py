@@ -33,14 +33,19 @@ class LaunchedCluster:
     """A running ``ernie serve``, or several nodes. ``config`` holds fields of ClusterConfig; ports are free ones."""
 
     def __init__(
-        self, folder: Path, config: Mapping[str, Any], command: Sequence[str] = ("-m", "cluster.cli", "serve")
+        self,
+        folder: Path,
+        config: Mapping[str, Any],
+        command: Sequence[str] = ("-m", "cluster.cli", "serve"),
+        *,
+        log_dir: Path | None = None,
     ) -> None:
         http_port, grpc_port, metrics_port = free_ports(3)
         self.http_url = f"http://127.0.0.1:{http_port}"
         self.grpc_address = f"127.0.0.1:{grpc_port}"
         self.metrics_url = f"http://127.0.0.1:{metrics_port}/metrics"
         self.ports = (http_port, grpc_port, metrics_port)
-        self.log_dir = folder / "logs"
+        self.log_dir = log_dir or folder / "logs"
         self._output = folder / "output.txt"
         self._launch = secrets.token_hex(8)
         self._seen: dict[int, str] = {}

@@ -22,7 +22,7 @@ from tests.unit.engine.group.losses import assert_ranks_end_with_their_leader, l
 from tests.unit.engine.group.rank_group import HOST, PATIENT, Fault, RankGroup, RankLoader, small_model, start_rank
 from tests.unit.engine.harness import Rig
 
-SOON = GroupConfig(tick_s=0.2, silence_s=4.0, step_timeout_s=6.0)
+SOON = GroupConfig(tick_s=0.2, silence_s=60.0, serving_silence_s=4.0, step_timeout_s=6.0)
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_a_rank_that_cannot_load_is_named() -> None:
 
 def test_the_leaders_own_part_that_hangs_is_named_with_the_ranks_that_wait_for_it() -> None:
     """As in a collective: nobody returns, and the step thread cannot be interrupted."""
-    config = GroupConfig(tick_s=0.2, silence_s=4.0, step_timeout_s=3.0)
+    config = GroupConfig(tick_s=0.2, serving_silence_s=4.0, step_timeout_s=3.0)
     with RankGroup(2, RankLoader(fault=Fault(rank=1, kind="hang")).main, config) as group:
         rig = Rig(group=group.join)
         run = rig.runner.run
@@ -154,6 +154,6 @@ def test_a_rank_that_does_not_come_is_named() -> None:
 
 def test_times_of_a_group_that_cannot_work_are_refused() -> None:
     with pytest.raises(ValueError, match=r"GroupConfig.silence_s = 1.0 must be more than tick_s = 1.0"):
-        GroupConfig(silence_s=1.0)
+        GroupConfig(silence_s=1.0, serving_silence_s=1.0)
     with pytest.raises(ValueError, match=r"GroupConfig.step_timeout_s must be positive, got 0"):
         GroupConfig(step_timeout_s=0)
