@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import json
 import os
 import signal
 import time
@@ -33,6 +34,8 @@ CLUSTER: dict[str, Any] = {
     "router": {"max_active": 12},
     "max_model_len": 4096,
     "slo": {"ttft_s": 60.0, "tpot_s": 10.0},
+    "log_level": "INFO",
+    "log_format": "json",
 }
 PICTURE = png(150, 100, 1)
 QUESTION = "What is this?"
@@ -154,6 +157,15 @@ def test_prometheus_reads_every_metric_on_both_ports(cluster: LaunchedCluster, h
     assert up == dict.fromkeys(("preprocessor", "vision_encoder", "engine", "planner"), 1.0)
     engines = {engine["id"]: engine["role"] for engine in http.get("/status").json()["engines"]}
     assert {sample.labels["worker"]: sample.labels["role"] for sample in read["ernie_engine_role"]} == engines
+
+
+def test_a_line_of_logs_names_its_request(cluster: LaunchedCluster, http: httpx.Client) -> None:
+    reply = http.post("/v1/chat/completions", json=chat(tokens=4)).raise_for_status()
+    folder = cluster.session / "session_latest" / "logs" / "serve"
+    text = "".join(file.read_text() for file in folder.glob("replica_ernie_router_*"))
+    lines = [json.loads(line) for line in text.splitlines()]
+    (ended,) = [line for line in lines if "finished after" in line["message"] and reply.json()["id"] in str(line)]
+    assert ended["ernie_request"] in ended["message"] and ended["deployment"] == "router"
 
 
 async def test_the_openai_sdk_streams_and_raises(cluster: LaunchedCluster) -> None:
