@@ -120,23 +120,10 @@ class RouterParts:
         fleet.start()
         leases.start()
 
-        def tell(sheet: Sheet) -> None:
-            counts.add_to(sheet)
-            sheet.add("ernie_ready", router.missing is None)
-            sheet.add("ernie_requests_active", router.active_count)
-            sheet.add("ernie_requests_waiting_for_room", fleet.waiting_for_room)
-            sheet.add("ernie_retry_budget", budget.saved)
-            sheet.add("ernie_suspects", services.suspects.count)
-            sheet.add("ernie_leases", leases.count)
-
-        async def ask_planner() -> bytes:
-            page: bytes = await planner.metrics.remote()
-            return page
-
         async def renew() -> None:
             await planner.renew_router.remote(incarnation, latency.summary())
 
-        page = MetricsPage(lambda: fleet.snapshot, tell, ask_planner)
+        page = _metrics_page(router, services, counts, planner)
         return cls(router, services, page, latency, media, Registration(planner, incarnation, renew))
 
     async def audits(self) -> dict[str, Audit]:
@@ -155,6 +142,25 @@ class RouterParts:
         await self._leases.close()
         await self.fleet.close()
         await self._media.close()
+
+
+def _metrics_page(router: Router, services: Services, counts: RequestMetrics, planner: Any) -> MetricsPage:
+    fleet = services.fleet
+
+    def tell(sheet: Sheet) -> None:
+        counts.add_to(sheet)
+        sheet.add("ernie_ready", router.missing is None)
+        sheet.add("ernie_requests_active", router.active_count)
+        sheet.add("ernie_requests_waiting_for_room", fleet.waiting_for_room)
+        sheet.add("ernie_retry_budget", services.budget.saved)
+        sheet.add("ernie_suspects", services.suspects.count)
+        sheet.add("ernie_leases", services.leases.count)
+
+    async def ask_planner() -> bytes:
+        page: bytes = await planner.metrics.remote()
+        return page
+
+    return MetricsPage(lambda: fleet.snapshot, tell, ask_planner)
 
 
 async def _audit(address: str) -> Audit:
