@@ -70,6 +70,9 @@ class RouterPool(Pool):
     """Work done again because a part was lost, as a share of the requests admitted; more of it waits."""
     retry_burst: Count = 256
     """Of it, saved up at most."""
+    alone_tokens: Annotated[int, Field(ge=0)] = 512
+    """The most that an engine with the role decode computes of a prompt itself, if that is text and no other way is
+    shorter. 0: every prompt is computed where the role says so."""
 
     @field_validator("replicas")
     @classmethod

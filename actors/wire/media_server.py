@@ -25,6 +25,10 @@ from ernie_serving.internal.v1 import audit_pb2_grpc, media_pb2, media_pb2_grpc
 log = logging.getLogger(__name__)
 
 Store = UnitStore[Patches] | UnitStore[torch.Tensor]
+PENDING_S = 1.0
+"""A pull waits for a unit that is being made as long as this, and is then asked again: so a place that says nothing is
+told from one that has much to do."""
+
 Context = grpc.aio.ServicerContext[object, object]
 
 
@@ -163,6 +167,14 @@ class _MediaServicer(media_pb2_grpc.MediaServiceServicer):
         self, request: media_pb2.PullRequest, context: Context
     ) -> None:
         unit = self._store.get(request.key)
+        if unit is None and self._encoder is not None:
+            try:
+                async with asyncio.timeout(PENDING_S):
+                    await self._encoder.wait_for(request.key)
+            except TimeoutError:
+                await context.write(media_pb2.PullResponse(pending=True))
+                return
+            unit = self._store.get(request.key)
         if unit is None:
             await context.abort(grpc.StatusCode.NOT_FOUND, f"no unit {request.key.hex()}")
         self._store.renew([request.lease])

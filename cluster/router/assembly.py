@@ -21,12 +21,15 @@ from actors.processing.tool_calls import ToolCallParser
 from actors.types import PreprocessReply, SamplingParams
 from actors.wire.audit import Audit, fetch_audit, take_audit
 from actors.wire.media_client import MediaClient
+from actors.wire.renewal import Registration
 from cluster.config import ClusterConfig
 from cluster.generation import GenerateCall
 from cluster.hub import local_directory
 from cluster.metrics.sheet import Sheet
 from cluster.registry import places
+from cluster.router.encoders import EncoderBook
 from cluster.router.fleet import Fleet, call_planner
+from cluster.router.latency import LatencyWindow
 from cluster.router.leases import LeaseKeeper
 from cluster.router.metrics_page import MetricsPage
 from cluster.router.output import OutputAssembler
@@ -46,10 +49,20 @@ AUDIT_TIMEOUT_S = 2.0
 class RouterParts:
     """A router with the parts it runs on. ``close`` ends them all."""
 
-    def __init__(self, router: Router, services: Services, metrics: MetricsPage, media: MediaClient) -> None:
+    def __init__(
+        self,
+        router: Router,
+        services: Services,
+        metrics: MetricsPage,
+        latency: LatencyWindow,
+        media: MediaClient,
+        registration: Registration,
+    ) -> None:
         self.router = router
         self.fleet = services.fleet
         self.metrics = metrics
+        self.latency = latency
+        self._registration = registration
         self._leases = services.leases
         self._media = media
 
@@ -64,10 +77,11 @@ class RouterParts:
         budget = RetryBudget(share=config.router.retry_share, burst=config.router.retry_burst, clock=time.monotonic)
         directory = Path(await asyncio.to_thread(local_directory, config.model))
         tokenizer = await asyncio.to_thread(TextTokenizer.from_dir, directory)
-        text = ErnieConfig.from_dir(directory).text
+        model = ErnieConfig.from_dir(directory)
+        text = model.text
         score = TokenScorer(cache(tokenizer.token_bytes))
         context_limit = partial(fleet.context_limit, config.max_model_len or text.max_position_embeddings)
-        counts = RequestMetrics(config.slo)
+        counts, latency = RequestMetrics(config.slo), LatencyWindow(config.slo)
         services = Services(
             fleet=fleet,
             leases=leases,
@@ -80,12 +94,15 @@ class RouterParts:
                 timeout_s=config.preprocessor.timeout_s,
             ),
             encode=EncodeStage(media, leases),
+            encoders=EncoderBook(),
             budget=budget,
             suspects=Suspects(),
-            recorder=Recorders(counts),
+            recorder=Recorders(counts, latency),
             model_name=config.model_name,
             context_limit=context_limit,
             vocab_size=text.vocab_size,
+            im_patch_id=model.im_patch_id,
+            alone_tokens=config.router.alone_tokens,
             vocabulary=tokenizer,
             resolve_sampling=partial(_resolve, SamplingDefaults.from_dir(directory), context_limit, tokenizer),
             make_output=partial(_output, tokenizer, score, calls_lead(config.tool_call_parser)),
@@ -116,8 +133,11 @@ class RouterParts:
             page: bytes = await planner.metrics.remote()
             return page
 
+        async def renew() -> None:
+            await planner.renew_router.remote(incarnation, latency.summary())
+
         page = MetricsPage(lambda: fleet.snapshot, tell, ask_planner)
-        return cls(router, services, page, media)
+        return cls(router, services, page, latency, media, Registration(planner, incarnation, renew))
 
     async def audits(self) -> dict[str, Audit]:
         """What every part holds for requests, by name; a part that does not answer has that as its problem."""
@@ -130,6 +150,7 @@ class RouterParts:
         return {"router": own} | dict(zip(names, audits, strict=True))
 
     async def close(self) -> None:
+        await self._registration.end()
         await self.metrics.close()
         await self._leases.close()
         await self.fleet.close()

@@ -1,0 +1,89 @@
+// The row of figures at the top, each with its last minutes.
+
+import { byId, make, tell } from "../shared/dom.js";
+import { compact, many, percent, seconds } from "../shared/words.js";
+import { MINUTES, Series, Sparkline } from "./history.js";
+
+const NONE = "\u2013";
+
+/** A figure: its name, what it is now, a line of more, and a drawing. */
+class Tile {
+  constructor(name) {
+    this.value = make("b", {}, NONE);
+    this.more = make("span", { class: "more" });
+    this.spark = new Sparkline();
+    this.series = new Series();
+    this.below = new Series();
+    this.element = make("li", { class: "tile" }, make("h3", {}, name), this.value, this.more, this.spark.element);
+    this.element.hidden = true;
+    byId("tiles").append(this.element);
+  }
+
+  hide() {
+    this.element.hidden = true;
+    this.series.add(null);
+    this.below.add(null);
+  }
+
+  show(value, more, sample, { below = null, top } = {}) {
+    this.element.hidden = false;
+    tell(this.value, value);
+    tell(this.more, more);
+    this.series.add(sample);
+    this.below.add(below);
+    this.spark.show(this.series, this.below, top);
+  }
+}
+
+const LATENCIES = [
+  ["ttft_s", new Tile("Time to first token")],
+  ["tpot_s", new Tile("Time per output token")],
+  ["e2e_s", new Tile("Whole request")],
+];
+const requests = new Tile("Requests");
+const attained = new Tile("Within objectives");
+const kv = new Tile("KV cache");
+byId("tiles").prepend(requests.element);
+
+export function showFigures(status) {
+  byId("figures").hidden = false;
+  const { latency } = status;
+  const rate = latency ? `${(latency.count / latency.window_s).toFixed(1)} ended per second` : `in the last ${MINUTES} minutes`;
+  requests.show(compact(status.active_requests), rate, status.active_requests);
+  for (const [name, tile] of LATENCIES) {
+    if (!latency) tile.hide();
+    else if (!latency[name]) tile.show(NONE, `none in ${latency.window_s} s`, null);
+    else {
+      const { p50, p95, p99 } = latency[name];
+      tile.show(seconds(p50), `p95 ${seconds(p95)} \u00b7 p99 ${seconds(p99)}`, p95, { below: p50 });
+    }
+  }
+  showObjectives(latency?.slo);
+  showCache(status.engines);
+}
+
+/** Where none are set there is nothing to meet. */
+function showObjectives(slo) {
+  const bounds = [
+    [slo?.ttft_s, "TTFT"],
+    [slo?.tpot_s, "TPOT"],
+  ].filter(([bound]) => bound != null);
+  if (bounds.length === 0) {
+    attained.hide();
+    return;
+  }
+  const words = bounds.map(([bound, of]) => `${of} ${bound} s`).join(" \u00b7 ");
+  attained.show(slo.met === null ? NONE : percent(slo.met, 1), words, slo.met, { top: 1 });
+}
+
+function showCache(engines) {
+  const loads = engines.map(({ load }) => load).filter(Boolean);
+  const tokens = (field) => loads.reduce((sum, load) => sum + load[field] * load.block_size, 0);
+  const total = tokens("total_blocks");
+  if (total === 0) {
+    kv.hide();
+    return;
+  }
+  const used = total - tokens("free_blocks");
+  kv.show(percent(used / total), `${compact(used)} of ${many(total, "token")}`, used / total, { top: 1 });
+}
