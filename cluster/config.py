@@ -314,6 +314,9 @@ class ClusterConfig(Section):
     worker_host: Annotated[str, Field(min_length=1)] | None = None
     """Address on which workers listen for each other. Unset: their node's; ``ernie serve`` then uses loopback."""
     log_level: LogLevel = "WARNING"
+    otlp_endpoint: Annotated[str, Field(pattern=r"^https?://[^/\s]+$")] | None = None
+    """``http://host:4317`` or, with TLS, ``https://...``: where requests are told as OpenTelemetry spans, by OTLP over
+    gRPC. Needs the extra ``traces``."""
     log_format: LogFormat = "text"
     """``json``: a line of logs is an object."""
 
