@@ -257,13 +257,13 @@ class EngineReplica:
     def deliver_blocks_changed(self, stored: tuple[bytes, ...], removed: tuple[bytes, ...]) -> None:
         self._links.deliver_blocks_changed(stored, removed)
 
-    def pass_milestone(self, key: SequenceKey, kind: MilestoneKind, busy_s: float, cached_tokens: int) -> None:
+    def pass_milestone(self, key: SequenceKey, kind: MilestoneKind, busy_s: float, token_count: int) -> None:
         if kind is MilestoneKind.RELEASED:
             self._puller.stop(key)
             self._attempts.pop(key, None)
             self._links.forget(key)
         else:
-            self._links.deliver_milestone(key, kind, busy_s, cached_tokens)
+            self._links.deliver_milestone(key, kind, busy_s, token_count)
 
     def admit(self, key: SequenceKey, cached_tokens: int) -> None:
         if (attempt := self._attempts.get(key)) is not None:
@@ -451,8 +451,8 @@ class _Sink:
     def on_prompt_logprobs(self, piece: PromptLogprobs) -> None:
         self._post(self._replica.deliver_prompt_logprobs, piece)
 
-    def on_milestone(self, key: SequenceKey, kind: MilestoneKind, busy_s: float, cached_tokens: int) -> None:
-        self._post(self._replica.pass_milestone, key, kind, busy_s, cached_tokens)
+    def on_milestone(self, key: SequenceKey, kind: MilestoneKind, busy_s: float, token_count: int) -> None:
+        self._post(self._replica.pass_milestone, key, kind, busy_s, token_count)
 
     def on_admitted(self, key: SequenceKey, cached_tokens: int) -> None:
         self._post(self._replica.admit, key, cached_tokens)

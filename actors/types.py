@@ -423,6 +423,8 @@ class MilestoneKind(enum.StrEnum):
     """Its first chunk enters a step."""
     TRANSFERRED = "transferred"
     """Its KV arrived whole; told by the transfer, not by the engine."""
+    MEDIA_AWAITED = "media_awaited"
+    """All of its prompt is computed up to a unit whose embedding is not here; once for each such unit."""
     RELEASED = "released"
     """Nothing of it is held any more; stays inside its replica."""
 

@@ -162,6 +162,10 @@ class VisionEncoder:
                 for ticket in tickets:
                     self._queue.leave(ticket)
 
+    async def wait_for(self, key: bytes) -> None:
+        """Returns when no embedding of that key is being made any more, or none was."""
+        await self._queue.wait_for(key)
+
     async def _reserve(self, lease: Lease, units: dict[bytes, MediaUnit]) -> Reservation:
         """Bytes for every embedding that is neither here nor on its way; for all of them if that has to wait.
 

@@ -64,7 +64,7 @@ class StepLog(EngineSink):
         for unit, embedding in enumerate(self.embeddings.pop(key, [])):
             self.engine.supply_embedding(key, 0, unit, embedding)
 
-    def on_milestone(self, key: SequenceKey, kind: MilestoneKind, busy_s: float, cached_tokens: int) -> None:
+    def on_milestone(self, key: SequenceKey, kind: MilestoneKind, busy_s: float, token_count: int) -> None:
         if kind is MilestoneKind.RELEASED:
             with self.changed:
                 self.released += 1

@@ -61,6 +61,7 @@ DEPLOY_FILE_PLACES = {
     "http_port": "http_options.port",
     "grpc_port": "grpc_options.port",
     "log_level": "logging_config.log_level",
+    "log_format": "logging_config.encoding",
 }
 """Fields only ``ernie serve`` reads, and where a file for ``serve deploy`` says the same."""
 

@@ -18,7 +18,7 @@ from cluster.pressure import WORKING, Lateness, lateness, mean, measure, working
 from cluster.registry import EncoderEntry, EngineEntry, PreprocessorEntry, Snapshot
 
 MOST_GROWTH = 2.0
-"""A pool grows by this factor at once."""
+"""Those that do a kind of work become more by this factor at once."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,8 +104,8 @@ def decide(seen: Seen, bounds: Autoscaling, memory: Memory, now: float) -> tuple
         settled_at=settled_at,
     )
     if _lasted(memory.short_since, bounds.upscale_delay_s, now):
-        grown = math.ceil(memory.target * min(short.pressure, MOST_GROWTH))
-        target = min(bounds.max_replicas, max(memory.target + 1, grown))
+        more = math.ceil(short.count * (min(short.pressure, MOST_GROWTH) - 1.0))
+        target = min(bounds.max_replicas, memory.target + max(1, more))
         role = short.roles[0] if short.roles else None
         why = f"{short.name} at {short.pressure:.2f} of what is well"
     elif spare is not None and _lasted(memory.spare_since, bounds.downscale_delay_s, now):

@@ -273,6 +273,24 @@ def status(
     raise typer.Exit(0 if found["ready"] else 1)
 
 
+@app.command()
+def explain(
+    request: Annotated[str, typer.Argument(help="Id of the request, as replies name it, or its own request_id.")],
+    url: Annotated[str, typer.Option(help="Base URL of the HTTP API.")] = "http://127.0.0.1:8000",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the JSON of GET /requests/ID/explain.")] = False,
+) -> None:
+    """Tells what became of a request and why: places picked and passed over, waits, losses, where the time went."""
+    import json
+
+    from cluster.cli_explain import explanation_lines, fetch_explanation
+
+    try:
+        told = fetch_explanation(url.rstrip("/"), request)
+    except (OSError, ValueError) as error:
+        _fail(str(error))
+    typer.echo(json.dumps(told, indent=2) if as_json else "\n".join(explanation_lines(told)))
+
+
 app.command()(bench)
 
 

@@ -31,6 +31,7 @@ Compat = Literal["original", "transformers"]
 DType = Literal["auto", "bfloat16", "float32", "float64"]
 Placement = Literal["pack", "strict_pack", "spread", "strict_spread"]
 LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR"]
+LogFormat = Literal["text", "json"]
 
 
 LOOPBACK = "127.0.0.1"
@@ -70,6 +71,9 @@ class RouterPool(Pool):
     """Work done again because a part was lost, as a share of the requests admitted; more of it waits."""
     retry_burst: Count = 256
     """Of it, saved up at most."""
+    alone_tokens: Annotated[int, Field(ge=0)] = 512
+    """The most that an engine with the role decode computes of a prompt itself, if that is text and no other way is
+    shorter. 0: every prompt is computed where the role says so."""
 
     @field_validator("replicas")
     @classmethod
@@ -310,6 +314,8 @@ class ClusterConfig(Section):
     worker_host: Annotated[str, Field(min_length=1)] | None = None
     """Address on which workers listen for each other. Unset: their node's; ``ernie serve`` then uses loopback."""
     log_level: LogLevel = "WARNING"
+    log_format: LogFormat = "text"
+    """``json``: a line of logs is an object."""
 
     @field_validator("engines")
     @classmethod

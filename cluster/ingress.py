@@ -14,9 +14,11 @@ from actors.types import EngineRole
 from actors.wire.media_server import node_address
 from cluster.admin_api import role_route
 from cluster.config import ClusterConfig
+from cluster.explain_api import explain_route
 from cluster.generation import GenerationService
 from cluster.grpc_service import InferenceServicer
 from cluster.http_api import build_api
+from cluster.logs import log_as_serve_does
 from cluster.metrics_api import MetricsPort, metrics_route
 from cluster.openapi import Route
 from cluster.router.assembly import RouterParts
@@ -35,7 +37,10 @@ class Ingress(InferenceServicer):
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, config: ClusterConfig, planner: Any, preprocessor: Any, *pools: Any
     ) -> None:
-        self._parts = await RouterParts.start(config, planner, preprocessor)
+        log_as_serve_does()
+        # `options` makes the handle ask Serve's controller for its replicas. Else the first request would, and
+        # would wait for a head that is away.
+        self._parts = await RouterParts.start(config, planner, preprocessor.options())
         self._model = config.model_name
         self._admin = config.admin
         self._slo = config.slo
@@ -61,8 +66,12 @@ class Ingress(InferenceServicer):
             reply=dict[str, object],
             parameters=tuple({"name": name, "in": "query", "schema": {"type": "boolean"}} for name in options),
         )
-        metrics = metrics_route(lambda: self._parts.metrics.text())
-        return build_api(lambda: self.router, (route, role_route(self._admin, self._order_role), metrics))
+        more = (
+            role_route(self._admin, self._order_role),
+            metrics_route(lambda: self._parts.metrics.text()),
+            explain_route(lambda name: self.router.explain(name)),
+        )
+        return build_api(lambda: self.router, (route, *more))
 
     async def status(self, *, audit: bool = False, requests: bool = False) -> dict[str, Any]:
         """What ``ernie status`` shows; with ``audit`` also what every part holds for requests, with ``requests`` where

@@ -20,12 +20,14 @@ from actors.types import EngineRole
 from actors.vision_encoder import VisionEncoder
 from actors.wire.audit import Audit
 from actors.wire.renewal import renew_for_ever
-from cluster.config import ClusterConfig, EnginePool, Roles
+from cluster.config import ClusterConfig, EnginePool, Roles, RouterPool
 from cluster.metrics.workers import encoder_sheet, engine_sheet, preprocessor_sheet
 from cluster.planner import Planner
 from cluster.router.assembly import RouterParts
 
 HOST = "127.0.0.1"
+ALWAYS_PAIRS: Mapping[str, Any] = {"router": RouterPool(alone_tokens=0)}
+"""For ``described``: texts go through prefill engines however short they are."""
 
 
 class Handle:
@@ -207,6 +209,8 @@ async def in_process_cluster(
         cluster.pool = Handle(*cluster.preprocessors)
         cluster.parts = await RouterParts.start(config, handle, cluster.pool)
         stack.push_async_callback(cluster.parts.close)
+        # All are to end: none waits for another one to take its role.
+        stack.callback(lambda: planner._leaving.update(replica._incarnation for replica in cluster.engines))
         async with asyncio.timeout(10):
             while await cluster.parts.router.not_ready() is not None or len(cluster.parts.fleet.engines()) < len(roles):
                 await asyncio.sleep(0.01)

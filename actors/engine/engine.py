@@ -459,10 +459,10 @@ class Engine:
                 sink.on_reservation_dropped(key)
             case ev.Ended(key, error):
                 sink.on_ended(key, error)
-            case ev.Milestone(key, kind, busy_s, cached_tokens):
+            case ev.Milestone(key, kind, busy_s, token_count):
                 if kind is MilestoneKind.RELEASED:
                     self._retire(key)
-                sink.on_milestone(key, kind, busy_s, cached_tokens)
+                sink.on_milestone(key, kind, busy_s, token_count)
 
     def _retire(self, key: SequenceKey) -> None:
         self._constraints.drop(key)

@@ -121,8 +121,8 @@ class Milestone:
     key: SequenceKey
     kind: MilestoneKind
     busy_s: float
-    cached_tokens: int = 0
-    """With PREFILL_STARTED: leading prompt tokens found in the prefix cache."""
+    token_count: int = 0
+    """With PREFILL_STARTED: leading prompt tokens found in the prefix cache. With MEDIA_AWAITED: those computed."""
 
 
 Event = (
@@ -153,7 +153,7 @@ class EngineSink(Protocol):
     def on_prompt_logprobs(self, piece: PromptLogprobs) -> None:
         """Of prompt tokens computed in one step. Pieces come in order and before token 0."""
 
-    def on_milestone(self, key: SequenceKey, kind: MilestoneKind, busy_s: float, cached_tokens: int) -> None:
+    def on_milestone(self, key: SequenceKey, kind: MilestoneKind, busy_s: float, token_count: int) -> None:
         """See ``Milestone``. RELEASED comes last for every submitted key, once: nothing of it is held any more."""
 
     def on_admitted(self, key: SequenceKey, cached_tokens: int) -> None:

@@ -24,7 +24,7 @@ from actors.types import (
 from actors.wire.status import KINDS
 from ernie_serving.internal.v1 import common_pb2, engine_link_pb2
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 """First field of every hello between our own parts; a mismatch is refused."""
 
 ROLES = {
@@ -41,6 +41,7 @@ MODES = {
 MILESTONES = {
     MilestoneKind.PREFILL_STARTED: engine_link_pb2.MILESTONE_KIND_PREFILL_STARTED,
     MilestoneKind.TRANSFERRED: engine_link_pb2.MILESTONE_KIND_TRANSFERRED,
+    MilestoneKind.MEDIA_AWAITED: engine_link_pb2.MILESTONE_KIND_MEDIA_AWAITED,
 }
 _FINISH = {
     None: engine_link_pb2.FINISH_REASON_UNSPECIFIED,

@@ -66,6 +66,7 @@ class _Job:
         self.window_bytes = 0
         self.patches: Patches | None = None
         self.started = False
+        self.gone = asyncio.Event()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -132,6 +133,11 @@ class EncodeQueue:
     @property
     def window_bytes_used(self) -> int:
         return self._window.used
+
+    async def wait_for(self, key: bytes) -> None:
+        """Returns when the unit is not on its way any more, made or not."""
+        while (job := self._jobs.get(key)) is not None:
+            await job.gone.wait()
 
     def __contains__(self, key: object) -> bool:
         return key in self._jobs
@@ -273,6 +279,7 @@ class EncodeQueue:
         if self._jobs.get(job.key) is not job:
             return
         del self._jobs[job.key]
+        job.gone.set()
         if job in self._ready:
             self._ready.remove(job)
         if job.fetch is not None and job.fetch is not asyncio.current_task():

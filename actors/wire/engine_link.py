@@ -90,14 +90,14 @@ class EngineLinkServicer(engine_link_pb2_grpc.EngineLinkServiceServicer):
         if session is not None:
             session.tell_end(key, error)
 
-    def deliver_milestone(self, key: SequenceKey, kind: MilestoneKind, busy_s: float, cached_tokens: int = 0) -> None:
+    def deliver_milestone(self, key: SequenceKey, kind: MilestoneKind, busy_s: float, token_count: int = 0) -> None:
         session = self._sessions.get(key)
         if session is not None:
             milestone = engine_link_pb2.Milestone(
                 key=convert.key_to_proto(key),
                 kind=convert.MILESTONES[kind],
                 busy_seconds=busy_s,
-                cached_token_count=cached_tokens,
+                token_count=token_count,
             )
             session.outbox.put_nowait(engine_link_pb2.LinkResponse(milestone=milestone))
 

@@ -200,7 +200,13 @@ class ReceivingLane:
         except TransportError as error:
             self._generation = 0
             if not (exchange.sent.done() and exchange.sent.result() is None):
-                log.warning("generation %d from engine %s failed: %s", exchange.generation, self._peer, error)
+                log.warning(
+                    "generation %d from engine %s failed under %s: %s",
+                    exchange.generation,
+                    self._peer,
+                    exchange.key,
+                    error,
+                )
                 self._nack(offer, exchange.generation, BROKEN)
             return None
 

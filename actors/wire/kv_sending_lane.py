@@ -190,7 +190,9 @@ class SendingLane:
         try:
             sent = await asyncio.wrap_future(chunk.work.future)
         except TransportError as error:
-            log.warning("generation %d to engine %s failed: %s", chunk.generation, self._peer, error)
+            log.warning(
+                "generation %d to engine %s failed under %s: %s", chunk.generation, self._peer, computed.key, error
+            )
             self._say_failed(chunk)
             self._broke(chunk)
             return None

@@ -140,7 +140,8 @@ class SendingPair:
 
     def _end(self, error: ServingError) -> None:
         if self._entries:
-            log.warning("pair with engine %s lost: %s", self.incarnation, error.message)
+            keys = ", ".join(map(str, self._entries))
+            log.warning("pair with engine %s lost under %s: %s", self.incarnation, keys, error.message)
         for entry in list(self._entries.values()):
             self._fail(entry, error, tell_peer=False)
         self._left(self)

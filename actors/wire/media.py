@@ -51,6 +51,9 @@ class UnitEncoder(Protocol):
     async def encode(self, call: EncodeCall, answer: AnswerUnit) -> None:
         """Answers once per distinct unit, as each is ready. Raises ServingError; cancelling drops what waits."""
 
+    async def wait_for(self, key: bytes) -> None:
+        """Returns when no embedding of that key is being made any more, or none was."""
+
 
 def units_of(media: Iterable[PromptMedia]) -> tuple[MediaUnit, ...]:
     """The units of a prompt's media in prompt order."""

@@ -63,12 +63,18 @@ class MediaClient:
     async def pull(
         self, address: str, key: bytes, lease: str, *, max_bytes: int = MAX_UNIT_BYTES
     ) -> Patches | torch.Tensor:
-        """Copies a unit here: uint8 patches as an array, embeddings as a CPU tensor.
+        """Copies a unit here: uint8 patches as an array, embeddings as a CPU tensor. Waits for one that is being made.
 
         Raises:
             MediaMiss: it is not there, the place is gone or too slow, or what came is not what was announced.
             ServingError: the place failed.
         """
+        while (unit := await self._pull_once(address, key, lease, max_bytes)) is None:
+            pass
+        return unit
+
+    async def _pull_once(self, address: str, key: bytes, lease: str, max_bytes: int) -> Patches | torch.Tensor | None:
+        """None for a unit that is still being made."""
         try:
             async with self._peer(address) as peer:
                 call = peer.stub.Pull(media_pb2.PullRequest(key=key, lease=lease), timeout=self._pull_timeout_s)
@@ -205,8 +211,8 @@ class MediaClient:
 
 async def _assemble(
     call: grpc.aio.UnaryStreamCall[media_pb2.PullRequest, media_pb2.PullResponse], max_bytes: int, silent_s: float
-) -> Patches | torch.Tensor:
-    """Raises TimeoutError after ``silent_s`` without a message."""
+) -> Patches | torch.Tensor | None:
+    """None for a unit that is still being made. Raises TimeoutError after ``silent_s`` without a message."""
     assembler: TensorAssembler | None = None
     responses = aiter(call)
     while True:
@@ -214,6 +220,8 @@ async def _assemble(
             response = await anext(responses, None)
         if response is None:
             break
+        if response.pending:
+            return None
         if assembler is None:
             assembler = TensorAssembler(response.header, max_bytes)
         assembler.add(response.data)

@@ -13,6 +13,7 @@ import grpc.aio
 import torch
 
 from actors.errors import InternalError, ServingError
+from actors.log_context import about
 from actors.wire import convert
 from actors.wire.audit import Audit, AuditServicer, take_audit
 from actors.wire.channels import bind, make_server
@@ -25,6 +26,10 @@ from ernie_serving.internal.v1 import audit_pb2_grpc, media_pb2, media_pb2_grpc
 log = logging.getLogger(__name__)
 
 Store = UnitStore[Patches] | UnitStore[torch.Tensor]
+PENDING_S = 1.0
+"""A pull waits for a unit that is being made as long as this, and is then asked again: so a place that says nothing is
+told from one that has much to do."""
+
 Context = grpc.aio.ServicerContext[object, object]
 
 
@@ -152,7 +157,8 @@ class _MediaServicer(media_pb2_grpc.MediaServiceServicer):
             )
 
         try:
-            await self._encoder.encode(call, answer)
+            with about(call.lease):
+                await self._encoder.encode(call, answer)
         except ServingError as error:
             await abort(context, error)
         except Exception:
@@ -163,6 +169,14 @@ class _MediaServicer(media_pb2_grpc.MediaServiceServicer):
         self, request: media_pb2.PullRequest, context: Context
     ) -> None:
         unit = self._store.get(request.key)
+        if unit is None and self._encoder is not None:
+            try:
+                async with asyncio.timeout(PENDING_S):
+                    await self._encoder.wait_for(request.key)
+            except TimeoutError:
+                await context.write(media_pb2.PullResponse(pending=True))
+                return
+            unit = self._store.get(request.key)
         if unit is None:
             await context.abort(grpc.StatusCode.NOT_FOUND, f"no unit {request.key.hex()}")
         self._store.renew([request.lease])

@@ -27,6 +27,7 @@ from cluster.generation import GenerateCall
 from cluster.hub import local_directory
 from cluster.metrics.sheet import Sheet
 from cluster.registry import places
+from cluster.router.encoders import EncoderBook
 from cluster.router.fleet import Fleet, call_planner
 from cluster.router.latency import LatencyWindow
 from cluster.router.leases import LeaseKeeper
@@ -76,7 +77,8 @@ class RouterParts:
         budget = RetryBudget(share=config.router.retry_share, burst=config.router.retry_burst, clock=time.monotonic)
         directory = Path(await asyncio.to_thread(local_directory, config.model))
         tokenizer = await asyncio.to_thread(TextTokenizer.from_dir, directory)
-        text = ErnieConfig.from_dir(directory).text
+        model = ErnieConfig.from_dir(directory)
+        text = model.text
         score = TokenScorer(cache(tokenizer.token_bytes))
         context_limit = partial(fleet.context_limit, config.max_model_len or text.max_position_embeddings)
         counts, latency = RequestMetrics(config.slo), LatencyWindow(config.slo)
@@ -92,12 +94,15 @@ class RouterParts:
                 timeout_s=config.preprocessor.timeout_s,
             ),
             encode=EncodeStage(media, leases),
+            encoders=EncoderBook(),
             budget=budget,
             suspects=Suspects(),
             recorder=Recorders(counts, latency),
             model_name=config.model_name,
             context_limit=context_limit,
             vocab_size=text.vocab_size,
+            im_patch_id=model.im_patch_id,
+            alone_tokens=config.router.alone_tokens,
             vocabulary=tokenizer,
             resolve_sampling=partial(_resolve, SamplingDefaults.from_dir(directory), context_limit, tokenizer),
             make_output=partial(_output, tokenizer, score, calls_lead(config.tool_call_parser)),
@@ -115,22 +120,10 @@ class RouterParts:
         fleet.start()
         leases.start()
 
-        def tell(sheet: Sheet) -> None:
-            counts.add_to(sheet)
-            sheet.add("ernie_requests_active", router.active_count)
-            sheet.add("ernie_requests_waiting_for_room", fleet.waiting_for_room)
-            sheet.add("ernie_retry_budget", budget.saved)
-            sheet.add("ernie_suspects", services.suspects.count)
-            sheet.add("ernie_leases", leases.count)
-
-        async def ask_planner() -> bytes:
-            page: bytes = await planner.metrics.remote()
-            return page
-
         async def renew() -> None:
             await planner.renew_router.remote(incarnation, latency.summary())
 
-        page = MetricsPage(lambda: fleet.snapshot, tell, ask_planner)
+        page = _metrics_page(router, services, counts, planner)
         return cls(router, services, page, latency, media, Registration(planner, incarnation, renew))
 
     async def audits(self) -> dict[str, Audit]:
@@ -149,6 +142,25 @@ class RouterParts:
         await self._leases.close()
         await self.fleet.close()
         await self._media.close()
+
+
+def _metrics_page(router: Router, services: Services, counts: RequestMetrics, planner: Any) -> MetricsPage:
+    fleet = services.fleet
+
+    def tell(sheet: Sheet) -> None:
+        counts.add_to(sheet)
+        sheet.add("ernie_ready", router.missing is None)
+        sheet.add("ernie_requests_active", router.active_count)
+        sheet.add("ernie_requests_waiting_for_room", fleet.waiting_for_room)
+        sheet.add("ernie_retry_budget", services.budget.saved)
+        sheet.add("ernie_suspects", services.suspects.count)
+        sheet.add("ernie_leases", services.leases.count)
+
+    async def ask_planner() -> bytes:
+        page: bytes = await planner.metrics.remote()
+        return page
+
+    return MetricsPage(lambda: fleet.snapshot, tell, ask_planner)
 
 
 async def _audit(address: str) -> Audit:

@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from actors.reports import EngineInfo
-from cluster.policy import EngineView, admissible, pick_route
+from cluster.policy.views import EngineView, admissible
 from cluster.registry import EncoderEntry, Snapshot
+from cluster.roles import can_answer
 from cluster.router.link import EngineLink
 
 log = logging.getLogger(__name__)
@@ -104,7 +105,21 @@ class Fleet:
     @property
     def has_path(self) -> bool:
         """Some engines could answer a request together, if those that are only suspect speak again."""
-        return pick_route([view for _, view in self._listed()], 1) is not None
+        return can_answer(view.info for _, view in self._listed())
+
+    def set_aside(self) -> dict[str, str]:
+        """Why engines of the registry get nothing new now, by their ids."""
+        found = {}
+        for entry in self._snapshot.engines:
+            link = self._links.get(entry.info.incarnation)
+            if not entry.ready:
+                found[entry.info.engine_id] = "it is not ready"
+            elif link is None or not link.usable:
+                found[entry.info.engine_id] = "no link to it"
+            elif not link.takes_new:
+                silent = f"silent for {link.silent_s:.1f} s"
+                found[entry.info.engine_id] = "it leaves" if link.load is not None and link.load.draining else silent
+        return found
 
     def _listed(self) -> Iterator[tuple[EngineLink, EngineView]]:
         ready = self._ready()
@@ -134,7 +149,7 @@ class Fleet:
             self._path_waiters -= 1
 
     def _takes_new(self) -> bool:
-        return pick_route(self.engines(), 1) is not None
+        return can_answer(view.info for view in self.engines())
 
     @property
     def waiting_for_room(self) -> int:
@@ -167,8 +182,8 @@ class Fleet:
             self._path_came = asyncio.Event()
         waiting = [waiter for waiter in self._waiting if not waiter.future.done()]
         view = EngineView(info=link.info, load=load)
-        for waiter in waiting[: admissible(view, [waiter.token_count for waiter in waiting])]:
-            waiter.future.set_result(None)
+        for place in admissible(view, [waiter.token_count for waiter in waiting]):
+            waiting[place].future.set_result(None)
 
     async def _follow_planner(self) -> None:
         while True:

@@ -50,8 +50,8 @@ class Milestone:
     key: SequenceKey
     kind: MilestoneKind
     busy_s: float
-    cached_tokens: int = 0
-    """With PREFILL_STARTED: leading tokens found in the prefix cache."""
+    token_count: int = 0
+    """With PREFILL_STARTED: leading tokens found in the prefix cache. With MEDIA_AWAITED: those computed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -320,7 +320,7 @@ class EngineLink:
                 key = convert.key_from_proto(response.milestone.key)
                 kind = convert.MILESTONE_OF[response.milestone.kind]
                 milestone = response.milestone
-                self._deliver(key, Milestone(key, kind, milestone.busy_seconds, milestone.cached_token_count))
+                self._deliver(key, Milestone(key, kind, milestone.busy_seconds, milestone.token_count))
             case "prompt_logprobs":
                 piece = convert.prompt_logprobs_from_proto(response.prompt_logprobs)
                 self._deliver(piece.key, piece)

@@ -23,6 +23,7 @@ from cluster.router.prompt import Prompt, PromptKeeper
 from cluster.router.records import Outcome, RequestRecord
 from cluster.router.scores import PromptScores
 from cluster.router.services import Services
+from cluster.router.story import Story, What
 from cluster.router.timeline import Progress, Timeline
 
 log = logging.getLogger(__name__)
@@ -59,6 +60,8 @@ class RequestRun:
         self._timeout_s = timeout_s
         self._services = services
         self._arrival_s = services.wall_clock()
+        self.story = Story(request_id, call.request_id, self.timeline, self._arrival_s)
+        self.story.note(What.ADMITTED, choices=call.n, timeout_s=timeout_s, priority=call.priority)
         self._keeper = PromptKeeper(
             request_id,
             call,
@@ -66,6 +69,7 @@ class RequestRun:
             services=services,
             timeline=self.timeline,
             progress=self._progress,
+            story=self.story,
         )
         self._state: RequestState | None = None
         self._choices: list[ChoiceRun] = []
@@ -83,6 +87,9 @@ class RequestRun:
     def _tell_of_cancellation(self, task: asyncio.Task[None]) -> None:
         """A task that is cancelled before its first step runs nothing of ``_run``."""
         if task.cancelled():
+            if self.timeline.stage is not Stage.FINISHED:
+                self.story.note(What.CANCELLED, by=self._canceller)
+                self.timeline.finish()
             self.events.put_nowait(RequestCancelled("the request was cancelled"))
 
     def whereabouts(self) -> Whereabouts:
@@ -99,6 +106,10 @@ class RequestRun:
             prefill=None if route is None else route.prefill.address,
             decode=None if route is None else (route.decode or route.prefill).address,
         )
+
+    @property
+    def _canceller(self) -> str:
+        return "name" if self._cancelled_by_name else "its client, who left"
 
     def cancel_by_name(self) -> None:
         """Ends the request from another connection: its own client sees that it was cancelled."""
@@ -120,6 +131,7 @@ class RequestRun:
                 error.field = "tools"
             self._fail(error)
         except asyncio.CancelledError:
+            self.story.note(What.CANCELLED, by=self._canceller)
             if not self._cancelled_by_name:
                 raise
             if self._state is None:
@@ -133,10 +145,11 @@ class RequestRun:
             self._fail(InternalError(f"internal error; request {self.request_id}"))
         finally:
             self.timeline.finish()
-            self._keeper.close()
+            await self._keeper.close()
 
     def _fail(self, error: ServingError) -> None:
         self._outcome, self._reason = Outcome.ERROR, error.reason
+        self.story.note(What.FAILED, reason=error.reason, message=error.message)
         self.events.put_nowait(error)
 
     async def _work(self) -> None:
@@ -178,12 +191,14 @@ class RequestRun:
             timeline=self.timeline,
             progress=self._progress,
             keeper=self._keeper,
+            story=self.story,
+            alone_tokens=self._services.alone_tokens if max(prompt_ids) < self._services.im_patch_id else 0,
             request=EngineRequest(
                 prompt_ids=prompt_ids,
                 media=prompt.spans,
                 sampling=replace(sampling, prompt_logprobs=None),
                 seed=self._seed,
-                salt=b"" if call.cache_salt is None else call.cache_salt.encode(),
+                salt=call.salt,
                 arrival_s=self._arrival_s,
                 deadline_s=self._arrival_s + self._timeout_s,
                 # Callers put the urgent first by lower numbers, engines by higher ones.
@@ -194,7 +209,9 @@ class RequestRun:
 
     def _finish(self) -> None:
         timings = self.timeline.finish()
-        self.events.put_nowait(Finished(usage=self._usage(), timings=timings if self._call.return_timings else None))
+        usage = self._usage()
+        self.story.note(What.FINISHED, output_tokens=usage.output_tokens)
+        self.events.put_nowait(Finished(usage=usage, timings=timings if self._call.return_timings else None))
 
     def _usage(self) -> Usage:
         """So far."""

@@ -8,6 +8,7 @@ import secrets
 import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable
+from typing import Any
 
 from actors.errors import (
     AlreadyExists,
@@ -19,20 +20,18 @@ from actors.errors import (
     ServingError,
     Unavailable,
 )
+from actors.log_context import about
 from actors.types import PreprocessReply, PreprocessRequest
 from cluster.config import PREPROCESSORS
 from cluster.generation import Event, Finished, GenerateCall, ModelCard, PromptTokens, Vocabulary
-from cluster.policy import pick_encoder
 from cluster.registry import LoadingEntry
 from cluster.router.prompt import preprocess_request
 from cluster.router.request import RequestRun, Whereabouts
 from cluster.router.services import Services
 from cluster.router.stages import StageLost
+from cluster.router.story import MOST_ENDED, REMEMBER_S, Stories
 
 log = logging.getLogger(__name__)
-
-REMEMBER_S = 600.0
-"""Ended requests are known by name for so long."""
 
 _SEED_SPACE = 1 << 64
 
@@ -61,6 +60,7 @@ class Router:
         self._active: dict[str, RequestRun] = {}
         self._aliases: dict[str, str] = {}
         self._ended: OrderedDict[str, float] = OrderedDict()
+        self._stories = Stories()
         self._draining = False
         self._idle = asyncio.Event()
         self._idle.set()
@@ -108,8 +108,9 @@ class Router:
         if call.request_id is not None:
             self._aliases[call.request_id] = request_id
         self._services.recorder.admitted(request_id)
-        task = run.start()
-        task.add_done_callback(lambda _: self._end(request_id, call.request_id))
+        with about(request_id):
+            task = run.start()
+            task.add_done_callback(lambda _: self._end(request_id, call.request_id))
         return run, task
 
     def _check_admissible(self, call: GenerateCall) -> None:
@@ -123,6 +124,7 @@ class Router:
 
     def _end(self, request_id: str, alias: str | None) -> None:
         run = self._active.pop(request_id)
+        self._stories.add(run.story)
         now = time.monotonic()
         for name in (request_id, alias):
             if name is not None:
@@ -149,6 +151,20 @@ class Router:
             run.cancel_by_name()
         elif request_id not in self._ended:
             raise NotFound(f"request_id: {request_id!r} is not known", reason="REQUEST_NOT_FOUND", field="request_id")
+
+    def explain(self, request_id: str) -> dict[str, Any]:
+        """What became of a request and why, by assigned id or alias, as JSON values.
+
+        Raises:
+            NotFound: it was never here, or ended too long or too many requests ago.
+        """
+        run = self._active.get(self._aliases.get(request_id, request_id))
+        story = self._stories.find(request_id) if run is None else run.story
+        if story is None:
+            message = f"request_id: {request_id!r} does not run and is not one of the last {MOST_ENDED}"
+            message += f" that ended within {REMEMBER_S:.0f} s"
+            raise NotFound(message, reason="REQUEST_NOT_FOUND", field="request_id")
+        return story.told()
 
     async def tokenize(self, call: GenerateCall) -> PromptTokens:
         """The prompt of a call, without keeping anything.
@@ -190,6 +206,11 @@ class Router:
         )
 
     async def not_ready(self) -> str | None:
+        return self.missing
+
+    @property
+    def missing(self) -> str | None:
+        """What keeps it from answering requests; None when nothing does."""
         if self._draining:
             return "draining"
         snapshot = self._services.fleet.snapshot
@@ -197,7 +218,7 @@ class Router:
             return "no prefill and decode path" + "".join(map(_progress, snapshot.loading))
         if not snapshot.preprocessors and not snapshot.may_be_empty(PREPROCESSORS):
             return "no preprocessor"
-        if pick_encoder(self._services.fleet.encoders) is None:
+        if not self._services.fleet.encoders:
             return "no vision encoder"
         return None
 

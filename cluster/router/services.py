@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from actors.types import PreprocessReply, SamplingParams, TokenLogprobs
 from cluster.generation import GenerateCall, PositionScores, Vocabulary
+from cluster.router.encoders import EncoderBook
 from cluster.router.fleet import Fleet
 from cluster.router.leases import LeaseKeeper
 from cluster.router.output import OutputAssembler
@@ -24,6 +25,7 @@ class Services:
     leases: LeaseKeeper
     preprocess: PreprocessStage
     encode: EncodeStage
+    encoders: EncoderBook
     budget: RetryBudget
     suspects: Suspects
     recorder: Recorder
@@ -31,6 +33,10 @@ class Services:
     context_limit: Callable[[], int]
     """Longest prompt and reply together the engines at hand can hold."""
     vocab_size: int
+    im_patch_id: int
+    """Ids from here up may need the vision experts."""
+    alone_tokens: int
+    """The most that an engine which only decodes computes of a prompt without such ids."""
     vocabulary: Vocabulary
     resolve_sampling: Callable[[GenerateCall, PreprocessReply], SamplingParams]
     """What a call leaves open, for the prompt it gave."""

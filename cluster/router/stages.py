@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +15,7 @@ import ray.serve.exceptions
 from actors.errors import ServingError, Unavailable
 from actors.reports import EncoderInfo
 from actors.types import MediaSpan, PreprocessReply, PreprocessRequest, PromptMedia
-from actors.wire.media import units_of
+from actors.wire.media import EncodedUnit, embedding_key, units_of
 from actors.wire.media_client import MediaClient
 from cluster.router.leases import LeaseKeeper
 from cluster.router.retry_budget import RetryBudget
@@ -41,6 +41,8 @@ class Preprocessed:
 
     reply: PreprocessReply
     lease: str
+    calls: int = 1
+    """2 with a hedge."""
 
 
 class _Call:
@@ -105,7 +107,7 @@ class PreprocessStage:
         reply = winner.answer.result()
         if _keeps(winner.request, reply):
             self._leases.hold(reply.media_address, winner.request.lease)
-        return Preprocessed(reply=reply, lease=winner.request.lease)
+        return Preprocessed(reply=reply, lease=winner.request.lease, calls=len(calls))
 
     async def _first_answer(self, calls: list[_Call]) -> _Call:
         """The first call that is answered; of calls that are lost, the last. Adds the hedge to ``calls``."""
@@ -158,16 +160,24 @@ class MissingPatches(Exception):
 
 
 class EncodeStage:
-    """Has all units of a prompt encoded at one encoder."""
+    """Has the units of a prompt encoded at one encoder."""
 
     def __init__(self, client: MediaClient, leases: LeaseKeeper) -> None:
         self._client = client
         self._leases = leases
 
     async def run(
-        self, encoder: EncoderInfo, media: Sequence[PromptMedia], *, lease: str, patch_address: str, timeout_s: float
-    ) -> tuple[tuple[MediaSpan, ...], float]:
-        """Returns spans with embedding keys, and the encoder's busy seconds. Embeddings stay under ``lease``.
+        self,
+        encoder: EncoderInfo,
+        media: Sequence[PromptMedia],
+        *,
+        lease: str,
+        patch_address: str,
+        timeout_s: float,
+        on_unit: Callable[[EncodedUnit], None],
+    ) -> None:
+        """Tells of each distinct unit as soon as it is made, and returns when all are. From the first one on all others
+        are being made: who pulls them waits. Embeddings stay under ``lease``.
 
         Raises:
             MissingPatches: some patches are gone, or their place is silent.
@@ -175,44 +185,17 @@ class EncodeStage:
             ServingError: what the encoder says of the media.
         """
         self._leases.hold(encoder.address, lease)
-        work = self._encode(encoder, media, lease=lease, patch_address=patch_address, timeout_s=timeout_s)
+        answers = self._client.encode(
+            encoder.address, lease=lease, units=units_of(media), patch_address=patch_address, timeout_s=timeout_s
+        )
         try:
-            keys, busy_s = await self._unless_lost(work, encoder.address, patch_address)
+            await self._unless_lost(_tell_each(answers, encoder, on_unit), encoder.address, patch_address)
         except Unavailable as error:
             log.warning("vision encoder %s was lost: %s", encoder.encoder_id, error)
             self._leases.note_lost(encoder.address)
             raise StageLost("a vision encoder", died=not isinstance(error, StageLost)) from None
-        spans = tuple(
-            MediaSpan(
-                kind=item.kind,
-                offset=item.offset,
-                grid=item.grid,
-                embedding_keys=tuple(keys[content_key] for content_key in item.content_keys),
-                encoder_address=encoder.address,
-            )
-            for item in media
-        )
-        return spans, busy_s
 
-    async def _encode(
-        self, encoder: EncoderInfo, media: Sequence[PromptMedia], *, lease: str, patch_address: str, timeout_s: float
-    ) -> tuple[dict[bytes, bytes], float]:
-        keys: dict[bytes, bytes] = {}
-        busy_s = 0.0
-        answers = self._client.encode(
-            encoder.address, lease=lease, units=units_of(media), patch_address=patch_address, timeout_s=timeout_s
-        )
-        async with contextlib.aclosing(answers):
-            async for answer in answers:
-                if answer.embedding_key is None:
-                    raise MissingPatches
-                keys[answer.content_key] = answer.embedding_key
-                busy_s += answer.busy_s
-        return keys, busy_s
-
-    async def _unless_lost(
-        self, work: Coroutine[Any, Any, tuple[dict[bytes, bytes], float]], encoder_address: str, patch_address: str
-    ) -> tuple[dict[bytes, bytes], float]:
+    async def _unless_lost(self, work: Coroutine[Any, Any, None], encoder_address: str, patch_address: str) -> None:
         """A frozen encoder says nothing, and neither does one that waits for patches of a frozen preprocessor."""
         encoding = asyncio.create_task(work)
         encoder_lost = asyncio.create_task(self._leases.wait_lost(encoder_address))
@@ -221,7 +204,8 @@ class EncodeStage:
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             if encoding.done():
-                return encoding.result()
+                encoding.result()
+                return
             if encoder_lost.done():
                 raise StageLost(f"{encoder_address}, which is silent,")
             log.warning("%s, which keeps patches, is silent", patch_address)
@@ -230,3 +214,33 @@ class EncodeStage:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _tell_each(
+    answers: AsyncGenerator[EncodedUnit, None], encoder: EncoderInfo, on_unit: Callable[[EncodedUnit], None]
+) -> None:
+    async with contextlib.aclosing(answers):
+        async for answer in answers:
+            if answer.embedding_key is None:
+                raise MissingPatches
+            if answer.embedding_key != _key_at(encoder, answer.content_key):
+                raise StageLost(f"{encoder.address}, where another encoder is now,")
+            on_unit(answer)
+
+
+def spans_at(encoder: EncoderInfo, media: Sequence[PromptMedia]) -> tuple[MediaSpan, ...]:
+    """Media as engines take them: their embeddings are pulled from that encoder."""
+    return tuple(
+        MediaSpan(
+            kind=item.kind,
+            offset=item.offset,
+            grid=item.grid,
+            embedding_keys=tuple(_key_at(encoder, content_key) for content_key in item.content_keys),
+            encoder_address=encoder.address,
+        )
+        for item in media
+    )
+
+
+def _key_at(encoder: EncoderInfo, content_key: bytes) -> bytes:
+    return embedding_key(content_key, bytes.fromhex(encoder.fingerprint), encoder.dtype)

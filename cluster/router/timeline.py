@@ -54,6 +54,13 @@ class Timeline:
             self.enter(Stage.FINISHED)
         return self._timings
 
+    def so_far(self) -> Timings:
+        """With the present stage, unless it is over."""
+        exposed = dict(self._timings.exposed)
+        if self._stage is not Stage.FINISHED:
+            exposed[self._stage] = exposed.get(self._stage, 0.0) + self._clock() - self._since
+        return Timings(exposed=exposed, busy=dict(self._timings.busy))
+
     @property
     def spans(self) -> tuple[StageSpan, ...]:
         """Stages that ended, one after the other without a gap."""

@@ -79,8 +79,10 @@ def place_of(victim: str, run: RequestRun) -> str | None:
             return next((address for address, _ in leases.patches), None)
         case "encoder":
             return next((address for address, _ in leases.embeddings), None)
-        case "prefill" | "colocated":
+        case "colocated":
             return route.prefill.incarnation if route is not None else None
+        case "prefill":
+            return route.prefill.incarnation if route is not None and route.decode is not None else None
     return route.decode.incarnation if route is not None and route.decode is not None else None
 
 

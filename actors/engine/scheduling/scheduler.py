@@ -275,6 +275,9 @@ class Scheduler:
         prompts = [s for s in rank.holders if s.state is State.RUNNING and not s.decodes]
         if not prompts:
             return []
+        for sequence in prompts:
+            if sequence.begins_to_await_media():
+                self._milestone(sequence, MilestoneKind.MEDIA_AWAITED, sequence.computed)
         wants = [Want(s.plannable_tokens - s.computed, len(s.tokens) - s.computed) for s in prompts]
         grants = share_budget(self.config.max_batched_tokens - len(draft.slices), wants)
         chunks = [self._slice(s, count, draft.new) for s, count in zip(prompts, grants, strict=True) if count]
@@ -406,9 +409,9 @@ class Scheduler:
         if sequence.known_to_runner:
             self.ranks[sequence.rank or 0].ended_ids.append(sequence.id)
 
-    def _milestone(self, sequence: Sequence, kind: MilestoneKind, cached_tokens: int = 0) -> None:
-        cached_tokens = min(cached_tokens, len(sequence.request.prompt_ids))
-        self._events.append(ev.Milestone(sequence.key, kind, sequence.take_busy(), cached_tokens))
+    def _milestone(self, sequence: Sequence, kind: MilestoneKind, token_count: int = 0) -> None:
+        token_count = min(token_count, len(sequence.request.prompt_ids))
+        self._events.append(ev.Milestone(sequence.key, kind, sequence.take_busy(), token_count))
 
     # Time
 

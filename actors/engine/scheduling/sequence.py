@@ -94,6 +94,7 @@ class Sequence:
     _present: set[int] = field(default_factory=set)
     _first_missing: int = 0
     _first_unconsumed: int = 0
+    _last_awaited: int = -1
     introduced: bool = False
     """A plan has told the runner of it."""
     told_blocks: int = 0
@@ -191,6 +192,7 @@ class Sequence:
         self.computed = self.cached_tokens = self.published = self.told_blocks = 0
         self._present.clear()
         self._first_missing = self._first_unconsumed = 0
+        self._last_awaited = -1
         self.introduced = False
         self.constraint_pending = self.needs_constraint
         self.reserve_expiry = None
@@ -208,6 +210,14 @@ class Sequence:
         self._present.add(number)
         while self._first_missing < len(self.units) and self._first_missing in self._present:
             self._first_missing += 1
+        return True
+
+    def begins_to_await_media(self) -> bool:
+        """Everything is computed up to a unit whose embedding is not on hand. True once for each such unit."""
+        missing = self._first_missing
+        if missing in (len(self.units), self._last_awaited) or self.computed < self.units[missing].start:
+            return False
+        self._last_awaited = missing
         return True
 
     def consume_units(self) -> Iterator[Unit]:

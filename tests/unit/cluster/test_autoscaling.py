@@ -227,7 +227,7 @@ def test_engines_that_leave_or_move_do_no_work_but_are_no_reason_to_start_others
 
 def test_a_role_is_changed_before_an_engine_is_added() -> None:
     entries = fleet(P, D, D, a=prompts(1500))
-    assert change(engines(entries), 3) == ("3 -> 5", P)
+    assert change(engines(entries), 3) == ("3 -> 4", P)
     assert change(engines(entries, moves=RoleMoves()), 3) is None
     assert change(engines(fleet(P, D, a=prompts(1500)), moves=RoleMoves()), 2) == ("2 -> 3", P)
 

@@ -22,7 +22,7 @@ from cluster.registry import (
     Snapshot,
 )
 from cluster.router.request import Whereabouts
-from cluster.status import cluster_status, engine_notes, flow, rows, summary
+from cluster.status import cluster_status, decision_lines, engine_notes, flow, pool_rows, rows, summary
 
 ENGINE = EngineInfo(
     engine_id="engine-1",
@@ -171,6 +171,14 @@ def test_pools_and_decisions_are_told() -> None:
             "reason": "decode short",
         }
     ]
+
+
+def test_pools_and_decisions_are_shown() -> None:
+    status = told(SNAPSHOT)
+    assert list(pool_rows(status)) == [("engine", "2", "3", "1 to 4"), ("preprocessor", "1", "0", "0 to 2")]
+    (line,) = decision_lines(status, 5)
+    assert line.partition(" ")[2] == "engine 2 -> 3: decode short"
+    assert list(decision_lines(told(Snapshot(term=0, version=-1)), 5)) == []
 
 
 def test_latencies_are_told_with_what_they_should_be() -> None:

@@ -95,12 +95,12 @@ class Recorder:
             self.prompt_logprobs[piece.key].append(piece)
             self.changed.notify_all()
 
-    def on_milestone(self, key: SequenceKey, kind: MilestoneKind, busy_s: float, cached_tokens: int) -> None:
+    def on_milestone(self, key: SequenceKey, kind: MilestoneKind, busy_s: float, token_count: int) -> None:
         with self.changed:
             self.milestones.append((key, kind, busy_s))
             if kind is MilestoneKind.PREFILL_STARTED:
                 assert key not in self.cached, f"{key} started twice"
-                self.cached[key] = cached_tokens
+                self.cached[key] = token_count
             if kind is MilestoneKind.RELEASED:
                 assert key not in self.released, f"{key} released twice"
                 self.released.append(key)

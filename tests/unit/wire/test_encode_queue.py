@@ -109,6 +109,23 @@ async def test_a_unit_is_pulled_encoded_and_kept_under_its_lease(bench: Bench) -
     bench.check_idle()
 
 
+async def test_who_waits_for_a_unit_goes_on_when_it_is_made_or_given_up(bench: Bench) -> None:
+    made, given_up = bench.unit(1, gated=True), bench.unit(2, gated=True)
+    lease = bench.lease("one")
+    await asyncio.wait_for(bench.queue.wait_for(b"unknown"), 5)
+    bench.join(made, lease)
+    ticket = bench.join(given_up, lease)
+    waits = [asyncio.create_task(bench.queue.wait_for(b"e" + unit.content_key)) for unit in (made, given_up)]
+    await asyncio.sleep(0.01)
+    assert not any(wait.done() for wait in waits)
+    bench.gates[made.content_key].set()
+    await asyncio.wait_for(waits[0], 5)
+    assert bench.store.get(b"e" + made.content_key) is not None
+    bench.queue.leave(ticket)
+    await asyncio.wait_for(waits[1], 5)
+    assert bench.store.get(b"e" + given_up.content_key) is None
+
+
 async def test_units_of_several_calls_share_a_batch_up_to_its_bound(bench: Bench) -> None:
     bench.go.clear()
     first = bench.join(bench.unit(0), bench.lease("zero"))

@@ -103,6 +103,41 @@ async def test_a_place_that_falls_silent_under_a_pull_is_a_miss() -> None:
         await server.stop(None)
 
 
+class Busy:
+    """An encoder at work on one unit, which is made, or given up, when the test says so."""
+
+    def __init__(self) -> None:
+        self.pulls = 0
+        self.over = asyncio.Event()
+
+    async def encode(self, call: EncodeCall, answer: AnswerUnit) -> None:
+        raise AssertionError
+
+    async def wait_for(self, key: bytes) -> None:
+        self.pulls += 1
+        await self.over.wait()
+
+
+@pytest.mark.parametrize("made", [True, False])
+async def test_a_unit_that_is_being_made_is_waited_for(
+    made: bool, client: MediaClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long that takes, and not in silence."""
+    monkeypatch.setattr("actors.wire.media_server.PENDING_S", 0.01)
+    encoder = Busy()
+    async with patch_place(encoder=encoder) as place:
+        pull = asyncio.create_task(client.pull(place.address, b"key", "reader"))
+        await wait_until(lambda: encoder.pulls >= 3 or pull.done())
+        if made:
+            await place.put("one", (b"key", np.arange(6, dtype=np.uint8)))
+        encoder.over.set()
+        if made:
+            assert (await pull).tolist() == list(range(6))
+        else:
+            with pytest.raises(MediaMiss, match="NOT_FOUND"):
+                await pull
+
+
 async def test_what_is_not_there_is_a_miss(client: MediaClient) -> None:
     async with patch_place() as place:
         with pytest.raises(MediaMiss, match="NOT_FOUND"):

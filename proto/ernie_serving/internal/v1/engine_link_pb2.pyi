@@ -84,6 +84,8 @@ class _MilestoneKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Milesto
     """The first chunk of its prompt entered a step."""
     MILESTONE_KIND_TRANSFERRED: _MilestoneKind.ValueType  # 2
     """Its KV arrived whole and was verified."""
+    MILESTONE_KIND_MEDIA_AWAITED: _MilestoneKind.ValueType  # 3
+    """All of its prompt is computed up to a unit of media whose embedding is not here yet."""
 
 class MilestoneKind(_MilestoneKind, metaclass=_MilestoneKindEnumTypeWrapper):
     """A point an attempt passes."""
@@ -94,6 +96,8 @@ MILESTONE_KIND_PREFILL_STARTED: MilestoneKind.ValueType  # 1
 """The first chunk of its prompt entered a step."""
 MILESTONE_KIND_TRANSFERRED: MilestoneKind.ValueType  # 2
 """Its KV arrived whole and was verified."""
+MILESTONE_KIND_MEDIA_AWAITED: MilestoneKind.ValueType  # 3
+"""All of its prompt is computed up to a unit of media whose embedding is not here yet."""
 Global___MilestoneKind: _TypeAlias = MilestoneKind  # noqa: Y015
 
 @_typing.final
@@ -1069,13 +1073,13 @@ class Milestone(_message.Message):
     KEY_FIELD_NUMBER: _builtins.int
     KIND_FIELD_NUMBER: _builtins.int
     BUSY_SECONDS_FIELD_NUMBER: _builtins.int
-    CACHED_TOKEN_COUNT_FIELD_NUMBER: _builtins.int
+    TOKEN_COUNT_FIELD_NUMBER: _builtins.int
     kind: Global___MilestoneKind.ValueType
     """The point."""
     busy_seconds: _builtins.float
     """Seconds this engine worked on the milestone, where it measures that."""
-    cached_token_count: _builtins.int
-    """With PREFILL_STARTED: leading tokens found in the prefix cache."""
+    token_count: _builtins.int
+    """With PREFILL_STARTED: leading tokens found in the prefix cache. With MEDIA_AWAITED: leading tokens computed."""
     @_builtins.property
     def key(self) -> _common_pb2.SequenceKey:
         """The attempt."""
@@ -1086,11 +1090,11 @@ class Milestone(_message.Message):
         key: _common_pb2.SequenceKey | None = ...,
         kind: Global___MilestoneKind.ValueType = ...,
         busy_seconds: _builtins.float = ...,
-        cached_token_count: _builtins.int = ...,
+        token_count: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["key", b"key"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["busy_seconds", b"busy_seconds", "cached_token_count", b"cached_token_count", "key", b"key", "kind", b"kind"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["busy_seconds", b"busy_seconds", "key", b"key", "kind", b"kind", "token_count", b"token_count"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -151,8 +151,11 @@ class PullResponse(_message.Message):
 
     HEADER_FIELD_NUMBER: _builtins.int
     DATA_FIELD_NUMBER: _builtins.int
+    PENDING_FIELD_NUMBER: _builtins.int
     data: _builtins.bytes
     """At most 1000000 bytes; with the first chunk too."""
+    pending: _builtins.bool
+    """The unit is still being made: ask again. The only response then."""
     @_builtins.property
     def header(self) -> Global___TensorHeader:
         """Set on the first chunk."""
@@ -162,10 +165,11 @@ class PullResponse(_message.Message):
         *,
         header: Global___TensorHeader | None = ...,
         data: _builtins.bytes = ...,
+        pending: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["header", b"header"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "header", b"header"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "header", b"header", "pending", b"pending"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -69,7 +69,8 @@ class MediaServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Pull(self, request, context):
-        """Streams the bytes of one unit in chunks of at most 1 MB. NOT_FOUND is a miss: make it again.
+        """Streams the bytes of one unit in chunks of at most 1 MB. NOT_FOUND is a miss: make it again. A unit that is being
+        made is waited for, for a second at most.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -36,7 +36,9 @@ class MediaServiceStub:
     Encode: _grpc.UnaryStreamMultiCallable[_media_pb2.EncodeRequest, _media_pb2.EncodeResponse]
     """Makes embeddings of units; vision encoders only. Answers arrive per unit as they are ready."""
     Pull: _grpc.UnaryStreamMultiCallable[_media_pb2.PullRequest, _media_pb2.PullResponse]
-    """Streams the bytes of one unit in chunks of at most 1 MB. NOT_FOUND is a miss: make it again."""
+    """Streams the bytes of one unit in chunks of at most 1 MB. NOT_FOUND is a miss: make it again. A unit that is being
+    made is waited for, for a second at most.
+    """
     Renew: _grpc.UnaryUnaryMultiCallable[_media_pb2.RenewRequest, _media_pb2.RenewResponse]
     """Extends leases; sent every second for all leases of a place together."""
     Release: _grpc.UnaryUnaryMultiCallable[_media_pb2.ReleaseRequest, _media_pb2.ReleaseResponse]
@@ -50,7 +52,9 @@ class MediaServiceAsyncStub(MediaServiceStub):
     Encode: _aio.UnaryStreamMultiCallable[_media_pb2.EncodeRequest, _media_pb2.EncodeResponse]  # type: ignore[assignment]
     """Makes embeddings of units; vision encoders only. Answers arrive per unit as they are ready."""
     Pull: _aio.UnaryStreamMultiCallable[_media_pb2.PullRequest, _media_pb2.PullResponse]  # type: ignore[assignment]
-    """Streams the bytes of one unit in chunks of at most 1 MB. NOT_FOUND is a miss: make it again."""
+    """Streams the bytes of one unit in chunks of at most 1 MB. NOT_FOUND is a miss: make it again. A unit that is being
+    made is waited for, for a second at most.
+    """
     Renew: _aio.UnaryUnaryMultiCallable[_media_pb2.RenewRequest, _media_pb2.RenewResponse]  # type: ignore[assignment]
     """Extends leases; sent every second for all leases of a place together."""
     Release: _aio.UnaryUnaryMultiCallable[_media_pb2.ReleaseRequest, _media_pb2.ReleaseResponse]  # type: ignore[assignment]
@@ -73,7 +77,9 @@ class MediaServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _media_pb2.PullRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_media_pb2.PullResponse], _abc.AsyncIterator[_media_pb2.PullResponse]]:
-        """Streams the bytes of one unit in chunks of at most 1 MB. NOT_FOUND is a miss: make it again."""
+        """Streams the bytes of one unit in chunks of at most 1 MB. NOT_FOUND is a miss: make it again. A unit that is being
+        made is waited for, for a second at most.
+        """
 
     @_abc_1.abstractmethod
     def Renew(

@@ -26,7 +26,7 @@ from actors.types import (
     TokenEvent,
 )
 from cluster.generation import ChoiceFinished, Delta, Event, Finished, GenerateCall, PromptScored, Started
-from cluster.policy import EngineView
+from cluster.policy.views import EngineView
 from cluster.router.link import AttemptError, AttemptEvent, EngineLost, Milestone
 from cluster.router.records import Recorder
 from cluster.router.request import RequestRun
@@ -174,6 +174,9 @@ class FleetDouble:
     def engines(self) -> list[EngineView]:
         return self.views
 
+    def set_aside(self) -> dict[str, str]:
+        return {}
+
     def link(self, info: EngineInfo) -> Link:
         return Link(self.engines_double, info)
 
@@ -209,6 +212,7 @@ def services(engines: Engines) -> Services:
         "fleet": FleetDouble(engines, roles),
         "preprocess": PreprocessDouble(),
         "encode": None,
+        "encoders": None,
         "leases": NoLeases(),
     }
     return Services(
@@ -219,6 +223,8 @@ def services(engines: Engines) -> Services:
         model_name="tiny",
         context_limit=lambda: 64,
         vocab_size=100,
+        im_patch_id=90,
+        alone_tokens=0,
         vocabulary=ByteVocabulary(),
         resolve_sampling=lambda call, reply: resolve_sampling(
             call,

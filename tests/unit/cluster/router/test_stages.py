@@ -15,10 +15,11 @@ import ray.serve.exceptions
 from actors.errors import InvalidRequest, ServingError, Unavailable
 from actors.reports import EncoderInfo
 from actors.types import Grid, MediaKind, PreprocessReply, PreprocessRequest, PromptMedia
+from actors.wire.media import EncodedUnit
 from actors.wire.media_client import MediaClient
 from cluster.router.leases import LeaseKeeper
 from cluster.router.retry_budget import RetryBudget
-from cluster.router.stages import EncodeStage, MissingPatches, PreprocessStage
+from cluster.router.stages import EncodeStage, MissingPatches, PreprocessStage, StageLost
 from tests.in_process import Handle
 
 IMAGE = PromptMedia(kind=MediaKind.IMAGE, offset=0, grid=Grid(1, 2, 2), content_keys=(b"c" * 32,))
@@ -177,6 +178,10 @@ async def test_no_answer_in_time_is_a_loss() -> None:
     slow.go.set()
 
 
+def no_unit(unit: EncodedUnit) -> None:
+    raise AssertionError(f"{unit} was told")
+
+
 class Frozen(Places):
     """Places of which some do not answer; the encoder says nothing either."""
 
@@ -203,10 +208,10 @@ async def test_a_frozen_place_is_given_up(
     leases = LeaseKeeper(places, lost_after_s=0.2, suspect_after_s=0.05)
     leases.start()
     leases.hold("pre:1", "r-1#1")
-    encoder = EncoderInfo(encoder_id="v", incarnation="v", address="enc:1", fingerprint="f", dtype="float64")
+    encoder = EncoderInfo(encoder_id="v", incarnation="v", address="enc:1", fingerprint="ff", dtype="float64")
     with pytest.raises(raised):
         await EncodeStage(places, leases).run(  # type: ignore[arg-type]
-            encoder, (IMAGE,), lease="r-1#2", patch_address="pre:1", timeout_s=5
+            encoder, (IMAGE,), lease="r-1#2", patch_address="pre:1", timeout_s=5, on_unit=no_unit
         )
     assert leases.doubts(silent) and not leases.doubts("enc:1" if silent == "pre:1" else "pre:1")
     await leases.close()
@@ -257,10 +262,25 @@ async def test_errors_of_a_preprocessor(outcome: Exception, expected: type[Servi
 
 async def test_a_lost_encoder_is_told_without_its_address() -> None:
     client = MediaClient()
-    encoder = EncoderInfo(encoder_id="v", incarnation="v", address="127.0.0.1:1", fingerprint="f", dtype="float64")
+    encoder = EncoderInfo(encoder_id="v", incarnation="v", address="127.0.0.1:1", fingerprint="ff", dtype="float64")
     stage = EncodeStage(client, LeaseKeeper(Places()))
     with pytest.raises(Unavailable, match="a vision encoder was lost") as caught:
-        await stage.run(encoder, (IMAGE,), lease="r-1#2", patch_address="pre:1", timeout_s=5)
+        await stage.run(encoder, (IMAGE,), lease="r-1#2", patch_address="pre:1", timeout_s=5, on_unit=no_unit)
     assert "127.0.0.1" not in caught.value.message and caught.value.retry_after_s is not None
     await client.close()
     assert stage._leases.doubts(encoder.address)
+
+
+class Other(Places):
+    """An encoder of other weights than the registry says."""
+
+    async def encode(self, address: str, **_: object) -> AsyncIterator[EncodedUnit]:
+        yield EncodedUnit(content_key=IMAGE.content_keys[0], embedding_key=b"other" * 6)
+
+
+async def test_an_encoder_that_is_not_the_one_known_at_its_address_is_lost() -> None:
+    places = Other()
+    encoder = EncoderInfo(encoder_id="v", incarnation="v", address="enc:1", fingerprint="ff", dtype="float64")
+    stage = EncodeStage(places, LeaseKeeper(places))  # type: ignore[arg-type]
+    with pytest.raises(StageLost):
+        await stage.run(encoder, (IMAGE,), lease="r-1#2", patch_address="pre:1", timeout_s=5, on_unit=no_unit)

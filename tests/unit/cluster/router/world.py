@@ -33,8 +33,10 @@ from actors.types import (
 )
 from actors.wire.channels import make_server
 from actors.wire.engine_link import EngineLinkServicer
+from actors.wire.media import EncodedUnit, units_of
 from cluster.generation import ChoiceFinished, Delta, Event, Finished, GenerateCall
 from cluster.registry import EncoderEntry, EngineEntry, PreprocessorEntry, Snapshot
+from cluster.router.encoders import EncoderBook
 from cluster.router.fleet import Fleet
 from cluster.router.leases import LeaseKeeper
 from cluster.router.output import OutputAssembler
@@ -232,6 +234,10 @@ class Stages:
         self.misses = 0
         self.encoder_losses = 0
         self.losses_are_deaths = False
+        self.unit_gates: dict[bytes, asyncio.Event] = {}
+        """Units, by content key, that are not encoded before."""
+        self.unit_errors: dict[bytes, Exception] = {}
+        """What goes wrong, once, in the place of a unit."""
         self.preprocessed = 0
         self.encoded = 0
         self.leases: set[tuple[str, str]] = set()
@@ -262,8 +268,15 @@ class Stages:
         return Preprocessed(reply=reply, lease=request.lease)
 
     async def _encode(
-        self, encoder: EncoderInfo, media: tuple[PromptMedia, ...], *, lease: str, patch_address: str, timeout_s: float
-    ) -> tuple[tuple[MediaSpan, ...], float]:
+        self,
+        encoder: EncoderInfo,
+        media: tuple[PromptMedia, ...],
+        *,
+        lease: str,
+        patch_address: str,
+        timeout_s: float,
+        on_unit: Callable[[EncodedUnit], None],
+    ) -> None:
         self.encoded += 1
         self.keeper.hold(encoder.address, lease)
         self.leases.add((encoder.address, lease))
@@ -273,16 +286,12 @@ class Stages:
         if self.encoder_losses:
             self.encoder_losses -= 1
             raise StageLost("a vision encoder", died=self.losses_are_deaths)
-        return tuple(
-            MediaSpan(
-                kind=item.kind,
-                offset=item.offset,
-                grid=item.grid,
-                embedding_keys=tuple(b"e" + key[1:] for key in item.content_keys),
-                encoder_address=encoder.address,
-            )
-            for item in media
-        ), 0.125
+        for unit in units_of(media):
+            if unit.content_key in self.unit_gates:
+                await self.unit_gates[unit.content_key].wait()
+            if unit.content_key in self.unit_errors:
+                raise self.unit_errors.pop(unit.content_key)
+            on_unit(EncodedUnit(content_key=unit.content_key, embedding_key=b"", busy_s=0.125))
 
     async def renew(self, address: str, leases: list[str]) -> list[str]:
         return []
@@ -380,7 +389,7 @@ async def world(
     replacements: list[ScriptedEngine] = []
     for engine in engines:
         await engine.server.start()
-    encoder = EncoderInfo(encoder_id="v", incarnation="v1", address="enc:1", fingerprint="f", dtype="float64")
+    encoder = EncoderInfo(encoder_id="v", incarnation="v1", address="enc:1", fingerprint="ff", dtype="float64")
     snapshot = Snapshot(
         term=1,
         version=1,
@@ -402,12 +411,15 @@ async def world(
         leases=keeper,
         preprocess=stages,  # type: ignore[arg-type]
         encode=stages,  # type: ignore[arg-type]
+        encoders=EncoderBook(),
         budget=RetryBudget(share=0.2, burst=64, clock=time.monotonic),
         suspects=Suspects(),
         recorder=recorder,
         model_name="tiny",
         context_limit=lambda: fleet.context_limit(64),
         vocab_size=100,
+        im_patch_id=90,
+        alone_tokens=0,
         vocabulary=ByteVocabulary(),
         resolve_sampling=lambda call, reply: resolve_sampling(
             call,

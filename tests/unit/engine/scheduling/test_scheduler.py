@@ -170,6 +170,26 @@ def test_prompt_stops_before_a_missing_embedding() -> None:
     assert bench.of(ev.MediaConsumed) == [ev.MediaConsumed(key("a"), 0, 0), ev.MediaConsumed(key("a"), 1, 0)]
 
 
+def test_it_tells_of_each_unit_that_a_prompt_waits_for() -> None:
+    bench = Bench()
+    prompt = [5, 5, *[IMAGE] * 4, *[IMAGE] * 4, 5, *[IMAGE] * 4]
+    media = [span(MediaKind.IMAGE, start, Grid(1, 4, 4)) for start in (2, 6, 11)]
+    bench.submit("a", 0, prompt=prompt, media=media)
+    bench.step()
+    assert bench.plan() is None and bench.plan() is None
+    assert bench.scheduler.add_embedding(key("a"), 0, 0) == 0
+    assert bench.scheduler.add_embedding(key("a"), 1, 0) == 0
+    bench.step()
+    assert bench.plan() is None
+    assert bench.scheduler.add_embedding(key("a"), 2, 0) == 0
+    bench.step()
+    awaited = [m for m in bench.of(ev.Milestone) if m.kind is MilestoneKind.MEDIA_AWAITED]
+    assert awaited == [
+        ev.Milestone(key("a"), MilestoneKind.MEDIA_AWAITED, 1.0, 2),
+        ev.Milestone(key("a"), MilestoneKind.MEDIA_AWAITED, 1.0, 11),
+    ]
+
+
 def test_others_run_while_one_waits_for_embeddings() -> None:
     bench = Bench()
     media = [span(MediaKind.IMAGE, 0, Grid(1, 4, 4))]
