@@ -88,7 +88,7 @@ class RequestRun:
         """A task that is cancelled before its first step runs nothing of ``_run``."""
         if task.cancelled():
             if self.timeline.stage is not Stage.FINISHED:
-                self.story.note(What.CANCELLED, by=self._canceller)
+                self.story.note(What.CANCELLED, by=self._canceller, stage=str(self.timeline.stage))
                 self.timeline.finish()
             self.events.put_nowait(RequestCancelled("the request was cancelled"))
 
@@ -131,7 +131,7 @@ class RequestRun:
                 error.field = "tools"
             self._fail(error)
         except asyncio.CancelledError:
-            self.story.note(What.CANCELLED, by=self._canceller)
+            self.story.note(What.CANCELLED, by=self._canceller, stage=str(self.timeline.stage))
             if not self._cancelled_by_name:
                 raise
             if self._state is None:
