@@ -72,8 +72,8 @@ class RouterPool(Pool):
     retry_burst: Count = 256
     """Of it, saved up at most."""
     alone_tokens: Annotated[int, Field(ge=0)] = 512
-    """The most that an engine with the role decode computes of a prompt itself, if that is text and no other way is
-    shorter. 0: every prompt is computed where the role says so."""
+    """The most that an engine with the role decode computes of a prompt itself, where that is shorter than a transfer;
+    pictures and videos it must have cached. 0: every prompt goes through an engine that prefills."""
 
     @field_validator("replicas")
     @classmethod
