@@ -18,7 +18,7 @@ from cluster.pressure import WORKING, Lateness, lateness, mean, measure, working
 from cluster.registry import EncoderEntry, EngineEntry, PreprocessorEntry, Snapshot
 
 MOST_GROWTH = 2.0
-"""A pool grows by this factor at once."""
+"""Those that do a kind of work become more by this factor at once."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,6 +63,8 @@ class Memory:
 
     target: int
     short_since: float | None = None
+    short_by: float = 0.0
+    """The pressure at that time."""
     spare_since: float | None = None
     settled_at: float = -math.inf
     """Since when there are as many replicas as there are to be; infinite while there are not."""
@@ -81,24 +83,31 @@ class Scaling:
 
 
 def decide(seen: Seen, bounds: Autoscaling, memory: Memory, now: float) -> tuple[Memory, Scaling | None]:
-    """What a pool is to have from now on. One that still waits for replicas does not grow further; it shrinks by one at
-    a time, each after the whole delay.
+    """What a pool is to have from now on. One that still waits for replicas does not grow further, nor does one that is
+    catching up: whose pressure fell over the delay. It shrinks by one at a time, each after the whole delay.
     """
     settled = seen.present >= memory.target
     settled_at = min(memory.settled_at, now) if settled else math.inf
     short = max(seen.works, key=lambda work: work.pressure)
     is_short = short.pressure >= 1.0
     grows = is_short and settled and memory.target < bounds.max_replicas and not _moves_first(seen, short)
-    spare = None if is_short or memory.target <= bounds.min_replicas else _spare(seen, bounds.idle, settled)
+    # Where nobody is yet, that they have nothing to do says nothing.
+    shrinks = seen.present > 0 and memory.target > bounds.min_replicas and not is_short
+    spare = _spare(seen, bounds.idle, settled) if shrinks else None
+    short_since = _since(memory.short_since, grows, now)
+    short_by = short.pressure if memory.short_since is None else memory.short_by
+    if _lasted(short_since, bounds.upscale_delay_s, now) and short.pressure < short_by:
+        short_since, short_by = now, short.pressure
     memory = Memory(
         target=memory.target,
-        short_since=_since(memory.short_since, grows, now),
+        short_since=short_since,
+        short_by=short_by,
         spare_since=_since(memory.spare_since, spare is not None, now),
         settled_at=settled_at,
     )
     if _lasted(memory.short_since, bounds.upscale_delay_s, now):
-        grown = math.ceil(memory.target * min(short.pressure, MOST_GROWTH))
-        target = min(bounds.max_replicas, max(memory.target + 1, grown))
+        more = math.ceil(short.count * (min(short.pressure, MOST_GROWTH) - 1.0))
+        target = min(bounds.max_replicas, memory.target + max(1, more))
         role = short.roles[0] if short.roles else None
         why = f"{short.name} at {short.pressure:.2f} of what is well"
     elif spare is not None and _lasted(memory.spare_since, bounds.downscale_delay_s, now):

@@ -29,7 +29,6 @@ app.add_typer(checkpoint_app, name="checkpoint")
 app.add_typer(eval_app, name="eval")
 
 EXIT_INTERRUPTED = 130
-LAST_DECISIONS = 5
 """How many of them ``ernie status`` shows."""
 OTHER_PROGRAMS = "For command lines of vLLM and FastDeploy"
 ABOUT = {
@@ -103,6 +102,9 @@ def serve(
     enable_auto_tool_choice: Annotated[
         bool, typer.Option("--enable-auto-tool-choice", help="Changes nothing.", rich_help_panel=OTHER_PROGRAMS)
     ] = False,
+    otlp_endpoint: Annotated[
+        str | None, typer.Option(help="Collector of OpenTelemetry traces, http://host:4317.")
+    ] = None,
     log_dir: Annotated[Path | None, typer.Option(help="Keep the logs of the session here.")] = None,
 ) -> None:
     """Starts a cluster on this machine and keeps it until Ctrl-C."""
@@ -121,6 +123,7 @@ def serve(
         "http_port": http_port,
         "grpc_port": grpc_port,
         "metrics_port": metrics_port,
+        "otlp_endpoint": otlp_endpoint,
         "max_model_len": max_model_len,
         "served_model_name": served_model_name,
         "reasoning_parser": reasoning_parser,
@@ -249,36 +252,29 @@ def role(
 
 
 @app.command()
-def status(url: Annotated[str, typer.Option(help="Base URL of the HTTP API.")] = "http://127.0.0.1:8000") -> None:
-    """Shows the pools of a running cluster, their roles and load."""
-    import httpx
+def status(
+    url: Annotated[str, typer.Option(help="Base URL of the HTTP API.")] = "http://127.0.0.1:8000",
+    watch: Annotated[bool, typer.Option("--watch", help="Goes on until Ctrl-C.")] = False,
+    interval: Annotated[float, typer.Option(help="Seconds between two looks of --watch.", min=0.1)] = 1.0,
+) -> None:
+    """Shows the pools of a running cluster, their roles and load, latencies and decisions."""
+    from functools import partial
+
     from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
 
-    from cluster.status import decision_lines, engine_notes, pool_rows, rows, summary
+    from cluster.cli_status import read_status, show_status, watch_status
 
-    try:
-        response = httpx.get(f"{url.rstrip('/')}/status", timeout=10.0, trust_env=False)
-        response.raise_for_status()
-        body = response.json()
-    except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
-        _fail(f"no status from {url}: {error}")
     console = Console(highlight=False)
-    pools = Table("pool", "replicas", "target", "bounds", box=None, pad_edge=False)
-    workers = Table("pool", "id", "role", "address", "load", box=None, pad_edge=False)
+    source = partial(read_status, url.rstrip("/"))
     try:
-        console.print(Text(summary(body)))
-        for pool in pool_rows(body):
-            pools.add_row(*map(Text, pool))
-        for row in rows(body):
-            workers.add_row(*map(Text, row))
-    except (KeyError, TypeError):
-        _fail(f"no status from {url}: what answers there is no ernie cluster")
-    console.print(pools, workers)
-    for note in (*engine_notes(body), *decision_lines(body, LAST_DECISIONS)):
-        console.print(Text(note))
-    raise typer.Exit(0 if body["ready"] else 1)
+        if watch:
+            watch_status(source, console, interval_s=interval)
+            return
+        found = source()
+    except (OSError, ValueError) as error:
+        _fail(str(error))
+    show_status(found, console)
+    raise typer.Exit(0 if found["ready"] else 1)
 
 
 @app.command()

@@ -31,6 +31,7 @@ Compat = Literal["original", "transformers"]
 DType = Literal["auto", "bfloat16", "float32", "float64"]
 Placement = Literal["pack", "strict_pack", "spread", "strict_spread"]
 LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR"]
+LogFormat = Literal["text", "json"]
 
 
 LOOPBACK = "127.0.0.1"
@@ -313,6 +314,11 @@ class ClusterConfig(Section):
     worker_host: Annotated[str, Field(min_length=1)] | None = None
     """Address on which workers listen for each other. Unset: their node's; ``ernie serve`` then uses loopback."""
     log_level: LogLevel = "WARNING"
+    otlp_endpoint: Annotated[str, Field(pattern=r"^https?://[^/\s]+$")] | None = None
+    """``http://host:4317`` or, with TLS, ``https://...``: where requests are told as OpenTelemetry spans, by OTLP over
+    gRPC. Needs the extra ``traces``."""
+    log_format: LogFormat = "text"
+    """``json``: a line of logs is an object."""
 
     @field_validator("engines")
     @classmethod

@@ -18,6 +18,7 @@ from cluster.explain_api import explain_route
 from cluster.generation import GenerationService
 from cluster.grpc_service import InferenceServicer
 from cluster.http_api import build_api
+from cluster.logs import log_as_serve_does
 from cluster.metrics_api import MetricsPort, metrics_route
 from cluster.openapi import Route
 from cluster.router.assembly import RouterParts
@@ -36,9 +37,13 @@ class Ingress(InferenceServicer):
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, config: ClusterConfig, planner: Any, preprocessor: Any, *pools: Any
     ) -> None:
-        self._parts = await RouterParts.start(config, planner, preprocessor)
+        log_as_serve_does()
+        # `options` makes the handle ask Serve's controller for its replicas. Else the first request would, and
+        # would wait for a head that is away.
+        self._parts = await RouterParts.start(config, planner, preprocessor.options())
         self._model = config.model_name
         self._admin = config.admin
+        self._slo = config.slo
         self._planner = planner
         self.router = self._parts.router
         self._metrics_port = MetricsPort(self._parts.metrics.text)
@@ -71,14 +76,18 @@ class Ingress(InferenceServicer):
     async def status(self, *, audit: bool = False, requests: bool = False) -> dict[str, Any]:
         """What ``ernie status`` shows; with ``audit`` also what every part holds for requests, with ``requests`` where
         each of them is."""
+        fleet, whereabouts = self._parts.fleet, self.router.whereabouts()
         status = cluster_status(
-            self._parts.fleet.snapshot,
+            fleet.live_snapshot(),
             model=self._model,
-            active=self.router.active_count,
             missing=await self.router.not_ready(),
+            requests=whereabouts,
+            speaking=fleet.speaking(),
+            latency=self._parts.latency.summary(),
+            slo=self._slo,
         )
         if requests:
-            status["requests"] = [dataclasses.asdict(where) for where in self.router.whereabouts()]
+            status["requests"] = [dataclasses.asdict(where) for where in whereabouts]
         if audit:
             audits = await self._parts.audits()
             status["audits"] = {

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from actors.types import EngineRole
 from cluster.autoscaling import Memory, Scaling, bounds_of, decide, see
-from cluster.config import PREPROCESSORS, VISION_ENCODERS, ClusterConfig
+from cluster.config import PREPROCESSORS, ROUTERS, VISION_ENCODERS, ClusterConfig
 from cluster.registry import PoolScale, Snapshot
 from cluster.scaling_policy import DECISION, TARGET, TERM, Echo, newest
 
@@ -18,7 +18,11 @@ class Scaler:
         self._config = config
         self._term = term
         self._bounds = bounds_of(config)
-        self._counts = {PREPROCESSORS: config.preprocessor.replicas, VISION_ENCODERS: config.vision_encoder.replicas}
+        self._counts = {
+            ROUTERS: config.router.replicas,
+            PREPROCESSORS: config.preprocessor.replicas,
+            VISION_ENCODERS: config.vision_encoder.replicas,
+        }
         self._counts |= {pool.name: pool.replicas for pool in config.pools}
         self._memories: dict[str, Memory] = {}
         self._heard: dict[str, Echo] = {}

@@ -209,6 +209,8 @@ async def in_process_cluster(
         cluster.pool = Handle(*cluster.preprocessors)
         cluster.parts = await RouterParts.start(config, handle, cluster.pool)
         stack.push_async_callback(cluster.parts.close)
+        # All are to end: none waits for another one to take its role.
+        stack.callback(lambda: planner._leaving.update(replica._incarnation for replica in cluster.engines))
         async with asyncio.timeout(10):
             while await cluster.parts.router.not_ready() is not None or len(cluster.parts.fleet.engines()) < len(roles):
                 await asyncio.sleep(0.01)

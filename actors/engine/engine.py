@@ -92,6 +92,9 @@ class Engine:
         self._prefilling = BusyShare(clock=clock)
         # The step thread's own:
         self._reservations = Reservations(config.retry_after_s)
+        self._plan: StepPlan | None = None
+        """Of the step under way."""
+        runner.kv_written = self._hand_over
         self._thread = threading.Thread(target=self._main, name="engine-step", daemon=True)
 
     @property
@@ -333,6 +336,7 @@ class Engine:
 
     def _step(self, plan: StepPlan) -> None:
         started = time.perf_counter()
+        self._plan = plan
         with self._prefilling.doing(plan.prompt_share):
             result = self._runner.run(plan)
         seconds = time.perf_counter() - started
@@ -342,6 +346,11 @@ class Engine:
             self._sink.on_prompt_logprobs(piece)
         if outcome.tokens:
             self._sink.on_tokens(outcome.tokens)
+        self._tell()
+
+    def _hand_over(self) -> None:
+        assert self._plan is not None, "no step is under way"
+        self._scheduler.hand_over(self._plan)
         self._tell()
 
     def _end_all(self, error: ServingError) -> None:

@@ -76,6 +76,7 @@ METRICS: Mapping[str, Metric] = (
         ("ernie_requests_total", _COUNTER, "outcome reason",
          "Requests that ended: finished, with the first choice's finish reason; error, with its reason; cancelled."),
         ("ernie_requests_refused_total", _COUNTER, "reason", "Requests that were not admitted."),
+        ("ernie_ready", _GAUGE, "", "1 while a request could be answered, as /ready says."),
         ("ernie_requests_active", _GAUGE, "", "Requests that run."),
         ("ernie_requests_waiting_for_room", _GAUGE, "", "Choices that wait until an engine has KV blocks for them."),
         ("ernie_request_retries_total", _COUNTER, "stage reason",

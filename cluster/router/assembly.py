@@ -21,6 +21,7 @@ from actors.processing.tool_calls import ToolCallParser
 from actors.types import PreprocessReply, SamplingParams
 from actors.wire.audit import Audit, fetch_audit, take_audit
 from actors.wire.media_client import MediaClient
+from actors.wire.renewal import Registration
 from cluster.config import ClusterConfig
 from cluster.generation import GenerateCall
 from cluster.hub import local_directory
@@ -28,6 +29,7 @@ from cluster.metrics.sheet import Sheet
 from cluster.registry import places
 from cluster.router.encoders import EncoderBook
 from cluster.router.fleet import Fleet, call_planner
+from cluster.router.latency import LatencyWindow
 from cluster.router.leases import LeaseKeeper
 from cluster.router.metrics_page import MetricsPage
 from cluster.router.output import OutputAssembler
@@ -40,6 +42,7 @@ from cluster.router.scores import TokenScorer
 from cluster.router.services import Services
 from cluster.router.stages import EncodeStage, PreprocessStage
 from cluster.router.suspects import Suspects
+from cluster.router.traces import TraceRecorder, export_to
 
 AUDIT_TIMEOUT_S = 2.0
 
@@ -47,10 +50,22 @@ AUDIT_TIMEOUT_S = 2.0
 class RouterParts:
     """A router with the parts it runs on. ``close`` ends them all."""
 
-    def __init__(self, router: Router, services: Services, metrics: MetricsPage, media: MediaClient) -> None:
+    def __init__(
+        self,
+        router: Router,
+        services: Services,
+        metrics: MetricsPage,
+        latency: LatencyWindow,
+        traces: TraceRecorder | None,
+        media: MediaClient,
+        registration: Registration,
+    ) -> None:
         self.router = router
         self.fleet = services.fleet
         self.metrics = metrics
+        self.latency = latency
+        self._traces = traces
+        self._registration = registration
         self._leases = services.leases
         self._media = media
 
@@ -69,7 +84,8 @@ class RouterParts:
         text = model.text
         score = TokenScorer(cache(tokenizer.token_bytes))
         context_limit = partial(fleet.context_limit, config.max_model_len or text.max_position_embeddings)
-        counts = RequestMetrics(config.slo)
+        counts, latency = RequestMetrics(config.slo), LatencyWindow(config.slo)
+        traces = None if config.otlp_endpoint is None else TraceRecorder(export_to(config.otlp_endpoint, incarnation))
         services = Services(
             fleet=fleet,
             leases=leases,
@@ -85,7 +101,7 @@ class RouterParts:
             encoders=EncoderBook(),
             budget=budget,
             suspects=Suspects(),
-            recorder=Recorders(counts),
+            recorder=Recorders(counts, latency, *([] if traces is None else [traces])),
             model_name=config.model_name,
             context_limit=context_limit,
             vocab_size=text.vocab_size,
@@ -108,20 +124,11 @@ class RouterParts:
         fleet.start()
         leases.start()
 
-        def tell(sheet: Sheet) -> None:
-            counts.add_to(sheet)
-            sheet.add("ernie_requests_active", router.active_count)
-            sheet.add("ernie_requests_waiting_for_room", fleet.waiting_for_room)
-            sheet.add("ernie_retry_budget", budget.saved)
-            sheet.add("ernie_suspects", services.suspects.count)
-            sheet.add("ernie_leases", leases.count)
+        async def renew() -> None:
+            await planner.renew_router.remote(incarnation, latency.summary())
 
-        async def ask_planner() -> bytes:
-            page: bytes = await planner.metrics.remote()
-            return page
-
-        page = MetricsPage(lambda: fleet.snapshot, tell, ask_planner)
-        return cls(router, services, page, media)
+        page = _metrics_page(router, services, counts, planner)
+        return cls(router, services, page, latency, traces, media, Registration(planner, incarnation, renew))
 
     async def audits(self) -> dict[str, Audit]:
         """What every part holds for requests, by name; a part that does not answer has that as its problem."""
@@ -134,10 +141,32 @@ class RouterParts:
         return {"router": own} | dict(zip(names, audits, strict=True))
 
     async def close(self) -> None:
+        await self._registration.end()
         await self.metrics.close()
         await self._leases.close()
         await self.fleet.close()
         await self._media.close()
+        if self._traces is not None:
+            await asyncio.to_thread(self._traces.close)
+
+
+def _metrics_page(router: Router, services: Services, counts: RequestMetrics, planner: Any) -> MetricsPage:
+    fleet = services.fleet
+
+    def tell(sheet: Sheet) -> None:
+        counts.add_to(sheet)
+        sheet.add("ernie_ready", router.missing is None)
+        sheet.add("ernie_requests_active", router.active_count)
+        sheet.add("ernie_requests_waiting_for_room", fleet.waiting_for_room)
+        sheet.add("ernie_retry_budget", services.budget.saved)
+        sheet.add("ernie_suspects", services.suspects.count)
+        sheet.add("ernie_leases", services.leases.count)
+
+    async def ask_planner() -> bytes:
+        page: bytes = await planner.metrics.remote()
+        return page
+
+    return MetricsPage(lambda: fleet.snapshot, tell, ask_planner)
 
 
 async def _audit(address: str) -> Audit:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from actors.reports import EngineInfo
@@ -16,7 +16,9 @@ from cluster.router.link import EngineLink
 
 log = logging.getLogger(__name__)
 
-POLL_S = 5.0
+POLL_S = 1.0
+"""After so long the planner answers although nobody came, went or changed: with loads and progress as they are."""
+ANSWER_TIMEOUT_S = 10.0
 RETRY_S = 0.5
 
 
@@ -74,6 +76,22 @@ class Fleet:
     @property
     def snapshot(self) -> Snapshot:
         return self._snapshot
+
+    def live_snapshot(self) -> Snapshot:
+        """The snapshot with roles and loads as the engines' links heard them last."""
+        known = self._snapshot
+        linked = {name: link for name, link in self._links.items() if link.load is not None}
+        engines = tuple(
+            replace(entry, info=link.info, load=link.load)
+            if (link := linked.get(entry.info.incarnation)) is not None
+            else entry
+            for entry in known.engines
+        )
+        return replace(known, engines=engines)
+
+    def speaking(self) -> frozenset[str]:
+        """Incarnations of the engines this router has heard of just now."""
+        return frozenset(name for name, link in self._links.items() if link.speaks)
 
     @property
     def encoders(self) -> tuple[EncoderEntry, ...]:
@@ -171,7 +189,7 @@ class Fleet:
         while True:
             try:
                 known = self._snapshot
-                async with asyncio.timeout(2 * POLL_S):
+                async with asyncio.timeout(ANSWER_TIMEOUT_S):
                     snapshot = await self._source(known.version, known.term, POLL_S)
                 self._adopt(snapshot)
             except Exception as error:

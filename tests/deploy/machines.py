@@ -154,6 +154,7 @@ class Machine:
             stderr=subprocess.STDOUT,
             text=True,
             env={**_LOGGED_IN, **(env or {})},
+            start_new_session=True,
         )
 
     def run(self, script: str, *, cwd: Path = HOME, limit_s: float = LIMIT_S) -> str:
@@ -166,8 +167,7 @@ class Machine:
         try:
             output, _ = process.communicate(timeout=limit_s)
         except subprocess.TimeoutExpired:
-            process.kill()
-            output, _ = process.communicate()
+            output = end(process)
             raise AssertionError(f"{self.name}: not done in {limit_s:.0f} s:\n{script}\n{output}") from None
         assert process.returncode == 0, f"{self.name}: exit code {process.returncode}:\n{script}\n{output}"
         return output
@@ -233,6 +233,13 @@ def network(folder: Path) -> Iterator[Network]:
         yield made
     finally:
         made.close()
+
+
+def end(process: subprocess.Popen[str]) -> str:
+    """Ends a command in a machine, and returns the rest of its output. Its parent, ``nsenter``, alone would not do."""
+    os.killpg(process.pid, signal.SIGKILL)
+    output, _ = process.communicate()
+    return output
 
 
 def kept_directories() -> list[Path]:

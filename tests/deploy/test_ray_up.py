@@ -123,8 +123,7 @@ class Site:
         try:
             yield
         finally:
-            process.kill()
-            process.wait(STEP_LIMIT_S)
+            machines.end(process)
 
     def running(self, address: str) -> dict[str, int]:
         """Sequences in the engine of each machine, as the router knows them."""

@@ -69,7 +69,7 @@ async def test_the_page_has_every_metric_and_they_count_what_was_done() -> None:
         blocks = [engine.load().total_blocks for engine in cluster.engines]
         assert series(families, "ernie_kv_blocks") == sum(blocks)
         assert series(families, "ernie_part_up") == 5
-        assert series(families, "ernie_workers", state="ready") == 4
+        assert series(families, "ernie_workers", state="ready") == 5
         assert series(families, "ernie_slo_requests_total", slo="ttft", met="true") == 2
         assert series(families, "ernie_slo_requests_total", slo="tpot", met="false") == 2
         assert series(families, "ernie_fleet_changes_total", pool="engine", change="joined") == 2

@@ -127,3 +127,22 @@ async def test_an_engine_refuses_orders_that_are_void() -> None:
             await prefill._take_role(order)
             assert prefill._info == info and not prefill.load().draining
         assert (await reply(cluster, CALLS[0])).choices == (await alone())[0].choices
+
+
+async def test_the_last_engine_of_a_role_ends_once_another_one_has_taken_it() -> None:
+    """Serve ends whichever it chose. Nobody waits for a prefill engine meanwhile, and replies stay the same."""
+    expected = await alone()
+    async with in_process_cluster(tiny_checkpoint(), PREFILL, DECODE, DECODE, role_drain_s=0.02) as cluster:
+        stop = asyncio.Event()
+        asking = [asyncio.create_task(keep_asking(cluster, number, expected, stop)) for number in range(2)]
+        last = cluster.engines.pop(0)
+        closing = asyncio.create_task(last.close())
+        async with asyncio.timeout(60):
+            while not last.load().draining:
+                assert {PREFILL, DECODE} <= {view.info.role for view in cluster.parts.fleet.engines()}
+                await asyncio.sleep(0.01)
+        assert Counter(engine._info.role for engine in cluster.engines) == {PREFILL: 1, DECODE: 1}
+        await closing
+        stop.set()
+        assert min(await asyncio.gather(*asking)) > 0
+        await cluster.wait_clean()
