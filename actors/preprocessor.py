@@ -6,6 +6,7 @@ Called through a Serve handle. Holds no weights.
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import logging
 import time
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from threading import Event
 from actors.busy import BusyShare
 from actors.config import PreprocessorConfig
 from actors.errors import InternalError, RequestCancelled, ServingError, Unavailable
+from actors.log_context import about
 from actors.processing.config import ProcessingLimits
 from actors.processing.patches import PATCH_BYTES
 from actors.processing.processor import Processed, Processor
@@ -88,7 +90,8 @@ class Preprocessor:
     @property
     def queue_age_s(self) -> float:
         """How long the oldest request has waited that is not begun yet, for memory or a worker."""
-        return time.monotonic() - next(iter(list(self._waiting.values())), time.monotonic())
+        oldest = next(iter(list(self._waiting.values())), None)
+        return 0.0 if oldest is None else time.monotonic() - oldest
 
     async def preprocess(self, request: PreprocessRequest) -> PreprocessReply:
         """Does everything a prompt needs before weights; patches then wait under ``request.lease``.
@@ -104,7 +107,7 @@ class Preprocessor:
         ticket = object()
         self._waiting[ticket] = time.monotonic()
         try:
-            with self._store.open(request.lease) as lease:
+            with about(request.lease), self._store.open(request.lease) as lease:
                 reservation = await self._store.reserve(lease, min(self._bound(request), self._store.limit_bytes))
                 processed, busy_s = await self._in_thread(request, lease, reservation, ticket)
                 await self._keep(processed, lease, reservation)
@@ -152,7 +155,7 @@ class Preprocessor:
                 raise RequestCancelled("the patches were released while they were made")
 
         try:
-            work = self._pool.submit(self._process, request, check, ticket)
+            work = self._pool.submit(contextvars.copy_context().run, self._process, request, check, ticket)
         except RuntimeError:  # the pool is shut down
             reservation.release()
             raise Unavailable("this preprocessor is closing", reason="DRAINING") from None

@@ -41,6 +41,7 @@ from cluster.placement import (
     router_claim,
 )
 from cluster.planner import Planner
+from cluster.router.traces import load_exporter
 from cluster.scaling_policy import follow_planner
 from cluster.workers import EngineGroupReplica, PreprocessorReplica, VisionEncoderReplica
 
@@ -61,6 +62,7 @@ DEPLOY_FILE_PLACES = {
     "http_port": "http_options.port",
     "grpc_port": "grpc_options.port",
     "log_level": "logging_config.log_level",
+    "log_format": "logging_config.encoding",
 }
 """Fields only ``ernie serve`` reads, and where a file for ``serve deploy`` says the same."""
 
@@ -75,6 +77,8 @@ def build(args: ClusterConfig | Mapping[str, Any]) -> Application:
         ValueError: one line per wrong field, with its path.
     """
     described = args if isinstance(args, ClusterConfig) else _deployed(args)
+    if described.otlp_endpoint is not None:
+        load_exporter()
     config = resolve(described, gpus=cluster_gpus())
     planner = _deployment(Planner, PLANNERS, planner_claim()).bind(config)
     preprocessor = _deployment(

@@ -18,6 +18,7 @@ from cluster.explain_api import explain_route
 from cluster.generation import GenerationService
 from cluster.grpc_service import InferenceServicer
 from cluster.http_api import build_api
+from cluster.logs import log_as_serve_does
 from cluster.metrics_api import MetricsPort, metrics_route
 from cluster.openapi import Route
 from cluster.router.assembly import RouterParts
@@ -36,6 +37,7 @@ class Ingress(InferenceServicer):
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, config: ClusterConfig, planner: Any, preprocessor: Any, *pools: Any
     ) -> None:
+        log_as_serve_does()
         # `options` makes the handle ask Serve's controller for its replicas. Else the first request would, and
         # would wait for a head that is away.
         self._parts = await RouterParts.start(config, planner, preprocessor.options())

@@ -23,6 +23,7 @@ from actors.types import EngineRole
 from cluster.autoscaling import Scaling
 from cluster.config import ClusterConfig
 from cluster.decisions import DecisionKind, DecisionLog
+from cluster.logs import log_as_serve_does
 from cluster.metrics.planner import PlannerCounters, planner_sheet
 from cluster.registry import (
     LEASE_S,
@@ -83,7 +84,10 @@ class Planner:
         """By incarnation, of engines that have not done it yet."""
         self._leaving: set[str] = set()
         """Incarnations of engines that were asked to end."""
-        self._term = take_term(serve.get_replica_context().app_name) if term is None else term
+        if term is None:
+            log_as_serve_does()
+            term = take_term(serve.get_replica_context().app_name)
+        self._term = term
         self._registry = Registry(self._term)
         self.counters = PlannerCounters()
         self._decisions = DecisionLog(time.time)

@@ -182,7 +182,12 @@ class Session:
         return self._handle is not None
 
     def _logging(self) -> dict[str, object]:
-        return {"log_level": self.config.log_level, "enable_access_log": False}
+        config = self.config
+        return {
+            "log_level": config.log_level,
+            "encoding": config.log_format.upper(),
+            "enable_access_log": False,
+        }
 
     def stop(self, *, on_drain: Callable[[], None] = lambda: None) -> None:
         """Routers refuse new requests and finish theirs, at most ``drain_timeout_s``; then the application is deleted

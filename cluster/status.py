@@ -64,6 +64,7 @@ def cluster_status(
                     "prefix_queried_tokens": entry.load.prefix_queried_tokens,
                     "prefix_hit_tokens": entry.load.prefix_hit_tokens,
                     "preemptions": entry.load.preemptions,
+                    "prefill_busy": entry.load.prefill_busy,
                 },
                 "group": None if entry.group is None else asdict(entry.group),
             }
@@ -79,7 +80,13 @@ def cluster_status(
             for entry in snapshot.loading
         ],
         "preprocessors": [
-            {"id": entry.worker_id, "address": entry.address, "node": _node(entry.address)}
+            {
+                "id": entry.worker_id,
+                "address": entry.address,
+                "node": _node(entry.address),
+                "queue_age_s": entry.queue_age_s,
+                "busy": entry.busy,
+            }
             for entry in snapshot.preprocessors
         ],
         "encoders": [
@@ -89,6 +96,7 @@ def cluster_status(
                 "node": _node(entry.info.address),
                 "dtype": entry.info.dtype,
                 "queued_patches": entry.queued_patches,
+                "busy": entry.busy,
             }
             for entry in snapshot.encoders
         ],

@@ -20,6 +20,7 @@ from actors.vision_encoder import VisionEncoder
 from actors.wire.renewal import Registration
 from cluster.config import PREPROCESSORS, VISION_ENCODERS
 from cluster.hub import local_directory
+from cluster.logs import log_as_serve_does
 from cluster.metrics.ray_export import RayExport
 from cluster.metrics.workers import encoder_sheet, engine_sheet, preprocessor_sheet
 from cluster.scaling_policy import Echo
@@ -69,6 +70,7 @@ class PreprocessorReplica(Preprocessor):
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, config: PreprocessorConfig, limits: ProcessingLimits, planner: Any, host: str | None
     ) -> None:
+        log_as_serve_does()
         await super().__init__(await _with_files(config), limits, host, lambda part: preprocessor_sheet(part).text())
         export = RayExport()
 
@@ -98,6 +100,7 @@ class VisionEncoderReplica(VisionEncoder):
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, config: VisionEncoderConfig, planner: Any, host: str | None
     ) -> None:
+        log_as_serve_does()
         config = dataclasses.replace(await _with_files(config), encoder_id=f"encoder-{_replica_id()}")
         await super().__init__(config, host, lambda part: encoder_sheet(part).text())
         export = RayExport()
@@ -129,6 +132,7 @@ class EngineGroupReplica(EngineReplica):
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, config: EngineReplicaConfig, planner: Any, host: str | None
     ) -> None:
+        log_as_serve_does()
         self._export = RayExport()
         name = f"{config.pool}-{_replica_id()}"
         start_group = partial(start_actors, partial(local_directory, config.model_dir))

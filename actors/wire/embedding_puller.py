@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable
 import torch
 
 from actors.errors import InternalError, ServingError, Unavailable
+from actors.log_context import about
 from actors.types import MediaSpan, SequenceKey
 from actors.wire.byte_budget import ByteBudget
 from actors.wire.media import MediaMiss
@@ -67,7 +68,8 @@ class EmbeddingPuller:
     def start(self, key: SequenceKey, media: tuple[MediaSpan, ...], cached_tokens: int = 0) -> None:
         """Pulls what an admitted sequence needs: not units that end by ``cached_tokens`` of its prompt."""
         state = self._active[key] = _Pulling(media)
-        state.task = asyncio.get_running_loop().create_task(self._run(key, state, cached_tokens))
+        with about(key.request_id):
+            state.task = asyncio.get_running_loop().create_task(self._run(key, state, cached_tokens))
 
     def resupply(self, key: SequenceKey, media: tuple[MediaSpan, ...]) -> None:
         """Media that were gone were made again."""

@@ -100,7 +100,10 @@ class SendingPair:
         chunk = Chunk(computed, entry)
         entry.unacked[computed.index] = chunk
         entry.last_pushed = entry.last_pushed or computed.last
-        self._lane_of(chunk).push(chunk)
+        if computed.token_count:
+            self._lane_of(chunk).push(chunk)
+        else:
+            self._outbox.put(pb.TransferRequest(sent=chunk.sent()))
 
     def cancel(self, key: SequenceKey) -> None:
         """Ends a sequence at the engine's wish; nothing reads its blocks once this returns."""
@@ -140,7 +143,8 @@ class SendingPair:
 
     def _end(self, error: ServingError) -> None:
         if self._entries:
-            log.warning("pair with engine %s lost: %s", self.incarnation, error.message)
+            keys = ", ".join(map(str, self._entries))
+            log.warning("pair with engine %s lost under %s: %s", self.incarnation, keys, error.message)
         for entry in list(self._entries.values()):
             self._fail(entry, error, tell_peer=False)
         self._left(self)
@@ -226,7 +230,7 @@ class SendingPair:
         if entry is None:
             return
         chunk = entry.unacked.pop(ack.chunk, None)
-        if chunk is not None:
+        if chunk is not None and chunk.computed.token_count:
             self._lane_of(chunk).acked(chunk)
         if entry.last_pushed and not entry.unacked:
             del self._entries[entry.key]

@@ -13,6 +13,7 @@ import grpc.aio
 import torch
 
 from actors.errors import InternalError, ServingError
+from actors.log_context import about
 from actors.wire import convert
 from actors.wire.audit import Audit, AuditServicer, take_audit
 from actors.wire.channels import bind, make_server
@@ -156,7 +157,8 @@ class _MediaServicer(media_pb2_grpc.MediaServiceServicer):
             )
 
         try:
-            await self._encoder.encode(call, answer)
+            with about(call.lease):
+                await self._encoder.encode(call, answer)
         except ServingError as error:
             await abort(context, error)
         except Exception:

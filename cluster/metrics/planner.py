@@ -44,7 +44,8 @@ def planner_sheet(snapshot: Snapshot, counters: PlannerCounters) -> Sheet:
         count = counters.scalings[scale.name, direction]
         sheet.add("ernie_scaling_decisions_total", count, pool=scale.name, direction=direction)
     engines = {entry.pool for entry in snapshot.engines} | loading.keys()
-    usual = {(pool, *roles) for pool in engines for roles in permutations((EngineRole.PREFILL, EngineRole.DECODE))}
+    roles = (EngineRole.PREFILL, EngineRole.DECODE)
+    usual = {(pool, former, role) for pool in engines for former, role in permutations(roles, 2)}
     for name, moves in (("decisions", counters.role_decisions), ("changes", counters.role_changes)):
         for pool, former, role in sorted(usual | moves.keys()):
             count = moves[pool, former, role]

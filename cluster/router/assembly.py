@@ -42,6 +42,7 @@ from cluster.router.scores import TokenScorer
 from cluster.router.services import Services
 from cluster.router.stages import EncodeStage, PreprocessStage
 from cluster.router.suspects import Suspects
+from cluster.router.traces import TraceRecorder, export_to
 
 AUDIT_TIMEOUT_S = 2.0
 
@@ -55,6 +56,7 @@ class RouterParts:
         services: Services,
         metrics: MetricsPage,
         latency: LatencyWindow,
+        traces: TraceRecorder | None,
         media: MediaClient,
         registration: Registration,
     ) -> None:
@@ -62,6 +64,7 @@ class RouterParts:
         self.fleet = services.fleet
         self.metrics = metrics
         self.latency = latency
+        self._traces = traces
         self._registration = registration
         self._leases = services.leases
         self._media = media
@@ -82,6 +85,7 @@ class RouterParts:
         score = TokenScorer(cache(tokenizer.token_bytes))
         context_limit = partial(fleet.context_limit, config.max_model_len or text.max_position_embeddings)
         counts, latency = RequestMetrics(config.slo), LatencyWindow(config.slo)
+        traces = None if config.otlp_endpoint is None else TraceRecorder(export_to(config.otlp_endpoint, incarnation))
         services = Services(
             fleet=fleet,
             leases=leases,
@@ -97,7 +101,7 @@ class RouterParts:
             encoders=EncoderBook(),
             budget=budget,
             suspects=Suspects(),
-            recorder=Recorders(counts, latency),
+            recorder=Recorders(counts, latency, *([] if traces is None else [traces])),
             model_name=config.model_name,
             context_limit=context_limit,
             vocab_size=text.vocab_size,
@@ -120,24 +124,11 @@ class RouterParts:
         fleet.start()
         leases.start()
 
-        def tell(sheet: Sheet) -> None:
-            counts.add_to(sheet)
-            sheet.add("ernie_ready", router.missing is None)
-            sheet.add("ernie_requests_active", router.active_count)
-            sheet.add("ernie_requests_waiting_for_room", fleet.waiting_for_room)
-            sheet.add("ernie_retry_budget", budget.saved)
-            sheet.add("ernie_suspects", services.suspects.count)
-            sheet.add("ernie_leases", leases.count)
-
-        async def ask_planner() -> bytes:
-            page: bytes = await planner.metrics.remote()
-            return page
-
         async def renew() -> None:
             await planner.renew_router.remote(incarnation, latency.summary())
 
-        page = MetricsPage(lambda: fleet.snapshot, tell, ask_planner)
-        return cls(router, services, page, latency, media, Registration(planner, incarnation, renew))
+        page = _metrics_page(router, services, counts, planner)
+        return cls(router, services, page, latency, traces, media, Registration(planner, incarnation, renew))
 
     async def audits(self) -> dict[str, Audit]:
         """What every part holds for requests, by name; a part that does not answer has that as its problem."""
@@ -155,6 +146,27 @@ class RouterParts:
         await self._leases.close()
         await self.fleet.close()
         await self._media.close()
+        if self._traces is not None:
+            await asyncio.to_thread(self._traces.close)
+
+
+def _metrics_page(router: Router, services: Services, counts: RequestMetrics, planner: Any) -> MetricsPage:
+    fleet = services.fleet
+
+    def tell(sheet: Sheet) -> None:
+        counts.add_to(sheet)
+        sheet.add("ernie_ready", router.missing is None)
+        sheet.add("ernie_requests_active", router.active_count)
+        sheet.add("ernie_requests_waiting_for_room", fleet.waiting_for_room)
+        sheet.add("ernie_retry_budget", services.budget.saved)
+        sheet.add("ernie_suspects", services.suspects.count)
+        sheet.add("ernie_leases", services.leases.count)
+
+    async def ask_planner() -> bytes:
+        page: bytes = await planner.metrics.remote()
+        return page
+
+    return MetricsPage(lambda: fleet.snapshot, tell, ask_planner)
 
 
 async def _audit(address: str) -> Audit:

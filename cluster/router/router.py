@@ -20,6 +20,7 @@ from actors.errors import (
     ServingError,
     Unavailable,
 )
+from actors.log_context import about
 from actors.types import PreprocessReply, PreprocessRequest
 from cluster.config import PREPROCESSORS
 from cluster.generation import Event, Finished, GenerateCall, ModelCard, PromptTokens, Vocabulary
@@ -107,8 +108,9 @@ class Router:
         if call.request_id is not None:
             self._aliases[call.request_id] = request_id
         self._services.recorder.admitted(request_id)
-        task = run.start()
-        task.add_done_callback(lambda _: self._end(request_id, call.request_id))
+        with about(request_id):
+            task = run.start()
+            task.add_done_callback(lambda _: self._end(request_id, call.request_id))
         return run, task
 
     def _check_admissible(self, call: GenerateCall) -> None:

@@ -22,11 +22,12 @@ CLUSTER = {
             "name": "decode",
             "roles": {"decode": 1},
             **ENGINE,
-            "autoscaling": {"max_replicas": 2, "kv_use": 0.02, **DELAYS},
+            "autoscaling": {"max_replicas": 2, "kv_use": 0.1, **DELAYS},
         },
     ],
 }
-STREAMS = 12
+STREAMS = 16
+"""At once: more than a decode engine is to bear. One alone is no reason for a second one."""
 LIMIT_S = 90.0
 
 
@@ -45,16 +46,18 @@ def wait_for(cluster: LaunchedCluster, what: str, holds: Callable[[dict[str, dic
 def test_a_pool_grows_under_load_and_shrinks_behind_it_and_no_request_fails(cluster: LaunchedCluster) -> None:
     streams = [Stream(cluster, number) for number in range(STREAMS)]
 
-    def keep_load() -> None:
-        streams.extend(Stream(cluster, len(streams)) for stream in streams[-STREAMS:] if not stream.is_alive())
+    def reaches(replicas: int, load: int) -> Callable[[dict[str, dict[str, Any]]], bool]:
+        """Keeps so many replies going meanwhile, on whichever engine they are."""
 
-    def grown(found: dict[str, dict[str, Any]]) -> bool:
-        keep_load()
-        return bool(found["decode"]["replicas"] == found["decode"]["target"] == 2)
+        def holds(found: dict[str, dict[str, Any]]) -> bool:
+            going = sum(stream.is_alive() for stream in streams)
+            streams.extend(Stream(cluster, len(streams)) for _ in range(load - going))
+            return bool(found["decode"]["replicas"] == found["decode"]["target"] == replicas)
 
-    wait_for(cluster, "two decode engines", grown)
-    # The pool shrinks under replies that go on, whichever engine they are on.
-    wait_for(cluster, "one decode engine again", lambda found: found["decode"]["replicas"] == 1)
+        return holds
+
+    wait_for(cluster, "two decode engines", reaches(2, STREAMS))
+    wait_for(cluster, "one decode engine again", reaches(1, 1))
     for stream in streams:
         stream.join()
     assert [stream.error for stream in streams] == [None] * len(streams)

@@ -6,9 +6,10 @@ import { MINUTES, Series, Sparkline } from "./history.js";
 
 const NONE = "\u2013";
 
-/** A figure: its name, what it is now, a line of more, and a drawing. */
+/** A figure: its name, what it is now, a line of more, and a drawing. `word` tells a value. */
 class Tile {
-  constructor(name) {
+  constructor(name, word) {
+    this.word = word;
     this.value = make("b", {}, NONE);
     this.more = make("span", { class: "more" });
     this.spark = new Sparkline();
@@ -25,37 +26,38 @@ class Tile {
     this.below.add(null);
   }
 
-  show(value, more, sample, { below = null, top } = {}) {
+  /** `sample` is drawn; `value`, unless it is the same, is told. */
+  show(sample, more, { value = sample, below = null, top } = {}) {
     this.element.hidden = false;
-    tell(this.value, value);
+    tell(this.value, value === null ? NONE : this.word(value));
     tell(this.more, more);
     this.series.add(sample);
     this.below.add(below);
-    this.spark.show(this.series, this.below, top);
+    this.spark.show(this.series, this.below, this.word, top);
   }
 }
 
 const LATENCIES = [
-  ["ttft_s", new Tile("Time to first token")],
-  ["tpot_s", new Tile("Time per output token")],
-  ["e2e_s", new Tile("Whole request")],
+  ["ttft_s", new Tile("Time to first token", seconds)],
+  ["tpot_s", new Tile("Time per output token", seconds)],
+  ["e2e_s", new Tile("Whole request", seconds)],
 ];
-const requests = new Tile("Requests");
-const attained = new Tile("Within objectives");
-const kv = new Tile("KV cache");
+const requests = new Tile("Requests", compact);
+const attained = new Tile("Within objectives", (share) => percent(share, 1));
+const kv = new Tile("KV cache", (share) => percent(share));
 byId("tiles").prepend(requests.element);
 
 export function showFigures(status) {
   byId("figures").hidden = false;
   const { latency } = status;
   const rate = latency ? `${(latency.count / latency.window_s).toFixed(1)} ended per second` : `in the last ${MINUTES} minutes`;
-  requests.show(compact(status.active_requests), rate, status.active_requests);
+  requests.show(status.active_requests, rate);
   for (const [name, tile] of LATENCIES) {
     if (!latency) tile.hide();
-    else if (!latency[name]) tile.show(NONE, `none in ${latency.window_s} s`, null);
+    else if (!latency[name]) tile.show(null, `none in ${latency.window_s} s`);
     else {
       const { p50, p95, p99 } = latency[name];
-      tile.show(seconds(p50), `p95 ${seconds(p95)} \u00b7 p99 ${seconds(p99)}`, p95, { below: p50 });
+      tile.show(p95, `p95 ${seconds(p95)} \u00b7 p99 ${seconds(p99)}`, { value: p50, below: p50 });
     }
   }
   showObjectives(latency?.slo);
@@ -73,7 +75,7 @@ function showObjectives(slo) {
     return;
   }
   const words = bounds.map(([bound, of]) => `${of} ${bound} s`).join(" \u00b7 ");
-  attained.show(slo.met === null ? NONE : percent(slo.met, 1), words, slo.met, { top: 1 });
+  attained.show(slo.met, words, { top: 1 });
 }
 
 function showCache(engines) {
@@ -85,5 +87,5 @@ function showCache(engines) {
     return;
   }
   const used = total - tokens("free_blocks");
-  kv.show(percent(used / total), `${compact(used)} of ${many(total, "token")}`, used / total, { top: 1 });
+  kv.show(used / total, `${compact(used)} of ${many(total, "token")}`, { top: 1 });
 }

@@ -19,8 +19,16 @@ export class Series {
     while (this.#samples[0].now < now - KEPT_MS) this.#samples.shift();
   }
 
+  get #values() {
+    return this.#samples.map(({ value }) => value).filter((value) => value !== null);
+  }
+
+  get lowest() {
+    return Math.min(...this.#values);
+  }
+
   get highest() {
-    return Math.max(0, ...this.#samples.map(({ value }) => value ?? 0));
+    return Math.max(0, ...this.#values);
   }
 
   /** From its first sample to now, within bounds. */
@@ -54,19 +62,22 @@ export class Sparkline {
     this.line = draw("path", { class: "line" });
     this.element = draw(
       "svg",
-      { class: "spark", viewBox: `0 0 ${WIDTH} ${HEIGHT}`, preserveAspectRatio: "none", "aria-hidden": "true" },
+      { class: "spark", viewBox: `0 0 ${WIDTH} ${HEIGHT}`, preserveAspectRatio: "none", role: "img" },
       this.areas,
       this.below,
       this.line,
     );
   }
 
-  /** `top`: the value of the upper edge; as high as the series goes when it is not given. */
-  show(series, below = null, top = Math.max(series.highest, below?.highest ?? 0), now = Date.now()) {
+  /** `word` tells a value; `top` is that of the upper edge, as high as the series goes when it is not given. */
+  show(series, below, word, top = Math.max(series.highest, below.highest), now = Date.now()) {
     const runs = series.runs(top, now);
     this.line.setAttribute("d", runs.map(path).join(""));
     this.areas.setAttribute("d", runs.map(area).join(""));
-    this.below.setAttribute("d", below ? below.runs(top, now).map(path).join("") : "");
+    this.below.setAttribute("d", below.runs(top, now).map(path).join(""));
+    const { lowest, highest } = series;
+    const told = Number.isFinite(lowest) ? `${word(lowest)} to ${word(highest)}` : "nothing";
+    this.element.setAttribute("aria-label", `In the last ${MINUTES} minutes: ${told}`);
   }
 }
 

@@ -106,6 +106,12 @@ def page() -> Page:
         Query("sum by (pool) (ernie_media_limit_bytes)", "{{pool}} at most"),
     )
     page.lines(
+        "Units held",
+        "Pictures and frame pairs, under leases or cached without one.",
+        COUNT,
+        Query("sum by (pool, state) (ernie_media_units)", "{{pool}} {{state}}"),
+    )
+    page.lines(
         "Pulled",
         "Patches by vision encoders, embeddings by engines.",
         BYTES_PER_SECOND,
@@ -121,11 +127,12 @@ def page() -> Page:
     )
     page.lines(
         "Gone when they were pulled",
-        "What was evicted or lost and is made again.",
+        "What was evicted or lost and is made again, and cached units that gave way to others.",
         PER_SECOND,
         Query('sum by (pool) (rate(ernie_media_pulls_total{result="miss"}[$__rate_interval]))', "in {{pool}}"),
         Query(rate("ernie_encoder_patch_misses_total"), "patches, for encoders"),
         Query('sum(rate(ernie_embedding_pulls_total{result="miss"}[$__rate_interval]))', "embeddings, for engines"),
+        Query(rate("ernie_media_evictions_total", "pool"), "evicted in {{pool}}"),
     )
     page.lines(
         "Waiting for memory",

@@ -70,6 +70,7 @@ def page() -> Page:
         COUNT,
         Query("sum by (pool, direction) (ernie_scaling_decisions_total)", "{{pool}} {{direction}}"),
         Query("sum by (pool, former, role) (ernie_role_decisions_total)", "{{pool}} {{former}} -> {{role}}"),
+        Query("sum by (pool, former, role) (ernie_role_changes_total)", "{{pool}} {{former}} -> {{role}}, done"),
     )
     page.lines(
         "Comings and goings",

@@ -221,8 +221,10 @@ def test_the_page_can_be_heard_and_left(console: Console) -> None:
         expect(page.get_by_role("region", name=name)).to_have_count(1)
     for role in ("main", "banner", "navigation", "contentinfo"):
         expect(page.get_by_role(role)).to_have_count(1)
+    expect(page.get_by_role("img", name="In the last 5 minutes: ").first).to_have_count(1)
     nameless = page.evaluate("""() => [...document.querySelectorAll("button, a, table, dialog, th, [role=img]")]
-        .filter((e) => !(e.ariaLabel || e.textContent.trim() || e.title)).map((e) => e.outerHTML)""")
+        .filter((e) => !e.closest("[hidden]") && !(e.ariaLabel || e.textContent.trim() || e.title))
+        .map((e) => e.outerHTML)""")
     assert nameless == []
     page.get_by_role("link", name="Playground").click()
     expect(page.locator("#composer")).to_be_visible()
