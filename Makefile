@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo serve test test-clients test-ray-up chaos check proto clean
+.PHONY: help venv demo serve test test-clients test-ray-up test-dashboards chaos check proto dashboards clean
 
 help:  ## List the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,8 +28,9 @@ serve: venv  ## Start a cluster and keep it; ARGS="--model DIR ..." are passed o
 test: venv  ## Run all tests; ARGS="-k ..." are passed on.
 	$(BIN)/python -m pytest $(ARGS)
 
-chaos: venv  ## Kill and freeze parts under requests; TRIALS=100 SEED=1 MUTANT=no_resume ...
-	$(BIN)/python -m tests.chaos --trials $(or $(TRIALS),100) --seed $(or $(SEED),1) --mutant "$(MUTANT)"
+chaos: venv  ## Kill and freeze parts under requests; TRIALS=100 SEED=1 FIRST=0 MUTANT=no_resume ARGS=...
+	$(BIN)/python -m tests.chaos --trials $(or $(TRIALS),100) --seed $(or $(SEED),1) --first $(or $(FIRST),0) \
+		--mutant "$(MUTANT)" $(ARGS)
 
 test-clients: venv  ## Run other people's clients against a cluster; prints a line for each.
 	$(BIN)/python -m pip install --quiet --editable '.[test,clients]'
@@ -40,18 +41,25 @@ test-clients: venv  ## Run other people's clients against a cluster; prints a li
 test-ray-up: venv  ## Bring up a cluster of namespaces by deploy/README.md (root on Linux; minutes); ARGS="-s" shows it.
 	ERNIE_TEST_RAY_UP=1 $(BIN)/python -m pytest tests/deploy -rs $(ARGS)
 
-check: venv  ## Lint, types, import rules, protos, stubs, links, spelling.
+test-dashboards: venv  ## Ask every panel and alert of a Prometheus that watches a cluster under load (minutes).
+	$(BIN)/python -m pytest tests/dashboards -rs $(ARGS)
+
+check: venv  ## Lint, types, import rules, protos, stubs, dashboards, links, spelling.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/buf lint proto
 	$(BIN)/python .ci/stubs.py --check
+	$(BIN)/python -m deploy.dashboards.generate --check
 	$(BIN)/python .ci/links.py
 	$(BIN)/codespell
 
 proto: venv  ## Generate the stubs again.
 	$(BIN)/python .ci/stubs.py
+
+dashboards: venv  ## Make Grafana's dashboards again.
+	$(BIN)/python -m deploy.dashboards.generate
 
 clean:  ## Remove .venv and caches.
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -30,6 +30,7 @@ from actors.engine.events import ComputedChunk
 from actors.engine.group.group_runner import GroupRunner
 from actors.engine_group import EngineGroup, start_processes
 from actors.engine_rank import Rank, kv_rank, load_rank
+from actors.engine_stats import EngineStats
 from actors.errors import AlreadyExists, InternalError, ServingError
 from actors.parallel.kv_ends import KvRank
 from actors.parallel.kv_transfer import KvTransferConfig
@@ -62,6 +63,10 @@ StartGroup = Callable[[EngineReplicaConfig, EngineRole, str], EngineGroup]
 """Starts the further ranks of an engine whose leader, this process, listens on the given address. Blocks."""
 MOVE_S = 2.0
 """For attempts that move to let go of their blocks, transfers included."""
+STEP_LIMIT_S = 120.0
+"""A step that takes longer hangs, as in a group."""
+SUCCESSOR_S = 20.0
+"""Longest wait of the last engine of a role for another one to take it."""
 LAST_WORDS_S = 0.05
 """For what was told before a step failed to reach the routers: it names what the step computed."""
 
@@ -83,6 +88,7 @@ class EngineReplica:
         engine_id: stable name; this process's when None.
         host: address to listen on; the node's, as Ray knows it, when None.
         start_group: how further ranks are started, where the configuration asks for some.
+        page: its metrics, in the text format of Prometheus.
     """
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
@@ -92,8 +98,10 @@ class EngineReplica:
         engine_id: str | None = None,
         host: str | None = None,
         start_group: StartGroup = start_processes,
+        page: Callable[[EngineStats], bytes] = lambda _: b"",
     ) -> None:
         self._config = config
+        self._page = page
         self._planner = planner
         self._group: EngineGroup | None = None
         self._incarnation = uuid.uuid4().hex
@@ -133,6 +141,7 @@ class EngineReplica:
     def _build(self, rank: Rank, runner: GroupRunner, role: EngineRole, engine_id: str, host: str) -> None:
         config, text, cache = self._config, rank.config.text, rank.runner.cache
         self._runner = runner
+        self._tail = None if rank.runner.roles is None else rank.runner.roles.tail
         self._attempts: dict[SequenceKey, _Attempt] = {}
         self._hidden_size = text.hidden_size
         self._dtype = rank.runner.model.dtype
@@ -211,7 +220,9 @@ class EngineReplica:
         self._links = EngineLinkServicer(self, lambda: self._info)
         engine_link_pb2_grpc.add_EngineLinkServiceServicer_to_server(self._links, self._server)
         kv_control_pb2_grpc.add_KvControlServiceServicer_to_server(self._receiver, self._server)
-        audit_pb2_grpc.add_AuditServiceServicer_to_server(AuditServicer(self.audit), self._server)
+        audit_pb2_grpc.add_AuditServiceServicer_to_server(
+            AuditServicer(self.audit, lambda: self._page(self.stats())), self._server
+        )
 
     # What links ask for (AttemptHost), on the event loop.
 
@@ -347,6 +358,20 @@ class EngineReplica:
             self._engine.move()
             await asyncio.to_thread(self._engine.wait_idle, MOVE_S)
 
+    def stats(self) -> EngineStats:
+        """For its metrics."""
+        return EngineStats(
+            info=self._info,
+            pool=self._config.pool,
+            load=self.load(),
+            tail_blocks=0 if self._tail is None else self._tail.tail_block_count,
+            steps=self._engine.steps,
+            sender=self._sender,
+            receiver=self._receiver,
+            embeddings=self._puller,
+            group=self.group_report(),
+        )
+
     def group_report(self) -> GroupReport | None:
         """None with one rank."""
         return self._runner.report()
@@ -375,11 +400,14 @@ class EngineReplica:
             self._receiver.check_integrity()
 
     async def check_health(self) -> None:
-        """Serve replaces a replica whose check raises."""
+        """Serve replaces a replica whose check raises. One whose step hangs ends here: its links would live on."""
         self._registration.check()
+        self._engine.check_step(STEP_LIMIT_S)
 
     async def close(self) -> None:
-        """Drains: no new attempts, running ones may finish until the drain timeout; then their routers move them."""
+        """Drains: no new attempts, running ones may finish until the drain timeout; then their routers move them. The
+        last engine of a role first waits for another one to take it."""
+        await self._registration.wait_for_leave(SUCCESSOR_S)
         self._closing = True
         self._leaves = True
         self._links.tell_load()

@@ -6,17 +6,21 @@ Called through a Serve handle. Holds no weights.
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from threading import Event
 
+from actors.busy import BusyShare
 from actors.config import PreprocessorConfig
 from actors.errors import InternalError, RequestCancelled, ServingError, Unavailable
+from actors.log_context import about
 from actors.processing.config import ProcessingLimits
 from actors.processing.patches import PATCH_BYTES
 from actors.processing.processor import Processed, Processor
+from actors.tallies import WORK_SECONDS, Tally
 from actors.types import SPATIAL_MERGE, TEMPORAL_MERGE, ImagePart, PreprocessReply, PreprocessRequest, VideoPart
 from actors.wire.audit import Audit
 from actors.wire.media_server import MediaServer, node_address
@@ -41,16 +45,26 @@ class Preprocessor:
         config: where the model directory is and how much to hold.
         limits: what one request may bring.
         host: address its Media server listens on; the node's, as Ray knows it, when None.
+        page: its metrics, in the text format of Prometheus.
     """
 
     async def __init__(  # type: ignore[misc]
-        self, config: PreprocessorConfig, limits: ProcessingLimits | None = None, host: str | None = None
+        self,
+        config: PreprocessorConfig,
+        limits: ProcessingLimits | None = None,
+        host: str | None = None,
+        page: Callable[[Preprocessor], bytes] = lambda _: b"",
     ) -> None:
         self._processor = await asyncio.to_thread(Processor, config.model_dir, limits, media=config.media)
         self._closing = False
+        self._busy = BusyShare(config.workers)
+        self._waiting: dict[object, float] = {}
+        """When requests came that are not begun yet, the oldest first."""
         self._store: UnitStore[Patches] = UnitStore(limit_bytes=config.patch_bytes, limit_name="patch_bytes")
         self._pool = ThreadPoolExecutor(max_workers=config.workers, thread_name_prefix="preprocess")
-        self._server = MediaServer(self._store)
+        self.seconds = Tally(WORK_SECONDS)
+        """Work on one request."""
+        self._server = MediaServer(self._store, page=lambda: page(self))
         await self._server.start(host if host is not None else node_address())
         log.info("preprocessor serves patches at %s", self._server.address)
 
@@ -63,6 +77,22 @@ class Preprocessor:
     def incarnation(self) -> str:
         return self._server.incarnation
 
+    @property
+    def busy(self) -> float:
+        """Share of the last seconds of its workers in which they had something to do."""
+        return self._busy.share()
+
+    @property
+    def waiting_count(self) -> int:
+        """Requests that are not begun yet."""
+        return len(self._waiting)
+
+    @property
+    def queue_age_s(self) -> float:
+        """How long the oldest request has waited that is not begun yet, for memory or a worker."""
+        oldest = next(iter(list(self._waiting.values())), None)
+        return 0.0 if oldest is None else time.monotonic() - oldest
+
     async def preprocess(self, request: PreprocessRequest) -> PreprocessReply:
         """Does everything a prompt needs before weights; patches then wait under ``request.lease``.
 
@@ -74,10 +104,16 @@ class Preprocessor:
             Unavailable: reason DRAINING, this replica is closing.
             InternalError: a defect.
         """
-        with self._store.open(request.lease) as lease:
-            reservation = await self._store.reserve(lease, min(self._bound(request), self._store.limit_bytes))
-            processed, busy_s = await self._in_thread(request, lease, reservation)
-            await self._keep(processed, lease, reservation)
+        ticket = object()
+        self._waiting[ticket] = time.monotonic()
+        try:
+            with about(request.lease), self._store.open(request.lease) as lease:
+                reservation = await self._store.reserve(lease, min(self._bound(request), self._store.limit_bytes))
+                processed, busy_s = await self._in_thread(request, lease, reservation, ticket)
+                await self._keep(processed, lease, reservation)
+        finally:
+            self._waiting.pop(ticket, None)
+        self.seconds.add(busy_s)
         return PreprocessReply(
             prompt_ids=processed.prompt_ids,
             media=processed.media,
@@ -86,6 +122,11 @@ class Preprocessor:
             incarnation=self._server.incarnation,
             busy_s=busy_s,
         )
+
+    @property
+    def store(self) -> UnitStore[Patches]:
+        """Of its patches."""
+        return self._store
 
     async def check_health(self) -> None:
         """Raises RuntimeError when patches are no longer served: Serve then replaces the replica."""
@@ -103,7 +144,7 @@ class Preprocessor:
         self._processor.close()
 
     async def _in_thread(
-        self, request: PreprocessRequest, lease: Lease, reservation: Reservation
+        self, request: PreprocessRequest, lease: Lease, reservation: Reservation, ticket: object
     ) -> tuple[Processed, float]:
         """Processes on the pool. Cancelled, it lets ``reservation`` go only when the thread is through."""
         loop = asyncio.get_running_loop()
@@ -114,7 +155,7 @@ class Preprocessor:
                 raise RequestCancelled("the patches were released while they were made")
 
         try:
-            work = self._pool.submit(self._process, request, check)
+            work = self._pool.submit(contextvars.copy_context().run, self._process, request, check, ticket)
         except RuntimeError:  # the pool is shut down
             reservation.release()
             raise Unavailable("this preprocessor is closing", reason="DRAINING") from None
@@ -135,11 +176,15 @@ class Preprocessor:
             log.exception("preprocessing for lease %s failed", request.lease)
             raise InternalError("preprocessing failed") from None
 
-    def _process(self, request: PreprocessRequest, check: Callable[[], None]) -> tuple[Processed, float]:
+    def _process(
+        self, request: PreprocessRequest, check: Callable[[], None], ticket: object
+    ) -> tuple[Processed, float]:
         """On a pool thread."""
+        self._waiting.pop(ticket, None)
         check()
         started = time.perf_counter()
-        processed = self._processor.process(request, check)
+        with self._busy.doing():
+            processed = self._processor.process(request, check)
         return processed, time.perf_counter() - started
 
     async def _keep(self, processed: Processed, lease: Lease, reservation: Reservation) -> None:

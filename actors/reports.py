@@ -30,6 +30,8 @@ class LoadReport:
     """Sequences that lost their blocks to another since start."""
     draining: bool = False
     """It leaves: what it has may finish, nothing new is taken."""
+    prefill_busy: float = 0.0
+    """Share of the last seconds that prompts took of its steps. The planner's: routers are not told."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,6 +39,8 @@ class GroupReport:
     """What the ranks of an engine did together. Counts and seconds since the start, but for the skews."""
 
     ranks: int
+    processes: tuple[int, ...]
+    """Their ids by rank, each on its own node."""
     steps: int
     """Plans that were run, those without tokens among them."""
     plan_s: float

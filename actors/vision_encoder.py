@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,9 +46,15 @@ class VisionEncoder:
     Args:
         config: what to load and how much to hold.
         host: address its Media server listens on; the node's, as Ray knows it, when None.
+        page: its metrics, in the text format of Prometheus.
     """
 
-    async def __init__(self, config: VisionEncoderConfig, host: str | None = None) -> None:  # type: ignore[misc]
+    async def __init__(  # type: ignore[misc]
+        self,
+        config: VisionEncoderConfig,
+        host: str | None = None,
+        page: Callable[[VisionEncoder], bytes] = lambda _: b"",
+    ) -> None:
         loaded = await asyncio.to_thread(_load, config)
         self._config = config
         self._model = loaded.model
@@ -66,7 +73,9 @@ class VisionEncoder:
             window_bytes=config.patch_window_bytes,
             max_batch_patches=config.max_batch_patches,
         )
-        self._server = MediaServer(self._store, self, also_held=self._queue_held)
+        self.unit_sources = Counter(cached=0, shared=0, computed=0)
+        """Where units that were asked for came from: were here, were on their way, or were made."""
+        self._server = MediaServer(self._store, self, also_held=self._queue_held, page=lambda: page(self))
         await self._server.start(host if host is not None else node_address())
         log.info("vision encoder %s serves embeddings at %s", config.encoder_id, self._server.address)
 
@@ -82,14 +91,28 @@ class VisionEncoder:
         )
 
     @property
+    def queue(self) -> EncodeQueue:
+        return self._queue
+
+    @property
+    def store(self) -> UnitStore[torch.Tensor]:
+        """Of its embeddings."""
+        return self._store
+
+    @property
     def loaded(self) -> LoadReport:
         """What was read from the checkpoint."""
         return self._report
 
     @property
     def queued_patches(self) -> int:
-        """Patches that wait for their batch."""
+        """Patches that wait for their batch or are in it."""
         return self._queue.queued_patches
+
+    @property
+    def busy(self) -> float:
+        """Share of the last seconds in which it computed."""
+        return self._queue.busy
 
     def audit(self) -> Audit:
         """What is held for requests, and whether the books agree."""
@@ -166,8 +189,10 @@ class VisionEncoder:
         cached = []
         for key, unit in units.items():
             if self._store.hold(lease, key):
+                self.unit_sources["cached"] += 1
                 cached.append(key)
             else:
+                self.unit_sources["shared" if key in self._queue else "computed"] += 1
                 part = None if key in self._queue else reservation.split(self._embedding_bytes(unit.grid))
                 tickets.append(self._queue.join(key, unit, lease, call.patch_address, part))
         return cached

@@ -6,15 +6,29 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
 from ray import serve
 from ray.serve import Application
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
 from actors.config import EngineReplicaConfig, PreprocessorConfig, VisionEncoderConfig
+from actors.engine_replica import SUCCESSOR_S
 from cluster.builtin import locate
-from cluster.config import BLOCK_SIZE, ClusterConfig, EnginePool, parse, resolve
+from cluster.config import (
+    BLOCK_SIZE,
+    PLANNERS,
+    PREPROCESSORS,
+    ROUTERS,
+    VISION_ENCODERS,
+    ClusterConfig,
+    EnginePool,
+    parse,
+    resolve,
+)
+from cluster.config_scaling import Autoscaling
 from cluster.hub import locate_checkpoint, repository_name
 from cluster.ingress import Ingress
 from cluster.model_check import check_model
@@ -27,6 +41,8 @@ from cluster.placement import (
     router_claim,
 )
 from cluster.planner import Planner
+from cluster.router.traces import load_exporter
+from cluster.scaling_policy import follow_planner
 from cluster.workers import EngineGroupReplica, PreprocessorReplica, VisionEncoderReplica
 
 log = logging.getLogger(__name__)
@@ -37,6 +53,8 @@ CONTROL_CALLS = 1000
 """Calls a replica accepts at once where Serve is not the one to bound them."""
 SHUTDOWN_MARGIN_S = 5.0
 """For a replica to close its servers after its own drain."""
+ECHO_PERIOD_S = 1.0
+"""Between two times a replica says how many of its pool the planner wants."""
 CONSTRUCTOR_TRIES = 2
 """Of a first deployment: what a replica cannot load once it seldom can later."""
 DEPLOY_FILE_PLACES = {
@@ -44,6 +62,7 @@ DEPLOY_FILE_PLACES = {
     "http_port": "http_options.port",
     "grpc_port": "grpc_options.port",
     "log_level": "logging_config.log_level",
+    "log_format": "logging_config.encoding",
 }
 """Fields only ``ernie serve`` reads, and where a file for ``serve deploy`` says the same."""
 
@@ -58,17 +77,24 @@ def build(args: ClusterConfig | Mapping[str, Any]) -> Application:
         ValueError: one line per wrong field, with its path.
     """
     described = args if isinstance(args, ClusterConfig) else _deployed(args)
+    if described.otlp_endpoint is not None:
+        load_exporter()
     config = resolve(described, gpus=cluster_gpus())
-    planner = _deployment(Planner, "planner", planner_claim()).bind(config)
+    planner = _deployment(Planner, PLANNERS, planner_claim()).bind(config)
     preprocessor = _deployment(
         PreprocessorReplica,
-        "preprocessor",
+        PREPROCESSORS,
         preprocessor_claim(config),
         replicas=config.preprocessor.replicas,
+        autoscaling=config.preprocessor.autoscaling,
         max_ongoing=config.preprocessor.max_ongoing,
     ).bind(preprocessor_config(config), config.preprocessor.limits, planner, config.worker_host)
     encoders = _deployment(
-        VisionEncoderReplica, "vision_encoder", encoder_claim(config), replicas=config.vision_encoder.replicas
+        VisionEncoderReplica,
+        VISION_ENCODERS,
+        encoder_claim(config),
+        replicas=config.vision_encoder.replicas,
+        autoscaling=config.vision_encoder.autoscaling,
     ).bind(encoder_config(config), planner, config.worker_host)
     engines = [
         _deployment(
@@ -76,14 +102,15 @@ def build(args: ClusterConfig | Mapping[str, Any]) -> Application:
             pool.name,
             engine_claim(pool),
             replicas=pool.replicas,
-            # It may change its role when it is asked to end, and moves what does not finish.
-            shutdown_s=config.role_drain_s + config.drain_timeout_s + 2 * SHUTDOWN_MARGIN_S,
+            autoscaling=pool.autoscaling,
+            # It may have to wait for another one to take its role, and moves what does not finish.
+            shutdown_s=SUCCESSOR_S + config.role_drain_s + config.drain_timeout_s + 2 * SHUTDOWN_MARGIN_S,
         ).bind(engine_config(config, pool), planner, config.worker_host)
         for pool in config.pools
     ]
     router = _deployment(
         Ingress,
-        "router",
+        ROUTERS,
         router_claim(config),
         replicas=config.router.replicas,
         # The router refuses by its own count, with a retry delay; Serve must not be the first to.
@@ -133,7 +160,7 @@ def encoder_config(config: ClusterConfig) -> VisionEncoderConfig:
     pool = config.vision_encoder
     return VisionEncoderConfig(
         model_dir=config.model,
-        encoder_id="vision_encoder",
+        encoder_id=VISION_ENCODERS,
         dtype=config.dtype,
         device=_device(encoder_claim(config)),
         max_batch_patches=pool.max_batch_patches,
@@ -180,12 +207,16 @@ def _deployment(
     claim: Claim,
     *,
     replicas: int = 1,
+    autoscaling: Autoscaling | None = None,
     max_ongoing: int = CONTROL_CALLS,
     shutdown_s: float = 2 * SHUTDOWN_MARGIN_S,
 ) -> serve.Deployment:
+    count: dict[str, Any] = {"num_replicas": replicas}
+    if autoscaling is not None:
+        count = {"autoscaling_config": _following_the_planner(replicas, autoscaling)}
     return serve.deployment(
         name=name,
-        num_replicas=replicas,
+        **count,
         max_ongoing_requests=max_ongoing,
         health_check_period_s=HEALTH_PERIOD_S,
         health_check_timeout_s=HEALTH_TIMEOUT_S,
@@ -194,3 +225,21 @@ def _deployment(
         max_constructor_retry_count=CONSTRUCTOR_TRIES,
         **claim.options,
     )(worker)
+
+
+def _following_the_planner(replicas: int, autoscaling: Autoscaling) -> AutoscalingConfig:
+    """The planner has waited before it decides: Serve follows at once."""
+    with warnings.catch_warnings():
+        # The environment variables that are to replace the interval are read by no part of this version of Serve.
+        warnings.filterwarnings("ignore", "The `metrics_interval_s` field", DeprecationWarning)
+        return AutoscalingConfig(
+            min_replicas=autoscaling.min_replicas,
+            initial_replicas=replicas,
+            max_replicas=autoscaling.max_replicas,
+            upscale_delay_s=0.0,
+            downscale_delay_s=0.0,
+            metrics_interval_s=ECHO_PERIOD_S,
+            # Replicas are asked five times in it.
+            look_back_period_s=5 * ECHO_PERIOD_S,
+            policy=AutoscalingPolicy(policy_function=follow_planner),  # type: ignore[no-untyped-call]
+        )

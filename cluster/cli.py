@@ -29,6 +29,7 @@ app.add_typer(checkpoint_app, name="checkpoint")
 app.add_typer(eval_app, name="eval")
 
 EXIT_INTERRUPTED = 130
+"""How many of them ``ernie status`` shows."""
 OTHER_PROGRAMS = "For command lines of vLLM and FastDeploy"
 ABOUT = {
     "nano": "nano is the small built-in model: it knows coloured shapes, numbers and short clips, and nothing else.",
@@ -55,6 +56,9 @@ def serve(
         int | None, typer.Option("--http-port", "--port", help="Port of the HTTP API; 8000 when unset.")
     ] = None,
     grpc_port: Annotated[int | None, typer.Option(help="Port of the gRPC API; 9000 when unset.")] = None,
+    metrics_port: Annotated[
+        int | None, typer.Option(help="Serve /metrics on this port, too; it is on the HTTP port anyway.")
+    ] = None,
     allowed_media_domains: Annotated[
         list[str] | None, typer.Option(help="Host media may be fetched from; repeat for more.")
     ] = None,
@@ -86,7 +90,6 @@ def serve(
         int, typer.Option(help="Only 1.", show_default=False, rich_help_panel=OTHER_PROGRAMS)
     ] = 1,
     quantization: Annotated[str | None, typer.Option(help="Not built yet.", rich_help_panel=OTHER_PROGRAMS)] = None,
-    metrics_port: Annotated[int | None, typer.Option(help="Changes nothing.", rich_help_panel=OTHER_PROGRAMS)] = None,
     engine_worker_queue_port: Annotated[
         int | None, typer.Option(help="Changes nothing.", rich_help_panel=OTHER_PROGRAMS)
     ] = None,
@@ -99,10 +102,13 @@ def serve(
     enable_auto_tool_choice: Annotated[
         bool, typer.Option("--enable-auto-tool-choice", help="Changes nothing.", rich_help_panel=OTHER_PROGRAMS)
     ] = False,
+    otlp_endpoint: Annotated[
+        str | None, typer.Option(help="Collector of OpenTelemetry traces, http://host:4317.")
+    ] = None,
     log_dir: Annotated[Path | None, typer.Option(help="Keep the logs of the session here.")] = None,
 ) -> None:
     """Starts a cluster on this machine and keeps it until Ctrl-C."""
-    from cluster.launch import StopRequested, grpc_address, http_url, leave, running_cluster
+    from cluster.launch import StopRequested, grpc_address, http_url, leave, metrics_url, running_cluster
     from cluster.serve_options import ServeOptions
     from cluster.session import StartFailed
 
@@ -116,6 +122,8 @@ def serve(
         "host": host,
         "http_port": http_port,
         "grpc_port": grpc_port,
+        "metrics_port": metrics_port,
+        "otlp_endpoint": otlp_endpoint,
         "max_model_len": max_model_len,
         "served_model_name": served_model_name,
         "reasoning_parser": reasoning_parser,
@@ -129,7 +137,6 @@ def serve(
         limit_mm_per_prompt=limit_mm_per_prompt,
         tensor_parallel_size=tensor_parallel_size,
         quantization=quantization,
-        metrics_port=metrics_port,
         engine_worker_queue_port=engine_worker_queue_port,
         enable_mm=enable_mm,
         trust_remote_code=trust_remote_code,
@@ -143,6 +150,7 @@ def serve(
             url = http_url(settings)
             typer.echo(f"  HTTP  {url}/v1")
             typer.echo(f"  gRPC  {grpc_address(settings)}")
+            typer.echo(f"  Metrics  {metrics_url(settings)}")
             typer.echo(f"Open {url}/ in a browser, or try:")
             typer.echo(f"  {_example(url)}")
             typer.echo(f'  {_command()} chat "Hello" --address {grpc_address(settings)}')
@@ -244,33 +252,47 @@ def role(
 
 
 @app.command()
-def status(url: Annotated[str, typer.Option(help="Base URL of the HTTP API.")] = "http://127.0.0.1:8000") -> None:
-    """Shows the pools of a running cluster, their roles and load."""
-    import httpx
+def status(
+    url: Annotated[str, typer.Option(help="Base URL of the HTTP API.")] = "http://127.0.0.1:8000",
+    watch: Annotated[bool, typer.Option("--watch", help="Goes on until Ctrl-C.")] = False,
+    interval: Annotated[float, typer.Option(help="Seconds between two looks of --watch.", min=0.1)] = 1.0,
+) -> None:
+    """Shows the pools of a running cluster, their roles and load, latencies and decisions."""
+    from functools import partial
+
     from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
 
-    from cluster.status import engine_notes, rows, summary
+    from cluster.cli_status import read_status, show_status, watch_status
 
-    try:
-        response = httpx.get(f"{url.rstrip('/')}/status", timeout=10.0, trust_env=False)
-        response.raise_for_status()
-        body = response.json()
-    except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
-        _fail(f"no status from {url}: {error}")
     console = Console(highlight=False)
-    table = Table("pool", "id", "role", "address", "load", box=None, pad_edge=False)
+    source = partial(read_status, url.rstrip("/"))
     try:
-        console.print(Text(summary(body)))
-        for row in rows(body):
-            table.add_row(*map(Text, row))
-    except (KeyError, TypeError):
-        _fail(f"no status from {url}: what answers there is no ernie cluster")
-    console.print(table)
-    for note in engine_notes(body):
-        console.print(Text(note))
-    raise typer.Exit(0 if body["ready"] else 1)
+        if watch:
+            watch_status(source, console, interval_s=interval)
+            return
+        found = source()
+    except (OSError, ValueError) as error:
+        _fail(str(error))
+    show_status(found, console)
+    raise typer.Exit(0 if found["ready"] else 1)
+
+
+@app.command()
+def explain(
+    request: Annotated[str, typer.Argument(help="Id of the request, as replies name it, or its own request_id.")],
+    url: Annotated[str, typer.Option(help="Base URL of the HTTP API.")] = "http://127.0.0.1:8000",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the JSON of GET /requests/ID/explain.")] = False,
+) -> None:
+    """Tells what became of a request and why: places picked and passed over, waits, losses, where the time went."""
+    import json
+
+    from cluster.cli_explain import explanation_lines, fetch_explanation
+
+    try:
+        told = fetch_explanation(url.rstrip("/"), request)
+    except (OSError, ValueError) as error:
+        _fail(str(error))
+    typer.echo(json.dumps(told, indent=2) if as_json else "\n".join(explanation_lines(told)))
 
 
 app.command()(bench)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
-from typing import Any
 
-import httpx
+from cluster.cli_http import ask, connect
 
 POLL_S = 0.2
 
@@ -18,11 +17,11 @@ def change_role(url: str, engine: str, role: str, *, token: str | None, wait_s: 
     """
     headers = {} if token is None else {"authorization": f"Bearer {token}"}
     begin = time.monotonic()
-    with httpx.Client(base_url=url, timeout=10.0, trust_env=False) as client:
-        answer = _ask(client, "POST", "/admin/role", json={"engine": engine, "role": role}, headers=headers)
+    with connect(url) as client:
+        answer = ask(client, "POST", "/admin/role", json={"engine": engine, "role": role}, headers=headers)
         name = answer["engine"]
         while True:
-            found = next((one for one in _ask(client, "GET", "/status")["engines"] if one["id"] == name), None)
+            found = next((one for one in ask(client, "GET", "/status")["engines"] if one["id"] == name), None)
             if found is None:
                 raise ValueError(f"engine {name} left the cluster before it was {role}")
             if found["role"] == role:
@@ -30,16 +29,3 @@ def change_role(url: str, engine: str, role: str, *, token: str | None, wait_s: 
             if time.monotonic() - begin > wait_s:
                 raise ValueError(f"engine {name} is still {found['role']} after {wait_s:g} s; it goes on changing")
             time.sleep(POLL_S)
-
-
-def _ask(client: httpx.Client, method: str, path: str, **options: Any) -> dict[str, Any]:
-    try:
-        response = client.request(method, path, **options)
-        body = response.json()
-    except httpx.HTTPError as error:
-        raise OSError(f"{client.base_url}: {error}") from None
-    except ValueError:
-        raise ValueError(f"{client.base_url}{path}: what answers there is no ernie cluster") from None
-    if response.is_error:
-        raise ValueError(body["error"]["message"])
-    return dict(body)

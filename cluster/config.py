@@ -6,39 +6,39 @@ Every error names the path of the field. What a field leaves open (``None`` or `
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from actors.processing.config import ProcessingLimits
 from actors.processing.parser_names import ReasoningParserName, ToolCallParserName
 from actors.types import EngineRole, MediaOptions
+from cluster.config_base import Amount, Count, Gpus, Port, Seconds, Section
+from cluster.config_scaling import (
+    EngineAutoscaling,
+    PreprocessorAutoscaling,
+    RoleMoves,
+    Slo,
+    VisionEncoderAutoscaling,
+    check_initial,
+)
 
 Compat = Literal["original", "transformers"]
 DType = Literal["auto", "bfloat16", "float32", "float64"]
 Placement = Literal["pack", "strict_pack", "spread", "strict_spread"]
 LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR"]
+LogFormat = Literal["text", "json"]
 
-
-def _shareable(gpus: float) -> float:
-    if gpus > 1 and gpus != int(gpus):
-        raise ValueError(f"a share of one GPU or a whole number of them, not {gpus:g}")
-    return gpus
-
-
-Count = Annotated[int, Field(ge=1)]
-Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Gpus = Annotated[Amount, AfterValidator(_shareable)]
-Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Port = Annotated[int, Field(ge=1, le=65535)]
 
 LOOPBACK = "127.0.0.1"
 LOOPBACK_HOSTS = (LOOPBACK, "localhost", "::1")
 
-POOL_NAMES_TAKEN = ("router", "planner", "preprocessor", "vision_encoder")
+ROUTERS, PLANNERS, PREPROCESSORS, VISION_ENCODERS = "router", "planner", "preprocessor", "vision_encoder"
+POOL_NAMES_TAKEN = (ROUTERS, PLANNERS, PREPROCESSORS, VISION_ENCODERS)
 
 NANO, RANDOM = "nano", "random"
 """Names of the built-in models. A directory called so is written ``./nano``."""
@@ -50,16 +50,10 @@ GPU_BLOCK_SIZE = 256
 """FlashAttention 2, which torch brings, reads pages of a multiple of this by block table."""
 
 
-class Section(BaseModel):
-    """Base of every part: unknown keys are errors, values never change after validation."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
-
-
 class Pool(Section):
     """What all pools say of where their replicas run."""
 
-    node_labels: dict[str, str] = {}
+    node_labels: dict[str, str] = Field(default_factory=dict)
     """Only on nodes with these labels. Values as in Ray's label selectors: ``a100``, ``!a100``, ``in(a100, h100)``."""
 
 
@@ -77,6 +71,9 @@ class RouterPool(Pool):
     """Work done again because a part was lost, as a share of the requests admitted; more of it waits."""
     retry_burst: Count = 256
     """Of it, saved up at most."""
+    alone_tokens: Annotated[int, Field(ge=0)] = 512
+    """The most that an engine with the role decode computes of a prompt itself, where that is shorter than a transfer;
+    pictures and videos it must have cached. 0: every prompt goes through an engine that prefills."""
 
     @field_validator("replicas")
     @classmethod
@@ -96,6 +93,7 @@ class PreprocessorPool(Pool):
     """Preprocessors: media and text to token ids and patches, on CPUs."""
 
     replicas: Count = 1
+    autoscaling: PreprocessorAutoscaling | None = None
     num_cpus: Amount = 1.0
     concurrency: Count = 2
     """Requests decoded at once; others wait."""
@@ -112,11 +110,21 @@ class PreprocessorPool(Pool):
     media: MediaOptions = MediaOptions()
     """How pictures and videos are prepared where requests do not say; what is unset is the checkpoint's."""
 
+    @model_validator(mode="after")
+    def _initial(self) -> Self:
+        check_initial(self.replicas, self.autoscaling, "replicas")
+        return self
+
+    @property
+    def most_replicas(self) -> int:
+        return self.replicas if self.autoscaling is None else self.autoscaling.max_replicas
+
 
 class VisionEncoderPool(Pool):
     """Vision encoders: patches to embeddings."""
 
     replicas: Count = 1
+    autoscaling: VisionEncoderAutoscaling | None = None
     num_cpus: Amount = 1.0
     num_gpus: Gpus | None = None
     max_batch_patches: Count = 16384
@@ -127,6 +135,15 @@ class VisionEncoderPool(Pool):
     """Embeddings kept, leased and cached together."""
     cache_bytes: Annotated[int, Field(ge=0)] = 1 << 30
     """How much of it embeddings nobody leases may take."""
+
+    @model_validator(mode="after")
+    def _initial(self) -> Self:
+        check_initial(self.replicas, self.autoscaling, "replicas")
+        return self
+
+    @property
+    def most_replicas(self) -> int:
+        return self.replicas if self.autoscaling is None else self.autoscaling.max_replicas
 
 
 class Roles(Section):
@@ -147,21 +164,6 @@ class Roles(Section):
         return self.prefill + self.decode + self.colocated
 
 
-class RoleMoves(Section):
-    """When engines of a pool change between prefilling and decoding by themselves."""
-
-    queued_tokens: Count = 16384
-    """Prompt tokens in the queue of a prefill engine, on average, that are too many."""
-    kv_use: Annotated[float, Field(gt=0, le=1)] = 0.8
-    """Share of KV blocks in use on decode engines, on average, that is too much."""
-    idle: Annotated[float, Field(ge=0, lt=1)] = 0.5
-    """Of these bounds, what the other kind of engines may have for one of them to be spared."""
-    hold_s: Amount = 5.0
-    """For how long it must be so."""
-    cooldown_s: Amount = 30.0
-    """From one change to the next."""
-
-
 class EnginePool(Pool):
     """Language-model engines of one shape. One Serve replica is one expert-parallel group."""
 
@@ -173,6 +175,8 @@ class EnginePool(Pool):
     """How the ranks of one engine lie on nodes: on few, on one, on many, or each on its own."""
     move_roles: RoleMoves | None = None
     """Set (``{}`` for the defaults), engines change their roles as the load asks; else only ``ernie role`` does."""
+    autoscaling: EngineAutoscaling | None = None
+    """Set, there are more or fewer engines as the load asks; ``roles`` is how they begin."""
     rebalance_steps: Annotated[int, Field(ge=0)] = 1000
     """Steps after which busy experts may change ranks; 0 leaves them where they are."""
     num_cpus: Amount = 1.0
@@ -215,9 +219,22 @@ class EnginePool(Pool):
             )
         return self
 
+    @model_validator(mode="after")
+    def _initial(self) -> Self:
+        check_initial(self.replicas, self.autoscaling, "roles: the total of")
+        kinds = len(self.role_counts())
+        if self.autoscaling is not None and self.autoscaling.min_replicas < kinds:
+            least = self.autoscaling.min_replicas
+            raise ValueError(f"autoscaling.min_replicas {least} is below {kinds}: each of the roles needs an engine")
+        return self
+
     @property
     def replicas(self) -> int:
         return self.roles.total
+
+    @property
+    def most_replicas(self) -> int:
+        return self.replicas if self.autoscaling is None else self.autoscaling.max_replicas
 
     def role_counts(self) -> Mapping[EngineRole, int]:
         """Wanted engines per role; roles nobody wants are left out."""
@@ -278,6 +295,7 @@ class ClusterConfig(Section):
     engines: tuple[EnginePool, ...] | None = None
     """Unset: chosen from the GPUs there are (``resolve``)."""
     pool_defaults: PoolDefaults = PoolDefaults()
+    slo: Slo = Slo()
 
     default_timeout_s: Seconds = 600.0
     """Deadline of a request that names none."""
@@ -291,9 +309,18 @@ class ClusterConfig(Section):
     host: Annotated[str, Field(min_length=1)] = LOOPBACK
     http_port: Port = 8000
     grpc_port: Port = 9000
+    metrics_port: Port | None = None
+    """Serves ``/metrics``, which is on the HTTP port anyway, on a port of its own as well, on the router's node."""
+    metrics_host: Annotated[str, Field(min_length=1)] | None = None
+    """Address that port is on. Unset: the node's; ``ernie serve`` then uses ``host``."""
     worker_host: Annotated[str, Field(min_length=1)] | None = None
     """Address on which workers listen for each other. Unset: their node's; ``ernie serve`` then uses loopback."""
     log_level: LogLevel = "WARNING"
+    otlp_endpoint: Annotated[str, Field(pattern=r"^https?://[^/\s]+$")] | None = None
+    """``http://host:4317`` or, with TLS, ``https://...``: where requests are told as OpenTelemetry spans, by OTLP over
+    gRPC. Needs the extra ``traces``."""
+    log_format: LogFormat = "text"
+    """``json``: a line of logs is an object."""
 
     @field_validator("engines")
     @classmethod
@@ -313,8 +340,10 @@ class ClusterConfig(Section):
 
     @model_validator(mode="after")
     def _ports_differ(self) -> Self:
-        if self.http_port == self.grpc_port:
-            raise ValueError(f"http_port and grpc_port are both {self.http_port}")
+        ports = {"http_port": self.http_port, "grpc_port": self.grpc_port, "metrics_port": self.metrics_port}
+        for (name, port), (other, its) in itertools.combinations(ports.items(), 2):
+            if port == its:
+                raise ValueError(f"{name} and {other} are both {port}")
         return self
 
     @model_validator(mode="after")

@@ -98,6 +98,11 @@ class GenerateCall:
         return () if self.tool_choice.mode is ToolMode.NONE else self.tools
 
     @property
+    def salt(self) -> bytes:
+        """What separates its prefixes from those of other salts."""
+        return b"" if self.cache_salt is None else self.cache_salt.encode()
+
+    @property
     def forces_call(self) -> bool:
         return self.tool_choice.mode is ToolMode.REQUIRED
 

@@ -25,7 +25,7 @@ from cluster.openai_response import error_object, model_body
 from cluster.openai_responses import ResponsesExchange
 from cluster.openai_responses_request import ResponsesRequest
 from cluster.openapi import DISTRIBUTION, Handler, Route, openapi_document
-from cluster.playground.routes import install_playground
+from cluster.pages.routes import install_pages
 from cluster.tokenize_api import DetokenizeRequest, TokenizeRequest, detokenize, tokenize
 
 
@@ -209,7 +209,7 @@ def build_api(get_service: Callable[[], GenerationService], more: Sequence[Route
     described = cache(lambda: openapi_document(routes))
     for entry in routes:
         route(entry.method, entry.path, entry.handler)
-    install_playground(app)
+    install_pages(app)
     install_error_handlers(app)
     return app
 

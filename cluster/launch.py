@@ -124,10 +124,16 @@ def _start(config: ClusterConfig, session: Session, signals: Signals, say: Say) 
         raise StartFailed(lacking)
     if settled.worker_host is None:
         settled = settled.model_copy(update={"worker_host": LOOPBACK})
+    if settled.metrics_host is None:
+        settled = settled.model_copy(update={"metrics_host": settled.host})
     if settled.admin is None and settled.host in LOOPBACK_HOSTS:
         settled = settled.model_copy(update={"admin": Admin()})
     _announce_plan(settled, session, say)
-    session.deploy(build(settled))
+    try:
+        application = build(settled)
+    except ValueError as error:
+        raise StartFailed(str(error)) from None
+    session.deploy(application)
     _wait_ready(settled, session, say)
     for note in engine_notes(fetch_status(http_url(settled))):
         say(f"  {note}")
@@ -173,8 +179,18 @@ def _announce_plan(config: ClusterConfig, session: Session, say: Say) -> None:
 
 def http_url(config: ClusterConfig) -> str:
     """Base URL a client on this machine can use."""
-    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(config.host, config.host)
-    return f"http://{host}:{config.http_port}"
+    return f"http://{_reachable(config.host)}:{config.http_port}"
+
+
+def metrics_url(config: ClusterConfig) -> str:
+    """What Prometheus on this machine is to scrape."""
+    if config.metrics_port is None:
+        return f"{http_url(config)}/metrics"
+    return f"http://{_reachable(config.metrics_host or config.host)}:{config.metrics_port}/metrics"
+
+
+def _reachable(host: str) -> str:
+    return {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, host)
 
 
 def grpc_address(config: ClusterConfig) -> str:

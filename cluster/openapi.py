@@ -38,8 +38,8 @@ Handler = Callable[[GenerationService, Request], Awaitable[Response]]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Route:
-    """What is answered by what. ``body`` and ``reply`` are types of JSON bodies; ``replies`` those of other statuses
-    than 200 that are no errors.
+    """What is answered by what. ``body`` and ``reply`` are types of JSON bodies, or of what ``media_type`` says;
+    ``replies`` those of other statuses than 200 that are no errors.
     """
 
     method: str
@@ -47,6 +47,8 @@ class Route:
     handler: Handler
     summary: str
     reply: Any
+    media_type: str = "application/json"
+    """Of the reply."""
     body: Any = None
     event: Any = None
     """Type of the JSON data of its stream's events, where it has one, and in words what they are."""
@@ -84,7 +86,7 @@ def openapi_document(routes: Iterable[Route]) -> dict[str, Any]:
 
 
 def _operation(route: Route, schemas: dict[str, Any]) -> dict[str, Any]:
-    content: dict[str, Any] = {"application/json": {"schema": schemas[_key(route, "reply")]}}
+    content: dict[str, Any] = {route.media_type: {"schema": schemas[_key(route, "reply")]}}
     if route.event is not None:
         # OpenAPI 3.2's word, which tools of 3.1 pass over.
         content["text/event-stream"] = {"itemSchema": _server_sent(schemas[_key(route, "event")], route.streams)}

@@ -7,7 +7,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from actors.sizes import told_bytes
-from cluster.config import ClusterConfig, EnginePool, PreprocessorPool
+from cluster.config import (
+    PLANNERS,
+    PREPROCESSORS,
+    ROUTERS,
+    VISION_ENCODERS,
+    ClusterConfig,
+    EnginePool,
+    PreprocessorPool,
+    VisionEncoderPool,
+)
+from cluster.config_scaling import Autoscaling
 
 PLANNER_CPUS = 0.1
 
@@ -68,22 +78,22 @@ def planner_claim() -> Claim:
 
 
 def claimed_cpus(config: ClusterConfig) -> float:
-    """CPUs all replicas of a settled description claim together."""
+    """CPUs all replicas of a settled description claim together, where pools scale when they are largest."""
     claims = [
         (planner_claim(), 1),
         (router_claim(config), config.router.replicas),
-        (preprocessor_claim(config), config.preprocessor.replicas),
-        (encoder_claim(config), config.vision_encoder.replicas),
-        *((engine_claim(pool), pool.replicas) for pool in config.pools),
+        (preprocessor_claim(config), config.preprocessor.most_replicas),
+        (encoder_claim(config), config.vision_encoder.most_replicas),
+        *((engine_claim(pool), pool.most_replicas) for pool in config.pools),
     ]
     return sum(claim.num_cpus * claim.ranks * count for claim, count in claims)
 
 
 def lacking_gpus(config: ClusterConfig, gpus: int) -> str:
     """What a settled description claims beyond so many GPUs, by field; empty when all of it fits."""
-    claims = [("vision_encoder.num_gpus", encoder_claim(config), config.vision_encoder.replicas)]
+    claims = [("vision_encoder.num_gpus", encoder_claim(config), config.vision_encoder.most_replicas)]
     claims += [
-        (f"engines.{index}.num_gpus", engine_claim(pool), pool.replicas) for index, pool in enumerate(config.pools)
+        (f"engines.{index}.num_gpus", engine_claim(pool), pool.most_replicas) for index, pool in enumerate(config.pools)
     ]
     if sum(claim.num_gpus * claim.ranks * replicas for _, claim, replicas in claims) <= gpus:
         return ""
@@ -98,20 +108,29 @@ def lacking_gpus(config: ClusterConfig, gpus: int) -> str:
 def describe(config: ClusterConfig) -> list[tuple[str, str, str]]:
     """Rows (pool, replicas, what each has) of a settled description."""
     rows = [
-        ("router", str(config.router.replicas), "HTTP and gRPC"),
-        ("planner", "1", "registry and roles"),
-        ("preprocessor", str(config.preprocessor.replicas), _preprocessing(config.preprocessor)),
-        ("vision_encoder", str(config.vision_encoder.replicas), _encoding(config)),
+        (ROUTERS, str(config.router.replicas), "HTTP and gRPC"),
+        (PLANNERS, "1", "registry and roles"),
+        (PREPROCESSORS, _scaled(config.preprocessor), _preprocessing(config.preprocessor)),
+        (VISION_ENCODERS, _scaled(config.vision_encoder), _encoding(config)),
     ]
     for pool in config.pools:
         roles = " + ".join(f"{count} {role}" for role, count in pool.role_counts().items())
         window = f"{told_bytes(pool.media_window_bytes)} of embeddings ahead of use"
-        rows.append((pool.name, roles, f"{_device(engine_claim(pool), config.dtype)}; {window}"))
+        device = _device(engine_claim(pool), config.dtype)
+        rows.append((pool.name, roles + _bounds(pool.autoscaling), f"{device}; {window}"))
     return rows
 
 
 def _count(replicas: int, ranks: int) -> str:
     return f"{replicas}" if ranks == 1 else f"{replicas} x {ranks} ranks"
+
+
+def _scaled(pool: PreprocessorPool | VisionEncoderPool) -> str:
+    return f"{pool.replicas}{_bounds(pool.autoscaling)}"
+
+
+def _bounds(autoscaling: Autoscaling | None) -> str:
+    return "" if autoscaling is None else f" ({autoscaling.min_replicas} to {autoscaling.max_replicas})"
 
 
 def _preprocessing(pool: PreprocessorPool) -> str:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from actors.reports import EncoderInfo, EngineInfo, GroupReport, LoadReport
 from actors.sizes import told_bytes
 from actors.types import EngineRole
+from cluster.config import PREPROCESSORS, ROUTERS, VISION_ENCODERS
+from cluster.decisions import Decision
 
 LEASE_S = 3.0
 """An entry that was not renewed for so long leaves the registry."""
@@ -26,6 +28,11 @@ class EngineEntry:
     group: GroupReport | None = None
     """Of an engine with several ranks."""
 
+    @property
+    def serves(self) -> bool:
+        """It takes requests: ready, and neither leaving nor taking another role."""
+        return self.ready and not (self.load is not None and self.load.draining)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EncoderEntry:
@@ -33,6 +40,8 @@ class EncoderEntry:
 
     info: EncoderInfo
     queued_patches: int
+    busy: float = 0.0
+    """Share of the last seconds in which it computed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,6 +50,14 @@ class PreprocessorEntry:
 
     incarnation: str
     address: str
+    queue_age_s: float = 0.0
+    """Of the oldest request that is not begun."""
+    busy: float = 0.0
+    """Share of the last seconds of its workers."""
+
+    @property
+    def worker_id(self) -> str:
+        return self.incarnation[:8]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,8 +85,50 @@ class LoadingEntry:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Percentiles:
+    """In seconds."""
+
+    p50: float
+    p95: float
+    p99: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Latency:
+    """What the requests waited for that ended within the last ``window_s``. None: no request says anything of it."""
+
+    window_s: float
+    count: int
+    ttft_s: Percentiles | None = None
+    tpot_s: Percentiles | None = None
+    e2e_s: Percentiles | None = None
+    slo_met: float | None = None
+    """Share of them that kept to the SLO; None without one."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RouterEntry:
+    """A router as it last described itself."""
+
+    incarnation: str
+    latency: Latency | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PoolScale:
+    """How many replicas of a pool there are to be, within its bounds."""
+
+    name: str
+    target: int
+    min: int
+    max: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Snapshot:
-    """Immutable view. ``version`` grows when membership, role or readiness changes, not with load or progress."""
+    """Immutable view. ``version`` grows when membership, role, readiness, a target or a decision changes, not with load
+    or progress.
+    """
 
     term: int
     version: int
@@ -77,6 +136,46 @@ class Snapshot:
     encoders: tuple[EncoderEntry, ...] = ()
     preprocessors: tuple[PreprocessorEntry, ...] = ()
     loading: tuple[LoadingEntry, ...] = ()
+    routers: tuple[RouterEntry, ...] = ()
+    pools: tuple[PoolScale, ...] = ()
+    decisions: tuple[Decision, ...] = ()
+    """The last, oldest first."""
+
+    def members(self) -> dict[str, tuple[str, str]]:
+        """(pool, id) of every worker that serves, by incarnation."""
+        members = {entry.info.incarnation: (entry.pool, entry.info.engine_id) for entry in self.engines if entry.ready}
+        members |= {entry.incarnation: (ROUTERS, entry.incarnation) for entry in self.routers}
+        members |= {entry.info.incarnation: (VISION_ENCODERS, entry.info.encoder_id) for entry in self.encoders}
+        return members | {entry.incarnation: (PREPROCESSORS, entry.worker_id) for entry in self.preprocessors}
+
+    def may_be_empty(self, pool: str) -> bool:
+        """The pool scales to none: the next request brings one."""
+        return any(scale.name == pool and scale.min == 0 for scale in self.pools)
+
+    def replicas(self, pool: str) -> int:
+        """Workers of the pool that serve."""
+        return sum(name == pool for name, _ in self.members().values())
+
+
+class Place(NamedTuple):
+    """Where a worker answers questions about itself."""
+
+    kind: str
+    """``engine``, or the pool of other workers."""
+    pool: str
+    worker: str
+    """Its name in ``/status``."""
+    address: str
+
+
+def places(snapshot: Snapshot) -> list[Place]:
+    """Of every worker."""
+    encoders = [entry.info for entry in snapshot.encoders]
+    return [
+        *(Place("engine", entry.pool, entry.info.engine_id, entry.info.address) for entry in snapshot.engines),
+        *(Place(VISION_ENCODERS, VISION_ENCODERS, info.encoder_id, info.address) for info in encoders),
+        *(Place(PREPROCESSORS, PREPROCESSORS, entry.worker_id, entry.address) for entry in snapshot.preprocessors),
+    ]
 
 
 def next_role(wanted: Mapping[EngineRole, int], present: Counter[EngineRole]) -> EngineRole:
@@ -91,6 +190,19 @@ def next_role(wanted: Mapping[EngineRole, int], present: Counter[EngineRole]) ->
     return max(candidates, key=lambda role: wanted[role] - present[role])
 
 
+def split_roles(
+    configured: Mapping[EngineRole, int], present: Mapping[EngineRole, int], total: int
+) -> Counter[EngineRole]:
+    """How many of ``total`` engines are to have each role: as they have it, and as configured where some are missing or
+    too many."""
+    wanted = Counter(present)
+    while wanted.total() < total:
+        wanted[next_role(configured, wanted)] += 1
+    while wanted.total() > total:
+        wanted[max(wanted, key=lambda role: (wanted[role] > 1, wanted[role] - configured.get(role, 0)))] -= 1
+    return +wanted
+
+
 class Registry:
     """Entries by incarnation. Not thread-safe: one event loop owns it."""
 
@@ -101,6 +213,7 @@ class Registry:
         self._encoders: dict[str, EncoderEntry] = {}
         self._preprocessors: dict[str, PreprocessorEntry] = {}
         self._loading: dict[str, LoadingEntry] = {}
+        self._routers: dict[str, RouterEntry] = {}
         self._expiry: dict[str, float] = {}
 
     @property
@@ -109,19 +222,20 @@ class Registry:
 
     def has_vacancy(self, pool: str, wanted: Mapping[EngineRole, int]) -> bool:
         """True when some role of the pool is below its wanted count, counting engines that still load."""
-        present = self._present(pool)
+        present = self.present(pool)
         return any(present[role] < count for role, count in wanted.items())
 
     def assign(self, incarnation: str, pool: str, wanted: Mapping[EngineRole, int], now: float) -> EngineRole:
         """Gives a starting engine its role; it holds it from now on, ready or not."""
         if incarnation in self._loading:
             return self._loading[incarnation].role
-        role = next_role(wanted, self._present(pool))
+        role = next_role(wanted, self.present(pool))
         self._loading[incarnation] = LoadingEntry(pool=pool, role=role)
         self._expiry[incarnation] = now + LEASE_S
         return role
 
-    def _present(self, pool: str) -> Counter[EngineRole]:
+    def present(self, pool: str) -> Counter[EngineRole]:
+        """Engines of a pool by role, those that load included."""
         present = Counter(entry.info.role for entry in self._engines.values() if entry.pool == pool)
         present.update(entry.role for entry in self._loading.values() if entry.pool == pool)
         return present
@@ -153,11 +267,24 @@ class Registry:
         before = self._preprocessors.get(entry.incarnation)
         self._preprocessors[entry.incarnation] = entry
         self._expiry[entry.incarnation] = now + LEASE_S
-        if before != entry:
+        if before is None or before.address != entry.address:
+            self._version += 1
+
+    def renew_router(self, entry: RouterEntry, now: float) -> None:
+        before = self._routers.get(entry.incarnation)
+        self._routers[entry.incarnation] = entry
+        self._expiry[entry.incarnation] = now + LEASE_S
+        if before is None:
             self._version += 1
 
     def leave(self, incarnation: str) -> None:
-        entries: tuple[dict[str, Any], ...] = (self._engines, self._encoders, self._preprocessors, self._loading)
+        entries: tuple[dict[str, Any], ...] = (
+            self._engines,
+            self._encoders,
+            self._preprocessors,
+            self._loading,
+            self._routers,
+        )
         known = [places.pop(incarnation) for places in entries if incarnation in places]
         self._expiry.pop(incarnation, None)
         if known:
@@ -178,4 +305,5 @@ class Registry:
             encoders=tuple(self._encoders.values()),
             preprocessors=tuple(self._preprocessors.values()),
             loading=tuple(self._loading.values()),
+            routers=tuple(self._routers.values()),
         )

@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from actors.sizes import told_seconds
 from cluster.client import Delta, Event, FinishReason, Reply, Timings, Usage
 
 BAR_WIDTH = 30
@@ -74,7 +75,7 @@ def usage_line(usage: Usage, finish_reason: FinishReason) -> str:
         line += f" ({usage.reasoning_tokens} thinking)"
     line += f", ended by {finish_reason}"
     if usage.time_to_first_token_s is not None:
-        line += f", first token after {_seconds(usage.time_to_first_token_s)}"
+        line += f", first token after {told_seconds(usage.time_to_first_token_s)}"
     return line
 
 
@@ -89,13 +90,9 @@ def timings_table(timings: Timings) -> Table:
     for stage, exposed in timings.exposed.items():
         table.add_row(
             stage,
-            _seconds(exposed),
+            told_seconds(exposed),
             Text("#" * (round(BAR_WIDTH * exposed / total) if total > 0 else 0), style="cyan"),
-            _seconds(timings.busy[stage]) if stage in timings.busy else "",
+            told_seconds(timings.busy[stage]) if stage in timings.busy else "",
         )
-    table.add_row("total", _seconds(total), "", "", style="bold")
+    table.add_row("total", told_seconds(total), "", "", style="bold")
     return table
-
-
-def _seconds(value: float) -> str:
-    return f"{value * 1000:.1f} ms" if value < 1 else f"{value:.2f} s"

@@ -12,18 +12,15 @@ from dataclasses import dataclass, field, replace
 from actors.errors import InvalidRequest, NotFound, Unavailable
 from actors.reports import EngineInfo
 from actors.types import EngineRole
-from cluster.config import RoleMoves
-from cluster.registry import EngineEntry
+from cluster.config_scaling import RoleMoves, Slo
+from cluster.pressure import Pressure, lateness, measure
+from cluster.registry import EngineEntry, Snapshot
 
 
 def serving(entries: Iterable[EngineEntry], moving: Iterable[str] = ()) -> list[EngineEntry]:
     """Engines that take requests: ready, not leaving, and not among those ordered to move."""
     away = set(moving)
-    return [
-        entry
-        for entry in entries
-        if entry.ready and entry.info.incarnation not in away and not (entry.load is not None and entry.load.draining)
-    ]
+    return [entry for entry in entries if entry.serves and entry.info.incarnation not in away]
 
 
 def can_answer(infos: Iterable[EngineInfo]) -> bool:
@@ -81,36 +78,6 @@ def check_move(
     return alone
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Pressure:
-    """How much there is to do of each kind of work, over what its engines bear well: 1 is the most they should have."""
-
-    prefill: float
-    decode: float
-
-
-def measure(entries: Iterable[EngineEntry], config: RoleMoves) -> Pressure:
-    """Prefill: tokens of prompts in the queue of an engine. Decode: share of KV blocks in use, at least 1 where
-    somebody waits for blocks.
-    """
-    queues, uses = [0.0], [0.0]
-    for entry in entries:
-        load = entry.load
-        if load is None:
-            continue
-        if entry.info.role.prefills:
-            queues.append(load.queued_tokens / config.queued_tokens)
-        if entry.info.role.decodes:
-            used = 1.0 - load.free_blocks / max(1, load.total_blocks)
-            uses.append(max(used / config.kv_use, float(load.waiting > 0)))
-    return Pressure(prefill=_mean(queues), decode=_mean(uses))
-
-
-def _mean(values: Sequence[float]) -> float:
-    """Of all but the first, which stands for none."""
-    return sum(values) / max(1, len(values) - 1)
-
-
 @dataclass(frozen=True, slots=True)
 class Move:
     mover: EngineEntry
@@ -123,16 +90,18 @@ class RoleMover:
     """Decides for one pool, again and again: hysteresis needs memory. ``now`` in seconds of any clock."""
 
     config: RoleMoves
+    slo: Slo = field(default_factory=Slo)
     _short: EngineRole | None = None
     _since: float = 0.0
     _moved_at: float = field(default=float("-inf"))
 
-    def decide(self, entries: Sequence[EngineEntry], pool: str, now: float, moving: Sequence[str]) -> Move | None:
-        """One engine of the pool whose role changes now, if any. ``entries``: of all pools; ``moving``: see
-        ``check_move``. An empty registry decides nothing.
+    def decide(self, snapshot: Snapshot, pool: str, now: float, moving: Sequence[str]) -> Move | None:
+        """One engine of the pool whose role changes now, if any. ``moving``: see ``check_move``. An empty registry
+        decides nothing.
         """
-        stays = serving(entries, moving)
-        pressure = measure(stays, self.config)
+        stays = serving(snapshot.engines, moving)
+        late = lateness(snapshot.routers, self.slo, changed_s_ago=now - self._moved_at)
+        pressure = measure(stays, self.config, late)
         short = self._short_of(pressure)
         if short is not self._short:
             self._short, self._since = short, now
@@ -150,7 +119,7 @@ class RoleMover:
             return None
         self._moved_at = now
         why = f"prefill at {pressure.prefill:.2f}, decode at {pressure.decode:.2f} of what is well"
-        return Move(min(candidates, key=_work), short, why)
+        return Move(min(candidates, key=least_busy), short, why)
 
     def _short_of(self, pressure: Pressure) -> EngineRole | None:
         if pressure.prefill >= 1.0 and pressure.decode <= self.config.idle:
@@ -160,7 +129,7 @@ class RoleMover:
         return None
 
 
-def _work(entry: EngineEntry) -> tuple[int, int, str]:
+def least_busy(entry: EngineEntry) -> tuple[int, int, str]:
     """Whoever has least to finish goes."""
     load = entry.load
     busy = (0, 0) if load is None else (load.running + load.waiting + load.reserved, load.queued_tokens)

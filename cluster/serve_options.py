@@ -30,7 +30,6 @@ class ServeOptions:
     limit_mm_per_prompt: str | None = None
     tensor_parallel_size: int = 1
     quantization: str | None = None
-    metrics_port: int | None = None
     engine_worker_queue_port: int | None = None
     enable_mm: bool = False
     trust_remote_code: bool = False
@@ -63,10 +62,6 @@ class ServeOptions:
     def notices(self) -> list[str]:
         """What to tell of options that change nothing."""
         found = []
-        if self.metrics_port is not None:
-            found.append(
-                f"--metrics-port {self.metrics_port}: nothing listens there, a Prometheus endpoint is not built yet."
-            )
         if self.engine_worker_queue_port is not None:
             found.append("--engine-worker-queue-port: ignored, workers choose free ports.")
         if self.enable_mm:

@@ -70,6 +70,8 @@ def ray_environment(folder: Path, first_port: int, *, native_proxy: bool) -> dic
         "RAY_AUTH_TOKEN": os.environ.get("RAY_AUTH_TOKEN") or secrets.token_hex(32),
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_enable_worker_prestart": "0",
+        # Ray's default, 15, lets everything else on the machine go first: right for batches, not for whoever answers.
+        "RAY_worker_niceness": "0",
         "RAY_SERVE_ENABLE_HA_PROXY": "1" if native_proxy else "0",
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(proxy / "haproxy.cfg"),
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(proxy / "a.sock"),
@@ -107,9 +109,12 @@ class Session:
         """
         if "ray" in sys.modules:
             raise RuntimeError("Ray was imported before its session was made")
-        for name, port in (("http_port", config.http_port), ("grpc_port", config.grpc_port)):
-            if not can_listen(config.host, port):
-                raise StartFailed(f"{name}: cannot listen on {config.host}:{port}: in use or not an address of ours")
+        listens = [("http_port", config.host, config.http_port), ("grpc_port", config.host, config.grpc_port)]
+        if config.metrics_port is not None:
+            listens.append(("metrics_port", config.metrics_host or config.host, config.metrics_port))
+        for name, host, port in listens:
+            if not can_listen(host, port):
+                raise StartFailed(f"{name}: cannot listen on {host}:{port}: in use or not an address of ours")
         self.config = config
         self.native_proxy = native_proxy_available()
         self._log_dir = log_dir
@@ -177,7 +182,12 @@ class Session:
         return self._handle is not None
 
     def _logging(self) -> dict[str, object]:
-        return {"log_level": self.config.log_level, "enable_access_log": False}
+        config = self.config
+        return {
+            "log_level": config.log_level,
+            "encoding": config.log_format.upper(),
+            "enable_access_log": False,
+        }
 
     def stop(self, *, on_drain: Callable[[], None] = lambda: None) -> None:
         """Routers refuse new requests and finish theirs, at most ``drain_timeout_s``; then the application is deleted

@@ -19,9 +19,14 @@ if [ ! -x venv/bin/pip ]; then
     fi
     "$python" -m venv venv
 fi
-# A wheel built again has the same version, which pip alone would leave as it is.
-venv/bin/pip uninstall --quiet --yes ernie-serving
-venv/bin/pip install --quiet "${wheels[0]}"
+# A wheel built again has the same version, which pip alone would leave as it is. The very same one is left alone: what
+# runs from it may still want files of it.
+if ! cmp --silent "${wheels[0]}" venv/installed.whl; then
+    rm -f venv/installed.whl
+    venv/bin/pip uninstall --quiet --yes ernie-serving
+    venv/bin/pip install --quiet "${wheels[0]}"
+    cp "${wheels[0]}" venv/installed.whl
+fi
 
 # Ray runs all its commands in login shells: `ray start`, but also the `ray stop` of `ray down`.
 if ! grep -qs 'ernie/deploy/serve.env' ~/.bashrc; then

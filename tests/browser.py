@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 import pytest
@@ -33,8 +36,30 @@ def chromium() -> Iterator[Browser]:
 
 
 @contextlib.contextmanager
-def opened(browser: Browser, url: str, **options: Any) -> Iterator[Page]:
-    """The playground at ``url``, ready. An error in it, or anything it asks of another place, fails the test."""
+def served_beside(server: AbstractAsyncContextManager[str]) -> Iterator[tuple[str, asyncio.AbstractEventLoop]]:
+    """Serves on a loop of its own: a browser's holds this thread. Yields the address and that loop."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    try:
+        url = asyncio.run_coroutine_threadsafe(server.__aenter__(), loop).result(30)
+        try:
+            yield url, loop
+        finally:
+            asyncio.run_coroutine_threadsafe(server.__aexit__(None, None, None), loop).result(30)
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
+
+
+@contextlib.contextmanager
+def opened(
+    browser: Browser, url: str, path: str = "", prepare: Callable[[Page], None] = lambda page: None, **options: Any
+) -> Iterator[Page]:
+    """The page ``path`` of the router at ``url``, the playground unless given, ready. An error in it, or anything it
+    asks of another place, fails the test. ``prepare`` gets it before it is loaded.
+    """
     wrong: list[str] = []
 
     def told(message: ConsoleMessage) -> None:
@@ -49,7 +74,8 @@ def opened(browser: Browser, url: str, **options: Any) -> Iterator[Page]:
     page.on("pageerror", lambda error: wrong.append(str(error)))
     page.on("console", told)
     page.on("request", lambda asked: None if asked.url.startswith((url, "data:", "blob:")) else wrong.append(asked.url))
-    page.goto(url)
+    prepare(page)
+    page.goto(url + path)
     expect(page.locator("#model.ready")).to_be_visible()
     try:
         yield page

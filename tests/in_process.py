@@ -13,17 +13,21 @@ from typing import Any, NoReturn
 import grpc.aio
 
 from actors.config import EngineReplicaConfig, PreprocessorConfig, VisionEncoderConfig
+from actors.engine_group import start_processes
 from actors.engine_replica import EngineReplica
 from actors.preprocessor import Preprocessor
 from actors.types import EngineRole
 from actors.vision_encoder import VisionEncoder
 from actors.wire.audit import Audit
 from actors.wire.renewal import renew_for_ever
-from cluster.config import ClusterConfig, EnginePool, Roles
+from cluster.config import ClusterConfig, EnginePool, Roles, RouterPool
+from cluster.metrics.workers import encoder_sheet, engine_sheet, preprocessor_sheet
 from cluster.planner import Planner
 from cluster.router.assembly import RouterParts
 
 HOST = "127.0.0.1"
+ALWAYS_PAIRS: Mapping[str, Any] = {"router": RouterPool(alone_tokens=0)}
+"""For ``described``: texts go through prefill engines however short they are."""
 
 
 class Handle:
@@ -138,12 +142,14 @@ async def in_process_cluster(
     ranks: Sequence[int] | None = None,
     preprocessor: Mapping[str, Any] | None = None,
     encoder: Mapping[str, Any] | None = None,
+    described: Mapping[str, Any] | None = None,
     **engine: Any,
 ) -> AsyncIterator[InProcessCluster]:
     """Starts preprocessors, encoders, one router and an engine per role; ends them all.
 
     ``embedding_cache_bytes``: what the encoder keeps without a lease; its default when None. ``ranks``: of each engine;
-    one when None. ``preprocessor``, ``encoder`` and ``engine``: further fields of the parts' configs.
+    one when None. ``preprocessor``, ``encoder`` and ``engine``: further fields of the parts' configs; ``described``: of
+    the cluster's.
     """
     counts = {role.value: roles.count(role) for role in set(roles)}
     config = ClusterConfig(
@@ -151,16 +157,19 @@ async def in_process_cluster(
         dtype=dtype,  # type: ignore[arg-type]
         compat=compat,  # type: ignore[arg-type]
         engines=(EnginePool(name="engine", roles=Roles(**counts)),),
+        **(described or {}),
     )
     cluster = InProcessCluster()
     async with AsyncExitStack() as stack:
         planner = Planner.__new__(Planner)
         await planner.__init__(config, term=1)  # type: ignore[func-returns-value,misc]
-        stack.callback(planner._expiry.cancel)
+        stack.callback(planner.close)
         cluster.planner, handle = planner, Handle(planner)
         preprocessor_config = PreprocessorConfig(model_dir=str(model_dir), **(preprocessor or {}))
         for _ in range(preprocessors):
-            part = await _made(Preprocessor, preprocessor_config, None, HOST)
+            part = await _made(
+                Preprocessor, preprocessor_config, None, HOST, lambda part: preprocessor_sheet(part).text()
+            )
             cluster.preprocessors.append(part)
             stack.push_async_callback(part.close)
             renew = partial(planner.renew_preprocessor, part.incarnation, part.address)
@@ -171,7 +180,7 @@ async def in_process_cluster(
             )
             if embedding_cache_bytes is not None:
                 encoder_config = replace(encoder_config, cache_bytes=embedding_cache_bytes)
-            place = await _made(VisionEncoder, encoder_config, HOST)
+            place = await _made(VisionEncoder, encoder_config, HOST, lambda part: encoder_sheet(part).text())
             cluster.encoders.append(place)
             stack.push_async_callback(place.close)
             stack.callback(cluster.keep_known(place, partial(planner.renew_encoder, place.identity, 0)).cancel)
@@ -186,12 +195,22 @@ async def in_process_cluster(
                 ranks=size,
                 **engine,
             )
-            replica = await _made(EngineReplica, engine_config, handle, None, HOST)
+            replica = await _made(
+                EngineReplica,
+                engine_config,
+                handle,
+                None,
+                HOST,
+                start_processes,
+                lambda stats: engine_sheet(stats).text(),
+            )
             cluster.engines.append(replica)
             stack.push_async_callback(_close_once, replica, cluster)
         cluster.pool = Handle(*cluster.preprocessors)
         cluster.parts = await RouterParts.start(config, handle, cluster.pool)
         stack.push_async_callback(cluster.parts.close)
+        # All are to end: none waits for another one to take its role.
+        stack.callback(lambda: planner._leaving.update(replica._incarnation for replica in cluster.engines))
         async with asyncio.timeout(10):
             while await cluster.parts.router.not_ready() is not None or len(cluster.parts.fleet.engines()) < len(roles):
                 await asyncio.sleep(0.01)

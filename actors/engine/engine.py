@@ -18,6 +18,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from actors.busy import BusyShare
 from actors.engine import events as ev
 from actors.engine.config import EngineConfig
 from actors.engine.constraint_supply import ConstraintSupply
@@ -32,11 +33,12 @@ from actors.engine.scheduling.reservations import Reservation, Reservations
 from actors.engine.scheduling.scheduler import Scheduler
 from actors.engine.scheduling.sequence import Sequence
 from actors.engine.step_runner import StepRunner
+from actors.engine.step_tallies import StepTallies
 from actors.engine.validation import check_request
 from actors.ernie.config import ErnieConfig, Rules
 from actors.errors import InternalError, ServingError, Unavailable
 from actors.reports import KvIdentity, LoadReport
-from actors.types import AttemptMode, EngineRequest, EngineRole, MilestoneKind, SequenceKey
+from actors.types import AttemptMode, EngineRequest, EngineRole, MilestoneKind, SequenceKey, vision_end
 
 Command = Callable[[float], None]
 
@@ -63,6 +65,7 @@ class Engine:
         self.config = config
         self.model_config = model_config
         self.rules = rules
+        self.steps = StepTallies()
         self._runner = runner
         self._sink = sink
         self._identity = identity
@@ -84,6 +87,9 @@ class Engine:
         self._checks: set[Future[None]] = set()
         self._role_changes: set[Future[None]] = set()
         self._load = measure(self._scheduler)
+        self._step_began: float | None = None
+        """Of the step under way."""
+        self._prefilling = BusyShare(clock=clock)
         # The step thread's own:
         self._reservations = Reservations(config.retry_after_s)
         self._plan: StepPlan | None = None
@@ -147,6 +153,7 @@ class Engine:
             deadline=now + (request.deadline_s - self._wall_clock()),
             hasher=BlockHasher(self._identity, request.media, request.salt) if self.config.prefix_caching else None,
             needs_constraint=constraint is not None,
+            least_cached=self._vision_end(request, mode),
         )
         with self._wake:
             if not self._accepting:
@@ -157,6 +164,12 @@ class Engine:
             constraint.add_done_callback(
                 lambda made: self._send(lambda _: self._constraints.deliver(sequence, made)),
             )
+
+    def _vision_end(self, request: EngineRequest, mode: AttemptMode) -> int:
+        """Leading tokens of a prompt that hold all it has for the vision experts, where this engine has none."""
+        if self.config.role is not EngineRole.DECODE or mode is not AttemptMode.COLOCATED:
+            return 0
+        return vision_end(request.prompt_ids, self.model_config.im_patch_id)
 
     def cancel(self, key: SequenceKey) -> None:
         """Ends an attempt in any state and frees all of it. A key not submitted yet will be refused. Idempotent."""
@@ -236,7 +249,14 @@ class Engine:
     def load(self) -> LoadReport:
         """As of the last change of state."""
         with self._wake:
-            return self._load
+            return replace(self._load, prefill_busy=self._prefilling.share())
+
+    def check_step(self, limit_s: float) -> None:
+        """Ends the engine if the step under way takes longer: its thread hangs, and nothing can interrupt it."""
+        with self._wake:
+            hangs = self._step_began is not None and self._clock() - self._step_began > limit_s
+        if hangs:
+            self._lose(RuntimeError(f"step {self._load.step} did not end in {limit_s:g} s"))
 
     def check_integrity(self) -> None:
         """Checks all bookkeeping between two steps; waits for that. Raises AssertionError naming what is wrong."""
@@ -303,10 +323,12 @@ class Engine:
         if plan is not None:
             with self._wake:
                 self._load = measure(self._scheduler)
+                self._step_began = now
             self._step(plan)
         self._run_checks()
         with self._wake:
             self._load = measure(self._scheduler)
+            self._step_began = None
             if plan is None and not (self._commands or self._checks or self._stopping or self._lost):
                 wakeup = self._scheduler.next_wakeup()
                 self._wake.wait(None if wakeup is None else min(MAX_WAIT_S, max(0.0, wakeup - self._clock())))
@@ -315,8 +337,11 @@ class Engine:
     def _step(self, plan: StepPlan) -> None:
         started = time.perf_counter()
         self._plan = plan
-        result = self._runner.run(plan)
-        outcome = self._scheduler.apply(plan, result, time.perf_counter() - started)
+        with self._prefilling.doing(plan.prompt_share):
+            result = self._runner.run(plan)
+        seconds = time.perf_counter() - started
+        self.steps.add(plan, seconds, len(result.tokens))
+        outcome = self._scheduler.apply(plan, result, seconds)
         for piece in outcome.prompt_logprobs:
             self._sink.on_prompt_logprobs(piece)
         if outcome.tokens:

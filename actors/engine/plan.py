@@ -89,6 +89,11 @@ class StepPlan:
         """Of all ranks."""
         return sum(part.token_count for part in self.parts)
 
+    @property
+    def prompt_share(self) -> float:
+        """Share of its tokens that are not the next one of a reply."""
+        return sum(part.count for part in self.slices if part.count > 1) / max(1, self.token_count)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepResult:

@@ -1,4 +1,4 @@
-"""Asks a worker what it holds for requests, and whether its books agree."""
+"""Asks a worker what it holds for requests and whether its books agree, and for its metrics."""
 
 from __future__ import annotations
 
@@ -34,10 +34,11 @@ def take_audit(held: Callable[[], Mapping[str, int]], check_integrity: Callable[
 
 
 class AuditServicer(audit_pb2_grpc.AuditServiceServicer):
-    """Serves ``Audit`` with what a worker says of itself."""
+    """Serves what a worker says of itself. ``page``: its metrics, in the text format of Prometheus."""
 
-    def __init__(self, take: Callable[[], Awaitable[Audit]]) -> None:
+    def __init__(self, take: Callable[[], Awaitable[Audit]], page: Callable[[], bytes]) -> None:
         self._take = take
+        self._page = page
 
     async def Audit(  # noqa: N802
         self,
@@ -46,6 +47,13 @@ class AuditServicer(audit_pb2_grpc.AuditServiceServicer):
     ) -> audit_pb2.AuditResponse:
         audit = await self._take()
         return audit_pb2.AuditResponse(held=dict(audit.held), problem=audit.problem)
+
+    async def Metrics(  # noqa: N802
+        self,
+        request: audit_pb2.MetricsRequest,
+        context: grpc.aio.ServicerContext[audit_pb2.MetricsRequest, audit_pb2.MetricsResponse],
+    ) -> audit_pb2.MetricsResponse:
+        return audit_pb2.MetricsResponse(page=self._page())
 
 
 async def fetch_audit(address: str, *, timeout_s: float) -> Audit:
@@ -58,3 +66,19 @@ async def fetch_audit(address: str, *, timeout_s: float) -> Audit:
         stub: audit_pb2_grpc.AuditServiceAsyncStub = audit_pb2_grpc.AuditServiceStub(channel)
         response = await stub.Audit(audit_pb2.AuditRequest(), timeout=timeout_s)
     return Audit(held=dict(response.held), problem=response.problem)
+
+
+class MetricsClient:
+    """Asks one worker for its metrics, over a channel that is kept."""
+
+    def __init__(self, address: str) -> None:
+        self._channel = open_channel(address)
+        self._stub: audit_pb2_grpc.AuditServiceAsyncStub = audit_pb2_grpc.AuditServiceStub(self._channel)
+
+    async def fetch(self) -> bytes:
+        """Its page, in the text format of Prometheus. Raises grpc.aio.AioRpcError when it does not answer."""
+        response = await self._stub.Metrics(audit_pb2.MetricsRequest())
+        return response.page
+
+    async def close(self) -> None:
+        await self._channel.close()

@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable
 import torch
 
 from actors.errors import InternalError, ServingError, Unavailable
+from actors.log_context import about
 from actors.types import MediaSpan, SequenceKey
 from actors.wire.byte_budget import ByteBudget
 from actors.wire.media import MediaMiss
@@ -56,6 +57,9 @@ class EmbeddingPuller:
         self._bytes_per_token = bytes_per_token
         self._window = ByteBudget(window_bytes)
         self._active: dict[SequenceKey, _Pulling] = {}
+        self.pulled_units = 0
+        self.pulled_bytes = 0
+        self.misses = 0
 
     @property
     def held_bytes(self) -> int:
@@ -64,7 +68,8 @@ class EmbeddingPuller:
     def start(self, key: SequenceKey, media: tuple[MediaSpan, ...], cached_tokens: int = 0) -> None:
         """Pulls what an admitted sequence needs: not units that end by ``cached_tokens`` of its prompt."""
         state = self._active[key] = _Pulling(media)
-        state.task = asyncio.get_running_loop().create_task(self._run(key, state, cached_tokens))
+        with about(key.request_id):
+            state.task = asyncio.get_running_loop().create_task(self._run(key, state, cached_tokens))
 
     def resupply(self, key: SequenceKey, media: tuple[MediaSpan, ...]) -> None:
         """Media that were gone were made again."""
@@ -130,8 +135,12 @@ class EmbeddingPuller:
             embedding_key = span.embedding_keys[unit_index]
             state.resupplied.clear()
             try:
-                return await self._pull(span, embedding_key, key)
+                embedding = await self._pull(span, embedding_key, key)
+                self.pulled_units += 1
+                self.pulled_bytes += embedding.nbytes
+                return embedding
             except MediaMiss as error:
+                self.misses += 1
                 misses += 1
                 if misses == PULL_TRIES:
                     message = "embeddings were lost again and again"

@@ -21,7 +21,9 @@ from dataclasses import dataclass
 
 import torch
 
+from actors.busy import BusyShare
 from actors.errors import InternalError, ServingError, Unavailable
+from actors.tallies import COUNTS, STEP_SECONDS, Tally
 from actors.types import Grid
 from actors.wire.byte_budget import ByteBudget
 from actors.wire.media import EncodedUnit, MediaMiss, MediaUnit
@@ -108,6 +110,10 @@ class EncodeQueue:
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="vision-encoder")
         self._batches = asyncio.create_task(self._run())
         self._failure: BaseException | None = None
+        self._busy = BusyShare()
+        self.batch_seconds = Tally(STEP_SECONDS)
+        self.batch_patches = Tally(COUNTS)
+        self.patch_misses = 0
 
     @property
     def failure(self) -> BaseException | None:
@@ -118,6 +124,11 @@ class EncodeQueue:
     def queued_patches(self) -> int:
         """Patches of all jobs, those of the running batch included."""
         return sum(job.unit.grid.patches for job in self._jobs.values())
+
+    @property
+    def busy(self) -> float:
+        """Share of the last seconds that batches took."""
+        return self._busy.share()
 
     @property
     def window_bytes_used(self) -> int:
@@ -182,6 +193,7 @@ class EncodeQueue:
             try:
                 job.patches = await self._pull(first.patch_address, job.unit, first.lease.name)
             except MediaMiss as miss:
+                self.patch_misses += 1
                 log.info("patches of unit %s are missing: %s", job.unit.content_key.hex(), miss)
                 for ticket in asked:
                     ticket.answer(EncodedUnit(content_key=job.unit.content_key, embedding_key=None))
@@ -229,14 +241,18 @@ class EncodeQueue:
         """On the worker thread."""
         started = time.perf_counter()
         patches = [job.patches for job in batch if job.patches is not None]
-        embeddings = self._encode(patches, [job.unit.grid for job in batch])
+        with self._busy.doing():
+            embeddings = self._encode(patches, [job.unit.grid for job in batch])
         if len(embeddings) != len(batch):
             raise RuntimeError(f"{len(embeddings)} embeddings of {len(batch)} units")
         finite = [bool(torch.isfinite(embedding).all()) for embedding in embeddings]
         return _Made(embeddings=embeddings, finite=finite, seconds=time.perf_counter() - started)
 
     def _deliver(self, batch: Sequence[_Job], made: _Made) -> None:
-        per_patch = made.seconds / sum(job.unit.grid.patches for job in batch)
+        patches = sum(job.unit.grid.patches for job in batch)
+        per_patch = made.seconds / patches
+        self.batch_seconds.add(made.seconds)
+        self.batch_patches.add(patches)
         for job, embedding, finite in zip(batch, made.embeddings, made.finite, strict=True):
             if finite:
                 self._store.put(job.key, embedding, job.reservation, [ticket.lease for ticket in job.tickets])

@@ -102,6 +102,10 @@ class TransferCounters:
     """Data paths begun, of all lanes."""
     failures: int = 0
     """Sequences given up, cancelled ones not counted."""
+    nacks: int = 0
+    """Chunks that did not arrive as they were sent."""
+    seconds: float = 0.0
+    """Work of the ranks on what was sent or received."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -178,6 +178,7 @@ class ReceivingLane:
         )
         if self._still_wanted(entry):
             entry.busy_s += received.seconds + scatter_s
+            counters.seconds += received.seconds + scatter_s
             self._place(entry, (offer.first_token, offer.token_count), sent)
 
     def _accept(self, entry: Incoming, offer: pb.Offer, generation: int) -> _Exchange:
@@ -199,7 +200,13 @@ class ReceivingLane:
         except TransportError as error:
             self._generation = 0
             if not (exchange.sent.done() and exchange.sent.result() is None):
-                log.warning("generation %d from engine %s failed: %s", exchange.generation, self._peer, error)
+                log.warning(
+                    "generation %d from engine %s failed under %s: %s",
+                    exchange.generation,
+                    self._peer,
+                    exchange.key,
+                    error,
+                )
                 self._nack(offer, exchange.generation, BROKEN)
             return None
 
@@ -220,5 +227,6 @@ class ReceivingLane:
         return await asyncio.wrap_future(self._end.filled())
 
     def _nack(self, offer: pb.Offer, generation: int, reason: str) -> None:
+        self._parts.counters.nacks += 1
         nack = pb.Nack(key=offer.key, chunk=offer.chunk, generation=generation, reason=reason)
         self._say(pb.TransferResponse(nack=nack))

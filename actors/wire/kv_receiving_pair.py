@@ -94,7 +94,8 @@ class ReceivingPair:
             lane.stop()
         lost = [entry for entry in self._parts.entries.values() if entry.pair is self]
         if lost:
-            log.warning("pair with engine %s lost: %s", self._peer, error.message)
+            keys = ", ".join(str(entry.key) for entry in lost)
+            log.warning("pair with engine %s lost under %s: %s", self._peer, keys, error.message)
         for entry in lost:
             self.give_up(entry, error, tell_peer=None)
 

@@ -193,7 +193,9 @@ class SendingLane:
         try:
             sent = await asyncio.wrap_future(chunk.work.future)
         except TransportError as error:
-            log.warning("generation %d to engine %s failed: %s", chunk.generation, self._peer, error)
+            log.warning(
+                "generation %d to engine %s failed under %s: %s", chunk.generation, self._peer, computed.key, error
+            )
             self._say_failed(chunk)
             self._broke(chunk)
             return None
@@ -253,6 +255,7 @@ class SendingLane:
         counters = self._parts.counters
         size = self._parts.geometry.chunk_bytes(chunk.computed.token_count)
         chunk.entry.busy_s += busy_s
+        counters.seconds += busy_s
         counters.sent_bytes += size
         counters.streamed_bytes += size if chunk.streamed else 0
         counters.resent_bytes += size if chunk.sends else 0

@@ -143,7 +143,8 @@ class SendingPair:
 
     def _end(self, error: ServingError) -> None:
         if self._entries:
-            log.warning("pair with engine %s lost: %s", self.incarnation, error.message)
+            keys = ", ".join(map(str, self._entries))
+            log.warning("pair with engine %s lost under %s: %s", self.incarnation, keys, error.message)
         for entry in list(self._entries.values()):
             self._fail(entry, error, tell_peer=False)
         self._left(self)
@@ -243,6 +244,7 @@ class SendingPair:
         chunk = entry.unacked.get(nack.chunk) if entry is not None else None
         if chunk is None or chunk.generation != nack.generation:
             return
+        self._parts.counters.nacks += 1
         if nack.reason == BROKEN:
             self._lane_of(chunk).broke(chunk)
             return

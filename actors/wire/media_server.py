@@ -13,6 +13,7 @@ import grpc.aio
 import torch
 
 from actors.errors import InternalError, ServingError
+from actors.log_context import about
 from actors.wire import convert
 from actors.wire.audit import Audit, AuditServicer, take_audit
 from actors.wire.channels import bind, make_server
@@ -46,6 +47,7 @@ class MediaServer:
         store: what is served; stays the caller's.
         encoder: answers Encode; without one it is UNIMPLEMENTED.
         also_held: what else the owner holds for requests, for audits.
+        page: the owner's metrics, in the text format of Prometheus.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class MediaServer:
         encoder: UnitEncoder | None = None,
         *,
         also_held: Callable[[], Mapping[str, int]] = dict,
+        page: Callable[[], bytes] = bytes,
     ) -> None:
         self.incarnation = uuid.uuid4().hex
         self.address = ""
@@ -61,6 +64,7 @@ class MediaServer:
         self._store = store
         self._servicer = _MediaServicer(store, encoder)
         self._also_held = also_held
+        self._page = page
         self._server: grpc.aio.Server | None = None
         self._expiry: asyncio.Task[None] | None = None
 
@@ -68,7 +72,7 @@ class MediaServer:
         """Listens on a free port of ``host``."""
         self._server = server = make_server()
         media_pb2_grpc.add_MediaServiceServicer_to_server(self._servicer, server)
-        audit_pb2_grpc.add_AuditServiceServicer_to_server(AuditServicer(self._audit), server)
+        audit_pb2_grpc.add_AuditServiceServicer_to_server(AuditServicer(self._audit, self._page), server)
         address = bind(server, host)
         await server.start()
         self.address = address
@@ -153,7 +157,8 @@ class _MediaServicer(media_pb2_grpc.MediaServiceServicer):
             )
 
         try:
-            await self._encoder.encode(call, answer)
+            with about(call.lease):
+                await self._encoder.encode(call, answer)
         except ServingError as error:
             await abort(context, error)
         except Exception:

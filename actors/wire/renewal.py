@@ -12,6 +12,7 @@ log = logging.getLogger(__name__)
 
 RENEW_S = 1.0
 LEAVE_TIMEOUT_S = 1.0
+LEAVE_POLL_S = 0.25
 
 
 async def renew_for_ever(renew: Callable[[], Awaitable[None]]) -> NoReturn:
@@ -41,6 +42,20 @@ class Registration:
         """Raises RuntimeError when renewal has stopped."""
         if self._task.done():
             raise RuntimeError("the registration with the planner stopped") from self._task.exception()
+
+    async def wait_for_leave(self, timeout_s: float) -> None:
+        """Goes on until the planner can do without this engine. A planner that does not answer is not waited for."""
+        with contextlib.suppress(Exception):
+            async with asyncio.timeout(timeout_s):
+                while True:
+                    if await self._may_leave():
+                        return
+                    await asyncio.sleep(LEAVE_POLL_S)
+
+    async def _may_leave(self) -> bool:
+        async with asyncio.timeout(LEAVE_TIMEOUT_S):
+            leave: bool = await self._planner.may_leave.remote(self._incarnation)
+        return leave
 
     async def end(self) -> None:
         self._task.cancel()

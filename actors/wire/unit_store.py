@@ -95,6 +95,19 @@ class StoreStats:
     waiting: int
 
 
+@dataclass(kw_only=True, slots=True)
+class StoreCounters:
+    """Of a store since its start."""
+
+    hits: int = 0
+    """Units that others came to copy."""
+    hit_bytes: int = 0
+    misses: int = 0
+    """Units that others came to copy and that were not here."""
+    evictions: int = 0
+    """Cached units that gave way to others."""
+
+
 class UnitStore(Generic[UnitT]):
     """Units under leases within a byte budget.
 
@@ -124,6 +137,7 @@ class UnitStore(Generic[UnitT]):
         self._leases: dict[str, Lease] = {}
         self._cache: OrderedDict[bytes, int] = OrderedDict()
         self._cached_bytes = 0
+        self.counters = StoreCounters()
         self._outstanding: set[Reservation] = set()
 
     @property
@@ -229,7 +243,10 @@ class UnitStore(Generic[UnitT]):
         """A unit, held or cached; None is a miss."""
         unit = self._units.get(key)
         if unit is None:
+            self.counters.misses += 1
             return None
+        self.counters.hits += 1
+        self.counters.hit_bytes += unit.value.nbytes
         if key in self._cache:
             self._cache.move_to_end(key)
         return unit.value
@@ -333,6 +350,7 @@ class UnitStore(Generic[UnitT]):
 
     def _evict(self) -> int:
         key, byte_count = self._cache.popitem(last=False)
+        self.counters.evictions += 1
         self._cached_bytes -= byte_count
         del self._units[key]
         return byte_count

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from actors.errors import ServingError
 from actors.types import AttemptMode, EngineRequest, MediaSpan, PromptLogprobs, SequenceKey, TokenEvent
-from cluster.policy import Route
+from cluster.policy.views import Route
 from cluster.router.fleet import Fleet
 from cluster.router.link import AttemptError, AttemptEvent, EngineLink, EngineLost, MediaNeed, Milestone
 

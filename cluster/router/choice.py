@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 from actors.errors import POISON, InternalError, ServingError, Unavailable
@@ -27,22 +28,27 @@ from actors.types import (
     service_rank,
 )
 from cluster.generation import ChoiceFinished, Event, GenerateCall
-from cluster.policy import EngineView, Route, has_room_on, pick_route
+from cluster.policy.candidates import MOST_TOLD, Candidate
+from cluster.policy.choose import Decision, choose
+from cluster.policy.views import Demand, EngineView, Route, has_room_on
 from cluster.router.attempt import Attempt, RouteLinks
 from cluster.router.link import EngineLost, Milestone
 from cluster.router.output import Ending, OutputAssembler
-from cluster.router.prefix import RequestHashes
+from cluster.router.prefix import request_hashes
 from cluster.router.prompt import PromptKeeper
 from cluster.router.scores import PromptScores
 from cluster.router.services import Services
+from cluster.router.story import Fact, Story, What
 from cluster.router.suspects import SETTLE_S, ChoiceKey
 from cluster.router.timeline import Progress, Timeline
-from cluster.router.verdict import Verdict, judge
+from cluster.router.verdict import NOT_CACHED, Verdict, judge
 
 log = logging.getLogger(__name__)
 
 RECHECK_S = 0.5
 """For a suspect that waits: engines may also become free by coming up."""
+WAIT_NOTED_S = 0.001
+"""Shorter waits are none."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -56,8 +62,11 @@ class RequestState:
     timeline: Timeline
     progress: Progress
     keeper: PromptKeeper
+    story: Story
     request: EngineRequest
     """Of a choice that begins; without prompt log-probabilities, which are only asked for once."""
+    vision_end: int
+    """Leading tokens that only engines which prefill can compute."""
     prompt_scores: PromptScores | None
     """Given when the caller asked for them."""
     first_token_s: float | None = None
@@ -81,11 +90,31 @@ class ChoiceRun:
         self.output: OutputAssembler = state.services.make_output(state.call, state.keeper.prompt.reply.starts_thinking)
         self._state = state
         self._name = ChoiceKey(state.request_id, index)
-        self._ended = False
         self._spans: tuple[MediaSpan, ...] = ()
         self._route: Route | None = None
         self._first = 0
         self._transferred = False
+        self._attempt = 0
+        self._refused_alone = False
+        """An engine that decodes had less cached than was thought."""
+        self.attempts = 0
+        """Submitted to engines."""
+        self.finish_reason: FinishReason | None = None
+        """Set when the choice has ended."""
+        self._first_token_s = self._last_token_s = 0.0
+        """On the services' clock."""
+
+    def _note(self, what: What, candidates: Iterable[Candidate] = (), **facts: Fact) -> None:
+        self._state.story.note(what, choice=self.index, attempt=self._attempt, candidates=candidates, **facts)
+
+    @contextlib.contextmanager
+    def _waiting(self, reason: str) -> Iterator[None]:
+        """Notes a wait that is one. ``reason``: what for, or the verdict it follows from."""
+        since_s = self._state.story.now_s
+        yield
+        waited_s = self._state.story.now_s - since_s
+        if waited_s > WAIT_NOTED_S:
+            self._note(What.WAITED, reason=reason, waited_s=waited_s)
 
     async def run(self) -> None:
         """Returns when the choice has ended.
@@ -97,20 +126,31 @@ class ChoiceRun:
         try:
             for attempt in itertools.count():
                 key = SequenceKey(state.request_id, attempt, self.index)
+                self._attempt = attempt
                 state.progress.enter(self.index, Stage.QUEUED)
                 try:
                     await self._try(key)
                     break
                 except ServingError as error:
                     verdict = judge(error, newcomer=attempt == 0 and self.index == 0)
+                    self._note(
+                        What.ATTEMPT_ENDED,
+                        reason=error.reason,
+                        message=error.message,
+                        tokens=len(self.output.token_ids),
+                        verdict=verdict.name.lower(),
+                    )
                     if verdict is Verdict.TOLD:
                         raise
+                    self._refused_alone |= error.reason == NOT_CACHED
                     log.info("%s: %s after %d tokens", key, error.reason, len(self.output.token_ids))
+                    services.recorder.retried(Stage.PREFILL, error.reason)
                     self._check_poison(error)
                 finally:
                     services.suspects.rest(self._name)
                 state.keeper.need(self.index)
-                await self._wait(verdict)
+                with self._waiting(verdict.name.lower()):
+                    await self._wait(verdict)
         finally:
             services.suspects.drop(self._name)
         assert self.output.ending is not None
@@ -136,8 +176,18 @@ class ChoiceRun:
 
     def cancel(self) -> None:
         """Tells the client that the choice was cancelled, unless it has ended. ``run`` must have been stopped."""
-        if not self._ended:
+        if self.finish_reason is None:
             self._finish(Ending(reason=FinishReason.CANCELLED))
+
+    @property
+    def gap_count(self) -> int:
+        """Between its tokens."""
+        return max(0, len(self.output.token_ids) - 1)
+
+    @property
+    def decoded_s(self) -> float:
+        """From its first token to its last."""
+        return self._last_token_s - self._first_token_s
 
     @property
     def engine_finished(self) -> bool:
@@ -159,8 +209,9 @@ class ChoiceRun:
 
     def _finish(self, ending: Ending) -> None:
         state = self._state
-        self._ended = True
+        self.finish_reason = ending.reason
         state.events.put_nowait(ChoiceFinished(choice=self.index, reason=ending.reason, stop_reason=ending.stop_reason))
+        self._note(What.CHOICE_FINISHED, reason=str(ending.reason), tokens=len(self.output.token_ids))
         state.keeper.computed(self.index)
         state.progress.leave(self.index)
         if self.index == 0:
@@ -168,11 +219,15 @@ class ChoiceRun:
 
     async def _try(self, key: SequenceKey) -> None:
         state, fleet = self._state, self._state.services.fleet
-        route = await self._find_route(key.attempt)
+        decision = await self._find_route(key.attempt)
         if key.attempt == 0 and fleet.is_behind(state.rank):
             # Others wait since before this one came: what room there is belongs to them.
-            await fleet.wait_for_room(self._token_count, state.rank)
-            route = await self._find_route(key.attempt)
+            with self._waiting("behind others who wait for room"):
+                await fleet.wait_for_room(self._token_count, state.rank)
+            decision = await self._find_route(key.attempt)
+        route = decision.route
+        assert route is not None
+        self._note_route(route, decision.routes)
         links = RouteLinks.of(fleet, route)
         engines = [info.incarnation for info in (route.prefill, route.decode) if info is not None]
         state.services.suspects.begin(self._name, frozenset(engines))
@@ -180,9 +235,25 @@ class ChoiceRun:
         self._first = len(self.output.token_ids)
         self._transferred = False
         self.output.begin_attempt()
+        self.attempts += 1
         await Attempt(self, key, self._request(), links).run()
 
-    async def _find_route(self, attempt: int) -> Route:
+    def _note_route(self, route: Route, candidates: tuple[Candidate, ...]) -> None:
+        prefill, decode = route.prefill, route.decode or route.prefill
+        self._note(
+            What.ROUTE,
+            candidates,
+            prefill=prefill.engine_id,
+            decode=decode.engine_id,
+            prefill_role=str(prefill.role),
+            decode_role=str(decode.role),
+            prefill_epoch=prefill.epoch,
+            decode_epoch=decode.epoch,
+            tokens=self._token_count,
+            known_from_choice_0=not candidates,
+        )
+
+    async def _find_route(self, attempt: int) -> Decision:
         """Waits for engines while those there were are replaced, and as a suspect for some without another one.
 
         Raises Unavailable if there never was a path.
@@ -191,23 +262,44 @@ class ChoiceRun:
         while True:
             views = fleet.engines()
             allowed = [view for view in views if suspects.may_try(self._name, view.info.incarnation)]
-            route = self._pick_route(allowed, attempt)
-            if route is not None:
-                return route
+            decision = self._pick_route(allowed, attempt)
+            if decision.route is not None:
+                return self._with_excluded(decision, views, allowed)
             if len(allowed) < len(views):
-                with contextlib.suppress(TimeoutError):
+                with self._waiting("another suspect is tried"), contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(RECHECK_S):
                         await suspects.changed()
             elif fleet.had_path:
-                await fleet.wait_for_path()
+                with self._waiting("no path"):
+                    await fleet.wait_for_path()
             else:
                 raise Unavailable("no prefill and decode path is ready", reason="NO_ENGINE", retry_after_s=1.0)
 
-    def _pick_route(self, engines: list[EngineView], attempt: int) -> Route | None:
+    def _pick_route(self, engines: list[EngineView], attempt: int) -> Decision:
         known = self._state.prompt_route
         if attempt == 0 and known is not None and has_room_on(engines, known, self._lacking(known)):
-            return known
-        return pick_route(engines, self._token_count, RequestHashes(self._request()))
+            return Decision(route=known)
+        request = self._request()
+        demand = Demand(
+            token_count=self._token_count,
+            prefix_hashes=request_hashes(request),
+            alone_tokens=0 if self._refused_alone else self._state.services.alone_tokens,
+            vision_end=self._state.vision_end,
+            media_tokens=sum(span.grid.tokens for span in request.media),
+            encoder_address=request.media[0].encoder_address if request.media else None,
+        )
+        return choose(demand, engines)
+
+    def _with_excluded(self, decision: Decision, views: list[EngineView], allowed: list[EngineView]) -> Decision:
+        """With the engines that were not asked."""
+        reasons = self._state.services.fleet.set_aside()
+        if len(allowed) < len(views):
+            tried = {view.info.engine_id for view in views} - {view.info.engine_id for view in allowed}
+            reasons |= dict.fromkeys(tried, "it tries another suspect")
+        if not reasons or not decision.routes:
+            return decision
+        others = [Candidate(name=name, terms={}, excluded=why) for name, why in reasons.items()]
+        return replace(decision, routes=(*decision.routes, *others[:MOST_TOLD]))
 
     def _lacking(self, route: Route) -> int:
         """Tokens that need blocks of their own where the prompt is cached: whole blocks are shared, one more is grown
@@ -241,7 +333,10 @@ class ChoiceRun:
         count = len(self.output.token_ids)
         if count == before:
             return False
+        self._time_tokens(before)
         state.services.suspects.advance(self._name, count)
+        if before == self._first:
+            self._note(What.FIRST_TOKEN, tokens=count)
         if before == 0 and self.index == 0:
             self._tell_prompt()
         assert self._route is not None
@@ -257,6 +352,15 @@ class ChoiceRun:
         if delta.text or delta.reasoning or delta.tool_calls or delta.token_ids or delta.logprobs:
             state.events.put_nowait(replace(delta, choice=self.index))
         return self.output.ending is not None
+
+    def _time_tokens(self, before: int) -> None:
+        """Tokens arrived behind the ``before`` that the choice had."""
+        now = self._state.services.clock()
+        if before == 0:
+            self._first_token_s = now
+        else:
+            self._state.services.recorder.token_gap(now - self._last_token_s)
+        self._last_token_s = now
 
     def _tell_prompt(self) -> None:
         """The request's first token is here, so the prompt is computed and scored."""
@@ -284,6 +388,7 @@ class ChoiceRun:
             case MilestoneKind.PREFILL_STARTED:
                 if self.index == 0 and state.cached_tokens is None:
                     state.cached_tokens = milestone.token_count
+                self._note(What.PREFILL_STARTED, cached_tokens=milestone.token_count)
                 if state.progress.stage(self.index) is Stage.QUEUED:
                     state.progress.enter(self.index, Stage.PREFILL)
             case MilestoneKind.MEDIA_AWAITED:
@@ -291,6 +396,7 @@ class ChoiceRun:
                 state.keeper.await_unit(self.index, milestone.token_count)
             case MilestoneKind.TRANSFERRED:
                 state.timeline.add_busy(Stage.TRANSFER, milestone.busy_s)
+                self._note(What.TRANSFERRED, busy_s=milestone.busy_s)
                 self._transferred = True
                 if len(self.output.token_ids) > self._first:
                     self._decodes()

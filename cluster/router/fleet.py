@@ -5,17 +5,20 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from actors.reports import EngineInfo
-from cluster.policy import EngineView, admissible, pick_route
+from cluster.policy.views import EngineView, admissible
 from cluster.registry import EncoderEntry, Snapshot
+from cluster.roles import can_answer
 from cluster.router.link import EngineLink
 
 log = logging.getLogger(__name__)
 
-POLL_S = 5.0
+POLL_S = 1.0
+"""After so long the planner answers although nobody came, went or changed: with loads and progress as they are."""
+ANSWER_TIMEOUT_S = 10.0
 RETRY_S = 0.5
 
 
@@ -74,6 +77,22 @@ class Fleet:
     def snapshot(self) -> Snapshot:
         return self._snapshot
 
+    def live_snapshot(self) -> Snapshot:
+        """The snapshot with roles and loads as the engines' links heard them last."""
+        known = self._snapshot
+        linked = {name: link for name, link in self._links.items() if link.load is not None}
+        engines = tuple(
+            replace(entry, info=link.info, load=link.load)
+            if (link := linked.get(entry.info.incarnation)) is not None
+            else entry
+            for entry in known.engines
+        )
+        return replace(known, engines=engines)
+
+    def speaking(self) -> frozenset[str]:
+        """Incarnations of the engines this router has heard of just now."""
+        return frozenset(name for name, link in self._links.items() if link.speaks)
+
     @property
     def encoders(self) -> tuple[EncoderEntry, ...]:
         return self._snapshot.encoders
@@ -86,7 +105,21 @@ class Fleet:
     @property
     def has_path(self) -> bool:
         """Some engines could answer a request together, if those that are only suspect speak again."""
-        return pick_route([view for _, view in self._listed()], 1) is not None
+        return can_answer(view.info for _, view in self._listed())
+
+    def set_aside(self) -> dict[str, str]:
+        """Why engines of the registry get nothing new now, by their ids."""
+        found = {}
+        for entry in self._snapshot.engines:
+            link = self._links.get(entry.info.incarnation)
+            if not entry.ready:
+                found[entry.info.engine_id] = "it is not ready"
+            elif link is None or not link.usable:
+                found[entry.info.engine_id] = "no link to it"
+            elif not link.takes_new:
+                silent = f"silent for {link.silent_s:.1f} s"
+                found[entry.info.engine_id] = "it leaves" if link.load is not None and link.load.draining else silent
+        return found
 
     def _listed(self) -> Iterator[tuple[EngineLink, EngineView]]:
         ready = self._ready()
@@ -116,7 +149,11 @@ class Fleet:
             self._path_waiters -= 1
 
     def _takes_new(self) -> bool:
-        return pick_route(self.engines(), 1) is not None
+        return can_answer(view.info for view in self.engines())
+
+    @property
+    def waiting_for_room(self) -> int:
+        return len(self._waiting)
 
     def is_behind(self, rank: float) -> bool:
         """Whether somebody of a lower rank waits for room."""
@@ -145,14 +182,14 @@ class Fleet:
             self._path_came = asyncio.Event()
         waiting = [waiter for waiter in self._waiting if not waiter.future.done()]
         view = EngineView(info=link.info, load=load)
-        for waiter in waiting[: admissible(view, [waiter.token_count for waiter in waiting])]:
-            waiter.future.set_result(None)
+        for place in admissible(view, [waiter.token_count for waiter in waiting]):
+            waiting[place].future.set_result(None)
 
     async def _follow_planner(self) -> None:
         while True:
             try:
                 known = self._snapshot
-                async with asyncio.timeout(2 * POLL_S):
+                async with asyncio.timeout(ANSWER_TIMEOUT_S):
                     snapshot = await self._source(known.version, known.term, POLL_S)
                 self._adopt(snapshot)
             except Exception as error:

@@ -147,9 +147,12 @@ class EngineLink:
     @property
     def takes_new(self) -> bool:
         """Usable, heard of just now, and the engine does not leave."""
-        return (
-            self.load is not None and self.usable and not self.load.draining and self.silent_s <= self._suspect_after_s
-        )
+        return self.speaks and self.load is not None and not self.load.draining
+
+    @property
+    def speaks(self) -> bool:
+        """Usable, and heard of just now."""
+        return self.usable and self.silent_s <= self._suspect_after_s
 
     @property
     def claimed_load(self) -> LoadReport | None:

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from actors.engine.scheduling.block_hash import hash_blocks
 from actors.reports import KvIdentity
-from actors.types import EngineRequest
+from actors.types import EngineRequest, MediaSpan
+from cluster.policy.views import PrefixHashes, no_hashes
 
 
-class RequestHashes:
-    """``cluster.policy.PrefixHashes`` of one request; made when first asked for, once per identity."""
+class PromptHashes:
+    """``cluster.policy.views.PrefixHashes`` of one prompt; made when first asked for, once per identity."""
 
-    def __init__(self, request: EngineRequest) -> None:
-        self._request = request
+    def __init__(self, token_ids: Sequence[int], media: Sequence[MediaSpan], salt: bytes) -> None:
+        self._token_ids = token_ids
+        self._media = media
+        self._salt = salt
         self._known: dict[KvIdentity, tuple[bytes, ...]] = {}
 
     def __call__(self, identity: KvIdentity) -> tuple[bytes, ...]:
-        request = self._request
-        if request.sampling.prompt_logprobs is not None:
-            return ()  # every token of its prompt is computed, whatever is cached
         if identity not in self._known:
-            token_ids = (*request.prompt_ids, *request.output_ids)
-            self._known[identity] = hash_blocks(identity, token_ids, request.media, request.salt)
+            self._known[identity] = hash_blocks(identity, self._token_ids, self._media, self._salt)
         return self._known[identity]
+
+
+def request_hashes(request: EngineRequest) -> PrefixHashes:
+    """Every token of a prompt that is to be scored is computed, whatever is cached."""
+    if request.sampling.prompt_logprobs is not None:
+        return no_hashes
+    return PromptHashes((*request.prompt_ids, *request.output_ids), request.media, request.salt)

@@ -11,9 +11,13 @@ from actors.reports import EncoderInfo
 from actors.types import MediaKind, MediaSpan, PreprocessReply, PreprocessRequest, Stage
 from actors.wire.media import EncodedUnit
 from cluster.generation import GenerateCall
-from cluster.policy import pick_encoder
+from cluster.policy.choose import choose
+from cluster.policy.views import Demand
+from cluster.router.encoders import patches_of
+from cluster.router.prefix import PromptHashes
 from cluster.router.services import Services
 from cluster.router.stages import MissingPatches, Preprocessed, StageLost, spans_at
+from cluster.router.story import Story, What
 from cluster.router.timeline import Progress, Timeline
 from cluster.router.verdict import Verdict, judge
 from cluster.tools import template_form
@@ -37,7 +41,7 @@ class Prompt:
 
     @property
     def media_tokens(self) -> int:
-        return sum(item.grid.tokens for item in self.reply.media)
+        return _tokens_of(self.reply)
 
     @property
     def video_tokens(self) -> int:
@@ -50,6 +54,10 @@ class Prompt:
             if not rest and 0 <= index < item.grid.units:
                 return item.content_keys[index]
         return None
+
+
+def _tokens_of(reply: PreprocessReply) -> int:
+    return sum(item.grid.tokens for item in reply.media)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -95,6 +103,7 @@ class PromptKeeper:
         services: Services,
         timeline: Timeline,
         progress: Progress,
+        story: Story,
     ) -> None:
         self._request_id = request_id
         self._call = call
@@ -102,6 +111,7 @@ class PromptKeeper:
         self._services = services
         self._timeline = timeline
         self._progress = progress
+        self._story = story
         self._prompt: Prompt | None = None
         self._leases = _Leases()
         self._needed_by: set[int] = set()
@@ -150,6 +160,9 @@ class PromptKeeper:
             ServingError: what kept a unit from being encoded.
         """
         self.need(choice)
+        self._story.note(What.MEDIA_AGAIN, choice=choice)
+        if self.prompt.spans is known and not self._is_making:
+            self._services.recorder.retried(Stage.ENCODE, "EMBEDDINGS_GONE")
         return (await self._other_than(known, choice)).spans
 
     def need(self, choice: int) -> None:
@@ -241,6 +254,8 @@ class PromptKeeper:
                 return
             except MissingPatches:
                 log.warning("request %s: patches were gone before they were encoded", self._request_id)
+                self._story.note(What.STAGE_LOST, message="patches were gone before they were encoded")
+                self._services.recorder.retried(Stage.ENCODE, "PATCHES_GONE")
                 done = None
                 self._release(self._leases.patches)
                 await asyncio.sleep(RECHECK_S if misses else 0.0)
@@ -259,6 +274,8 @@ class PromptKeeper:
                 if deaths > 1:
                     delay_s += min(RECHECK_S * 2**deaths, DEATH_DELAY_S)
                 log.warning("request %s: %s: again in %.1f s", self._request_id, error.message, delay_s)
+                self._story.note(What.STAGE_LOST, message=error.message, again_in_s=delay_s)
+                self._services.recorder.retried(Stage.PREPROCESS if done is None else Stage.ENCODE, error.reason)
                 await asyncio.sleep(delay_s)
 
     def _check_same(self, again: PreprocessReply) -> None:
@@ -274,8 +291,19 @@ class PromptKeeper:
         done = await self._services.preprocess.run(
             preprocess_request(self._call, lease=self._new_lease(), context_limit=self._services.context_limit())
         )
-        self._leases.patches.add((done.reply.media_address, done.lease))
-        self._timeline.add_busy(Stage.PREPROCESS, done.reply.busy_s)
+        reply = done.reply
+        self._leases.patches.add((reply.media_address, done.lease))
+        self._story.note(
+            What.PREPROCESSED,
+            preprocessor=reply.media_address,
+            prompt_tokens=len(reply.prompt_ids),
+            media_tokens=_tokens_of(reply),
+            units=sum(len(item.content_keys) for item in reply.media),
+            calls=done.calls,
+            hedge_won=done.lease.endswith("+"),
+            busy_s=reply.busy_s,
+        )
+        self._timeline.add_busy(Stage.PREPROCESS, reply.busy_s)
         return done
 
     async def _encode(self, reply: PreprocessReply) -> None:
@@ -286,11 +314,13 @@ class PromptKeeper:
         self._encoded.clear()
         self._enter(Stage.ENCODE)
         first = reply.media[0].content_keys[0]
-        encoder = await self._find_encoder(first)
+        encoder = await self._find_encoder(reply)
         lease = self._new_lease()
         self._leases.embeddings.add((encoder.address, lease))
+        units: list[EncodedUnit] = []
 
         def take_unit(unit: EncodedUnit) -> None:
+            units.append(unit)
             self._timeline.add_busy(Stage.ENCODE, unit.busy_s)
             self._encoded.add(unit.content_key)
             if unit.content_key == first:
@@ -299,13 +329,21 @@ class PromptKeeper:
                 del self._waiting[choice]
                 self._progress.enter(choice, Stage.PREFILL)
 
-        await self._services.encode.run(
-            encoder,
-            reply.media,
-            lease=lease,
-            patch_address=reply.media_address,
-            timeout_s=self._timeout_s,
-            on_unit=take_unit,
+        with self._services.encoders.encoding(encoder.incarnation, patches_of(reply.media)):
+            await self._services.encode.run(
+                encoder,
+                reply.media,
+                lease=lease,
+                patch_address=reply.media_address,
+                timeout_s=self._timeout_s,
+                on_unit=take_unit,
+            )
+        self._story.note(
+            What.ENCODED,
+            encoder=encoder.encoder_id,
+            units=len(units),
+            cached_units=sum(unit.cached for unit in units),
+            busy_s=sum(unit.busy_s for unit in units),
         )
         self._release(self._leases.patches)
 
@@ -313,20 +351,42 @@ class PromptKeeper:
         self._prompt = prompt
         self._tell()
 
-    async def _find_encoder(self, content_key: bytes) -> EncoderInfo:
-        """For a request whose first unit has that key: all turns of a conversation go to one encoder.
+    async def _find_encoder(self, reply: PreprocessReply) -> EncoderInfo:
+        """The one that goes with the engines which will compute the prompt: where its embeddings are or begin soonest,
+        near to those engines. The engines are picked for good when they can begin.
 
         Waits for one while those there were are replaced. Raises Unavailable if there never was one.
         """
         fleet, leases = self._services.fleet, self._services.leases
         while True:
             trusted = [entry for entry in fleet.encoders if not leases.doubts(entry.info.address)]
-            encoder = pick_encoder(trusted, content_key)
-            if encoder is not None:
-                return encoder
+            views = self._services.encoders.views(trusted)
+            several = len(views) > 1
+            demand = self._demand(reply, views[0].info if several else None)
+            decision = choose(demand, fleet.engines() if several else [], views)
+            if decision.encoder is not None:
+                self._story.note(
+                    What.ENCODER,
+                    candidates=decision.encoders,
+                    encoder=decision.encoder.encoder_id,
+                    address=decision.encoder.address,
+                )
+                return decision.encoder
             if not fleet.had_encoder:
                 raise Unavailable("no vision encoder is ready", reason="NO_ENCODER", retry_after_s=1.0)
             await asyncio.sleep(RECHECK_S)
+
+    def _demand(self, reply: PreprocessReply, encoder: EncoderInfo | None) -> Demand:
+        """Of a prompt that is to be encoded, as it will be named by engines where there is a choice of encoders."""
+        units, media_tokens = patches_of(reply.media), _tokens_of(reply)
+        if encoder is None:
+            return Demand(token_count=len(reply.prompt_ids), units=units, media_tokens=media_tokens)
+        return Demand(
+            token_count=len(reply.prompt_ids),
+            prefix_hashes=PromptHashes(reply.prompt_ids, spans_at(encoder, reply.media), self._call.salt),
+            units=units,
+            media_tokens=media_tokens,
+        )
 
     def _release(self, leases: set[tuple[str, str]]) -> None:
         while leases:

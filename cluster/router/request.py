@@ -16,12 +16,14 @@ import logging
 from dataclasses import dataclass, replace
 
 from actors.errors import DeadlineExceeded, InternalError, RequestCancelled, ServingError
-from actors.types import EngineRequest, Stage
+from actors.types import EngineRequest, Stage, vision_end
 from cluster.generation import Event, Finished, GenerateCall, Started, Usage
 from cluster.router.choice import ChoiceRun, RequestState
 from cluster.router.prompt import Prompt, PromptKeeper
+from cluster.router.records import Outcome, RequestRecord
 from cluster.router.scores import PromptScores
 from cluster.router.services import Services
+from cluster.router.story import Story, What
 from cluster.router.timeline import Progress, Timeline
 
 log = logging.getLogger(__name__)
@@ -58,6 +60,8 @@ class RequestRun:
         self._timeout_s = timeout_s
         self._services = services
         self._arrival_s = services.wall_clock()
+        self.story = Story(request_id, call.request_id, self.timeline, self._arrival_s)
+        self.story.note(What.ADMITTED, choices=call.n, timeout_s=timeout_s, priority=call.priority)
         self._keeper = PromptKeeper(
             request_id,
             call,
@@ -65,10 +69,14 @@ class RequestRun:
             services=services,
             timeline=self.timeline,
             progress=self._progress,
+            story=self.story,
         )
         self._state: RequestState | None = None
         self._choices: list[ChoiceRun] = []
         self._cancelled_by_name = False
+        self._outcome = Outcome.CANCELLED
+        """Until something else is known: only cancelling ends a request from outside."""
+        self._reason: str | None = None
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> asyncio.Task[None]:
@@ -79,6 +87,9 @@ class RequestRun:
     def _tell_of_cancellation(self, task: asyncio.Task[None]) -> None:
         """A task that is cancelled before its first step runs nothing of ``_run``."""
         if task.cancelled():
+            if self.timeline.stage is not Stage.FINISHED:
+                self.story.note(What.CANCELLED, by=self._canceller, stage=str(self.timeline.stage))
+                self.timeline.finish()
             self.events.put_nowait(RequestCancelled("the request was cancelled"))
 
     def whereabouts(self) -> Whereabouts:
@@ -96,6 +107,10 @@ class RequestRun:
             decode=None if route is None else (route.decode or route.prefill).address,
         )
 
+    @property
+    def _canceller(self) -> str:
+        return "name" if self._cancelled_by_name else "its client, who left"
+
     def cancel_by_name(self) -> None:
         """Ends the request from another connection: its own client sees that it was cancelled."""
         self._cancelled_by_name = True
@@ -106,17 +121,17 @@ class RequestRun:
         try:
             async with asyncio.timeout(self._timeout_s):
                 await self._work()
+            self._outcome = Outcome.FINISHED
             self._finish()
         except TimeoutError:
-            self.events.put_nowait(
-                DeadlineExceeded(f"the request took longer than {self._timeout_s:g} s", field="timeout")
-            )
+            self._fail(DeadlineExceeded(f"the request took longer than {self._timeout_s:g} s", field="timeout"))
         except ServingError as error:
             if error.field == "structure" and self._call.forces_call:
                 # Engines know calls that are forced as a structure; the client wrote them as tools.
                 error.field = "tools"
-            self.events.put_nowait(error)
+            self._fail(error)
         except asyncio.CancelledError:
+            self.story.note(What.CANCELLED, by=self._canceller, stage=str(self.timeline.stage))
             if not self._cancelled_by_name:
                 raise
             if self._state is None:
@@ -127,9 +142,15 @@ class RequestRun:
                 self._finish()
         except Exception:
             log.exception("request %s failed", self.request_id)
-            self.events.put_nowait(InternalError(f"internal error; request {self.request_id}"))
+            self._fail(InternalError(f"internal error; request {self.request_id}"))
         finally:
+            self.timeline.finish()
             await self._keeper.close()
+
+    def _fail(self, error: ServingError) -> None:
+        self._outcome, self._reason = Outcome.ERROR, error.reason
+        self.story.note(What.FAILED, reason=error.reason, message=error.message)
+        self.events.put_nowait(error)
 
     async def _work(self) -> None:
         call = self._call
@@ -170,12 +191,14 @@ class RequestRun:
             timeline=self.timeline,
             progress=self._progress,
             keeper=self._keeper,
+            story=self.story,
+            vision_end=vision_end(prompt_ids, self._services.im_patch_id),
             request=EngineRequest(
                 prompt_ids=prompt_ids,
                 media=prompt.spans,
                 sampling=replace(sampling, prompt_logprobs=None),
                 seed=self._seed,
-                salt=b"" if call.cache_salt is None else call.cache_salt.encode(),
+                salt=call.salt,
                 arrival_s=self._arrival_s,
                 deadline_s=self._arrival_s + self._timeout_s,
                 # Callers put the urgent first by lower numbers, engines by higher ones.
@@ -186,16 +209,41 @@ class RequestRun:
 
     def _finish(self) -> None:
         timings = self.timeline.finish()
-        assert self._state is not None
-        prompt, outputs = self._keeper.prompt, [choice.output for choice in self._choices]
-        prompt_tokens = len(prompt.reply.prompt_ids)
-        usage = Usage(
+        usage = self._usage()
+        self.story.note(What.FINISHED, output_tokens=usage.output_tokens)
+        self.events.put_nowait(Finished(usage=usage, timings=timings if self._call.return_timings else None))
+
+    def _usage(self) -> Usage:
+        """So far."""
+        state, outputs = self._state, [choice.output for choice in self._choices]
+        prompt = None if state is None else self._keeper.prompt
+        prompt_tokens = 0 if prompt is None else len(prompt.reply.prompt_ids)
+        return Usage(
             prompt_tokens=prompt_tokens,
-            media_tokens=prompt.media_tokens,
-            video_tokens=prompt.video_tokens,
-            cached_tokens=min(self._state.cached_tokens or 0, prompt_tokens),
+            media_tokens=0 if prompt is None else prompt.media_tokens,
+            video_tokens=0 if prompt is None else prompt.video_tokens,
+            cached_tokens=0 if state is None else min(state.cached_tokens or 0, prompt_tokens),
             output_tokens=sum(len(output.token_ids) for output in outputs),
             reasoning_tokens=sum(output.reasoning_tokens for output in outputs),
-            time_to_first_token_s=self._state.first_token_s,
+            time_to_first_token_s=None if state is None else state.first_token_s,
         )
-        self.events.put_nowait(Finished(usage=usage, timings=timings if self._call.return_timings else None))
+
+    def record(self) -> RequestRecord:
+        """Of a request that is over."""
+        timings, usage = self.timeline.finish(), self._usage()
+        reasons = (choice.finish_reason for choice in self._choices)
+        gaps = sum(choice.gap_count for choice in self._choices)
+        return RequestRecord(
+            request_id=self.request_id,
+            alias=self._call.request_id,
+            outcome=self._outcome,
+            reason=self._reason,
+            finish_reasons=tuple(reason for reason in reasons if reason is not None),
+            usage=usage,
+            ttft_s=usage.time_to_first_token_s,
+            tpot_s=sum(choice.decoded_s for choice in self._choices) / gaps if gaps else None,
+            e2e_s=self.timeline.spans[-1].ended_s,
+            attempts=sum(choice.attempts for choice in self._choices),
+            timings=timings,
+            spans=self.timeline.spans,
+        )

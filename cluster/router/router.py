@@ -8,6 +8,7 @@ import secrets
 import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable
+from typing import Any
 
 from actors.errors import (
     AlreadyExists,
@@ -19,19 +20,18 @@ from actors.errors import (
     ServingError,
     Unavailable,
 )
+from actors.log_context import about
 from actors.types import PreprocessReply, PreprocessRequest
+from cluster.config import PREPROCESSORS
 from cluster.generation import Event, Finished, GenerateCall, ModelCard, PromptTokens, Vocabulary
-from cluster.policy import pick_encoder
 from cluster.registry import LoadingEntry
 from cluster.router.prompt import preprocess_request
 from cluster.router.request import RequestRun, Whereabouts
 from cluster.router.services import Services
 from cluster.router.stages import StageLost
+from cluster.router.story import MOST_ENDED, REMEMBER_S, Stories
 
 log = logging.getLogger(__name__)
-
-REMEMBER_S = 600.0
-"""Ended requests are known by name for so long."""
 
 _SEED_SPACE = 1 << 64
 
@@ -60,6 +60,7 @@ class Router:
         self._active: dict[str, RequestRun] = {}
         self._aliases: dict[str, str] = {}
         self._ended: OrderedDict[str, float] = OrderedDict()
+        self._stories = Stories()
         self._draining = False
         self._idle = asyncio.Event()
         self._idle.set()
@@ -87,13 +88,11 @@ class Router:
             task.cancel()
 
     def _admit(self, call: GenerateCall) -> tuple[RequestRun, asyncio.Task[None]]:
-        self._check_open()
-        self._check_model(call.model)
-        self._check_bounds(call)
-        if len(self._active) >= self._max_active:
-            raise Overloaded(f"{self._max_active} requests are active: the router's queue is full", retry_after_s=1.0)
-        if call.request_id is not None and call.request_id in self._aliases:
-            raise AlreadyExists(f"request_id: {call.request_id!r} is active", field="request_id")
+        try:
+            self._check_admissible(call)
+        except ServingError as error:
+            self._services.recorder.refused(error.reason)
+            raise
         self._services.budget.admit()
         self._count += 1
         request_id = f"{self._incarnation}-{self._count}"
@@ -108,12 +107,24 @@ class Router:
         self._idle.clear()
         if call.request_id is not None:
             self._aliases[call.request_id] = request_id
-        task = run.start()
-        task.add_done_callback(lambda _: self._end(request_id, call.request_id))
+        self._services.recorder.admitted(request_id)
+        with about(request_id):
+            task = run.start()
+            task.add_done_callback(lambda _: self._end(request_id, call.request_id))
         return run, task
+
+    def _check_admissible(self, call: GenerateCall) -> None:
+        self._check_open()
+        self._check_model(call.model)
+        self._check_bounds(call)
+        if len(self._active) >= self._max_active:
+            raise Overloaded(f"{self._max_active} requests are active: the router's queue is full", retry_after_s=1.0)
+        if call.request_id is not None and call.request_id in self._aliases:
+            raise AlreadyExists(f"request_id: {call.request_id!r} is active", field="request_id")
 
     def _end(self, request_id: str, alias: str | None) -> None:
         run = self._active.pop(request_id)
+        self._stories.add(run.story)
         now = time.monotonic()
         for name in (request_id, alias):
             if name is not None:
@@ -123,7 +134,9 @@ class Router:
             del self._aliases[alias]
         while self._ended and next(iter(self._ended.values())) < now - REMEMBER_S:
             self._ended.popitem(last=False)
-        log.info("request %s ended after %.3f s", request_id, run.timeline.elapsed_s)
+        record = run.record()
+        self._services.recorder.ended(record)
+        log.info("request %s: %s after %.3f s", request_id, record.reason or record.outcome, record.e2e_s)
         if not self._active:
             self._idle.set()
 
@@ -138,6 +151,20 @@ class Router:
             run.cancel_by_name()
         elif request_id not in self._ended:
             raise NotFound(f"request_id: {request_id!r} is not known", reason="REQUEST_NOT_FOUND", field="request_id")
+
+    def explain(self, request_id: str) -> dict[str, Any]:
+        """What became of a request and why, by assigned id or alias, as JSON values.
+
+        Raises:
+            NotFound: it was never here, or ended too long or too many requests ago.
+        """
+        run = self._active.get(self._aliases.get(request_id, request_id))
+        story = self._stories.find(request_id) if run is None else run.story
+        if story is None:
+            message = f"request_id: {request_id!r} does not run and is not one of the last {MOST_ENDED}"
+            message += f" that ended within {REMEMBER_S:.0f} s"
+            raise NotFound(message, reason="REQUEST_NOT_FOUND", field="request_id")
+        return story.told()
 
     async def tokenize(self, call: GenerateCall) -> PromptTokens:
         """The prompt of a call, without keeping anything.
@@ -179,13 +206,19 @@ class Router:
         )
 
     async def not_ready(self) -> str | None:
+        return self.missing
+
+    @property
+    def missing(self) -> str | None:
+        """What keeps it from answering requests; None when nothing does."""
         if self._draining:
             return "draining"
+        snapshot = self._services.fleet.snapshot
         if not self._services.fleet.has_path:
-            return "no prefill and decode path" + "".join(map(_progress, self._services.fleet.snapshot.loading))
-        if not self._services.fleet.snapshot.preprocessors:
+            return "no prefill and decode path" + "".join(map(_progress, snapshot.loading))
+        if not snapshot.preprocessors and not snapshot.may_be_empty(PREPROCESSORS):
             return "no preprocessor"
-        if pick_encoder(self._services.fleet.encoders) is None:
+        if not self._services.fleet.encoders:
             return "no vision encoder"
         return None
 

@@ -41,6 +41,8 @@ class Preprocessed:
 
     reply: PreprocessReply
     lease: str
+    calls: int = 1
+    """2 with a hedge."""
 
 
 class _Call:
@@ -105,7 +107,7 @@ class PreprocessStage:
         reply = winner.answer.result()
         if _keeps(winner.request, reply):
             self._leases.hold(reply.media_address, winner.request.lease)
-        return Preprocessed(reply=reply, lease=winner.request.lease)
+        return Preprocessed(reply=reply, lease=winner.request.lease, calls=len(calls))
 
     async def _first_answer(self, calls: list[_Call]) -> _Call:
         """The first call that is answered; of calls that are lost, the last. Adds the hedge to ``calls``."""

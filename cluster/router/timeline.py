@@ -3,8 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 from actors.types import Stage, Timings
+
+
+class StageSpan(NamedTuple):
+    """A time in one stage, in seconds since the request began."""
+
+    stage: Stage
+    began_s: float
+    ended_s: float
 
 
 class Timeline:
@@ -18,6 +27,7 @@ class Timeline:
         self._began = self._since = clock()
         self._stage = Stage.QUEUED
         self._timings = Timings()
+        self._spans: list[StageSpan] = []
 
     @property
     def stage(self) -> Stage:
@@ -32,14 +42,29 @@ class Timeline:
         now = self._clock()
         exposed = self._timings.exposed
         exposed[self._stage] = exposed.get(self._stage, 0.0) + now - self._since
+        self._spans.append(StageSpan(self._stage, self._since - self._began, now - self._began))
         self._stage, self._since = stage, now
 
     def add_busy(self, stage: Stage, seconds: float) -> None:
         self._timings.busy[stage] = self._timings.busy.get(stage, 0.0) + seconds
 
     def finish(self) -> Timings:
-        self.enter(Stage.FINISHED)
+        """Ends the last stage. Idempotent."""
+        if self._stage is not Stage.FINISHED:
+            self.enter(Stage.FINISHED)
         return self._timings
+
+    def so_far(self) -> Timings:
+        """With the present stage, unless it is over."""
+        exposed = dict(self._timings.exposed)
+        if self._stage is not Stage.FINISHED:
+            exposed[self._stage] = exposed.get(self._stage, 0.0) + self._clock() - self._since
+        return Timings(exposed=exposed, busy=dict(self._timings.busy))
+
+    @property
+    def spans(self) -> tuple[StageSpan, ...]:
+        """Stages that ended, one after the other without a gap."""
+        return tuple(self._spans)
 
 
 class Progress:

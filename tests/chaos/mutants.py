@@ -1,4 +1,4 @@
-"""Routers that are broken on purpose: a chaos run that does not fail with them does not see what it looks for."""
+"""Routers and engines broken on purpose: a chaos run that does not fail with them does not see what it looks for."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 VARIABLE = "ERNIE_CHAOS_MUTANT"
-MUTANTS = ("no_dedupe", "no_resume")
+MUTANTS = ("no_dedupe", "no_resume", "no_epoch")
 
 
 @contextlib.contextmanager

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import signal
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,30 +16,39 @@ from cluster.client import AsyncClient, ClientError
 from ernie_serving.v1 import inference_pb2
 from tests.chaos.calls import Expected
 from tests.chaos.plan import Fault, Trial, Victim
-from tests.chaos.victims import Processes
+from tests.chaos.report import Outcome
+from tests.chaos.victims import OTHER_ROLE, Processes
 from tests.cluster.launcher import LaunchedCluster
 
+ENGINE = {
+    "roles": {"prefill": 1, "decode": 1},
+    "kv_cache_gib": 0.05,
+    "max_num_seqs": 16,
+    "max_batched_tokens": 64,
+    "rebalance_steps": 50,
+}
 CLUSTER: dict[str, Any] = {
     "max_model_len": 4096,
     "drain_timeout_s": 2.0,
-    "engines": [
-        {
-            "roles": {"prefill": 2, "decode": 2},
-            "kv_cache_gib": 0.05,
-            "max_num_seqs": 16,
-            "max_batched_tokens": 64,
-        }
-    ],
+    "role_drain_s": 0.2,
+    "router": {"alone_tokens": 0},
+    "engines": [ENGINE | {"name": "single"}, ENGINE | {"name": "group", "expert_parallel": 2}],
     "vision_encoder": {"replicas": 2, "embedding_bytes": 64 << 20, "cache_bytes": 32 << 20},
     "preprocessor": {"replicas": 2, "patch_bytes": 128 << 20},
 }
-"""Fields over those of tests/cluster. Prompts are computed in small pieces, so that a fault meets them there."""
+"""Fields over those of tests/cluster: two engines of each role, one a group of two ranks. Prompts are computed in small
+pieces, and sent however much of them is cached, so that a fault meets them there; an engine that changes its role moves
+what it has."""
 
 HOLDS = {Stage.PREPROCESS: Victim.PREPROCESSOR, Stage.ENCODE: Victim.ENCODER, Stage.TRANSFER: Victim.DECODE}
 """Who stands still so that requests stay in a stage until the fault has fallen."""
 
 REPLY_LIMIT_S = 120.0
 STAGE_LIMIT_S = 30.0
+LOOK_S = 0.01
+CLEAN_EVERY = 10
+"""After so many trials all parts are let come back, and must hold nothing then."""
+CLEAN_LIMIT_S = 20.0
 
 
 @dataclass(slots=True)
@@ -67,43 +75,55 @@ class Reply:
         return not self.error and not self.duplicated and tuple(self.tokens) != self.expected.tokens
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Outcome:
-    """What became of a trial. ``landed``: the fault fell before the stage it was meant for had ended."""
-
-    trial: Trial
-    replies: list[Reply]
-    landed: bool
-    pause_s: float
-
-
 class Chaos:
     """Runs trials one after the other against one cluster with two parts of every kind."""
 
-    def __init__(self, cluster: LaunchedCluster, calls: Sequence[Expected], say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        cluster: LaunchedCluster,
+        calls: Sequence[Expected],
+        say: Callable[[str], None],
+        keep: Callable[[Outcome], None] = lambda _: None,
+    ) -> None:
+        """``say`` gets a line for people after each trial, ``keep`` its outcome."""
         self._cluster = cluster
         self._calls = calls
         self._say = say
+        self._keep = keep
 
-    async def run(self, trials: Sequence[Trial]) -> list[Outcome]:
-        outcomes = []
+    async def run(self, trials: Sequence[Trial], *, within_s: float = float("inf")) -> list[Outcome]:
+        """Begins no trial after ``within_s``."""
+        outcomes: list[Outcome] = []
+        until = time.monotonic() + within_s
         async with (
             AsyncClient(self._cluster.grpc_address, retries=0) as client,
             httpx.AsyncClient(base_url=self._cluster.http_url, timeout=10) as http,
         ):
             processes = Processes(self._cluster, http)
             for trial in trials:
+                if time.monotonic() > until:
+                    break
                 began = time.monotonic()
-                await processes.wait_whole()
-                outcome = await self._try(trial, client, processes)
+                await processes.wait_whole(trial)
+                waited_s = time.monotonic() - began
+                hit, replies = await self._try(trial, client, processes)
+                outcome = outcome_of(trial, hit, replies, took_s=time.monotonic() - began)
                 outcomes.append(outcome)
-                await asyncio.to_thread(self._cluster.wait_clean, 20.0)
-                self._say(_line(outcome, time.monotonic() - began))
-            await processes.wait_whole()
+                self._keep(outcome)
+                self._say(_line(outcome, replies, waited_s))
+                if len(outcomes) % CLEAN_EVERY == 0:
+                    await self._wait_clean(processes)
+            await self._wait_clean(processes)
         return outcomes
 
-    async def _try(self, trial: Trial, client: AsyncClient, processes: Processes) -> Outcome:
+    async def _wait_clean(self, processes: Processes) -> None:
+        await processes.wait_whole()
+        await asyncio.to_thread(self._cluster.wait_clean, CLEAN_LIMIT_S)
+
+    async def _try(self, trial: Trial, client: AsyncClient, processes: Processes) -> tuple[Hit, list[Reply]]:
+        """All replies, those that had begun when the fault fell first."""
         replies = [Reply(self._calls[index]) for index in trial.calls]
+        late = [Reply(self._calls[index]) for index in trial.late_calls]
         holder = HOLDS.get(trial.stage)
         early = holder if trial.stage is not Stage.TRANSFER else None
         with processes.held(early) as held:
@@ -114,25 +134,21 @@ class Chaos:
             if trial.stage is Stage.TRANSFER:
                 await _until(processes, trial, lambda where: where["stage"] == Stage.PREFILL, tasks[0])
                 with processes.held(holder) as held_late:
-                    outcome = await self._hit(trial, processes, tasks[0], held_late)
+                    hit = await self._hit(trial, processes, tasks[0], held_late)
             else:
-                outcome = await self._hit(trial, processes, tasks[0], held)
-        fell_at, landed, pid = outcome
+                hit = await self._hit(trial, processes, tasks[0], held)
+        if trial.fault is Fault.SWITCH:
+            hit.died = not await processes.wait_role(hit.address, OTHER_ROLE[trial.victim], hit.pid)
+        tasks += [
+            asyncio.create_task(_stream(client, reply, f"{trial.salt}-late-{index}"))
+            for index, reply in enumerate(late)
+        ]
         await asyncio.gather(*tasks)
-        if trial.fault is Fault.FREEZE:
-            await asyncio.sleep(max(0.0, fell_at + trial.thaw_after_s - time.monotonic()))
-            processes.send(pid, signal.SIGCONT)
-        return Outcome(
-            trial=trial,
-            replies=replies,
-            landed=landed,
-            pause_s=max(reply.pause_s(fell_at) for reply in replies),
-        )
+        await _undo(trial, processes, hit)
+        return hit, [*replies, *late]
 
-    async def _hit(
-        self, trial: Trial, processes: Processes, task: asyncio.Task[None], held: set[int]
-    ) -> tuple[float, bool, int]:
-        """Lets the fault fall; returns when, whether the stage had not ended, and on whom."""
+    async def _hit(self, trial: Trial, processes: Processes, task: asyncio.Task[None], held: set[int]) -> Hit:
+        """Lets the fault fall."""
 
         def there(where: dict[str, Any]) -> bool:
             return where["stage"] == trial.stage and (
@@ -140,13 +156,55 @@ class Chaos:
             )
 
         where = await _until(processes, trial, there, task)
-        pid = processes.pid_of(trial.victim, None if where is None else where.get(trial.victim))
-        held.discard(pid)
-        processes.send(pid, signal.SIGKILL if trial.fault is Fault.KILL else signal.SIGSTOP)
+        address = processes.pick(trial, where)
+        pid = processes.pids[trial.victim][address]
+        if trial.fault is not Fault.SWITCH:
+            held.discard(pid)
+        await processes.hit(trial, address)
         fell_at = time.monotonic()
         after = await _where(processes, trial)
         landed = where is not None and after is not None and after["stage"] == trial.stage
-        return fell_at, landed, pid
+        return Hit(fell_at=fell_at, landed=landed, address=address, pid=pid)
+
+
+@dataclass(kw_only=True, slots=True)
+class Hit:
+    """A fault that fell. ``landed``: the stage it was meant for had not ended; ``died``: see ``Outcome``."""
+
+    fell_at: float
+    landed: bool
+    address: str
+    pid: int
+    died: bool = False
+
+
+async def _undo(trial: Trial, processes: Processes, hit: Hit) -> None:
+    """What was killed comes back by itself."""
+    if trial.fault is Fault.FREEZE and trial.thaw_after_s is not None:
+        await asyncio.sleep(max(0.0, hit.fell_at + trial.thaw_after_s - time.monotonic()))
+        processes.send(hit.pid, signal.SIGCONT)
+    if trial.fault is Fault.SWITCH and not hit.died and processes.lives(hit.pid):
+        await processes.order(hit.address, trial.victim)
+        await processes.wait_role(hit.address, trial.victim, hit.pid)
+    hit.died |= trial.fault is Fault.SWITCH and not processes.lives(hit.pid)
+
+
+def outcome_of(trial: Trial, hit: Hit, replies: Sequence[Reply], *, took_s: float) -> Outcome:
+    begun = replies[: len(trial.calls)]
+    return Outcome(
+        seed=trial.seed,
+        number=trial.number,
+        victim=trial.victim,
+        stage=trial.stage,
+        fault=trial.fault,
+        landed=hit.landed,
+        pause_s=max(reply.pause_s(hit.fell_at) for reply in begun),
+        took_s=took_s,
+        failed=sum(bool(reply.error) for reply in replies),
+        duplicated=sum(reply.duplicated for reply in replies),
+        missing=sum(reply.missing for reply in replies),
+        died=hit.died,
+    )
 
 
 async def _where(processes: Processes, trial: Trial) -> dict[str, Any] | None:
@@ -163,6 +221,7 @@ async def _until(
         where = await _where(processes, trial)
         if where is not None and there(where):
             return where
+        await asyncio.sleep(LOOK_S)
     return None
 
 
@@ -179,48 +238,16 @@ async def _stream(client: AsyncClient, reply: Reply, name: str) -> None:
         reply.error = f"{error.code.name} {error.reason}: {error.message}"
 
 
-def _line(outcome: Outcome, took_s: float) -> str:
-    trial = outcome.trial
+def _line(outcome: Outcome, replies: Sequence[Reply], waited_s: float) -> str:
     state = "ok" if outcome.landed else "ok, missed its stage"
-    for reply in outcome.replies:
+    for reply in replies:
         if reply.error:
             state = f"FAILED {reply.expected.name}: {reply.error}"
         elif reply.duplicated or reply.missing:
             state = f"WRONG {reply.expected.name}: {len(reply.tokens)} of {len(reply.expected.tokens)} tokens"
-    names = ", ".join(reply.expected.name for reply in outcome.replies)
-    what = f"{trial.fault} {trial.victim} in {trial.stage}"
-    return f"trial {trial.number:3}: {what:<34} pause {outcome.pause_s:5.2f} s  {took_s:5.1f} s  {state}  ({names})"
-
-
-def table(outcomes: Sequence[Outcome]) -> list[str]:
-    """Faults that landed, by victim and stage: kills + freezes."""
-    counts = Counter((o.trial.victim, o.trial.stage, o.trial.fault) for o in outcomes if o.landed)
-    stages = [stage for stage in Stage if any(o.trial.stage is stage for o in outcomes)]
-    lines = ["landed (kill+freeze)  " + "".join(f"{stage:>12}" for stage in stages)]
-    for victim in Victim:
-        cells = [f"{counts[victim, stage, Fault.KILL]}+{counts[victim, stage, Fault.FREEZE]}" for stage in stages]
-        lines.append(f"{victim:<22}" + "".join(f"{cell:>12}" for cell in cells))
-    return lines
-
-
-def summary(outcomes: Sequence[Outcome]) -> str:
-    """The last line. Replies that differ from the expected are missing tokens unless they are longer."""
-    replies = [reply for outcome in outcomes for reply in outcome.replies]
-    failed, duplicated, missing = (
-        sum(bool(getattr(reply, name)) for reply in replies) for name in ("error", "duplicated", "missing")
-    )
-    pauses = {fault: [o.pause_s for o in outcomes if o.trial.fault is fault] for fault in Fault}
-    p99 = {fault: f"{_quantile(found, 0.99):.1f} s" if found else "-" for fault, found in pauses.items()}
-    return (
-        f"chaos: {len(outcomes)} trials, {failed} failed, {duplicated} duplicated, {missing} missing, "
-        f"pause p99 kill {p99[Fault.KILL]} freeze {p99[Fault.FREEZE]}"
-    )
-
-
-def _quantile(values: Sequence[float], share: float) -> float:
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
-
-
-def passed(outcomes: Sequence[Outcome]) -> bool:
-    return not any(reply.error or reply.duplicated or reply.missing for o in outcomes for reply in o.replies)
+    if outcome.died:
+        state = "DIED of its change of roles"
+    names = ", ".join(reply.expected.name for reply in replies)
+    what = f"{outcome.fault} {outcome.victim} in {outcome.stage}"
+    times = f"pause {outcome.pause_s:5.2f} s  {outcome.took_s:5.1f} s, {waited_s:4.1f} s of it for parts to come back"
+    return f"{time.strftime('%H:%M:%S')}  trial {outcome.number:3}: {what:<34} {times}  {state}  ({names})"

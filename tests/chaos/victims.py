@@ -5,25 +5,34 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import psutil
 
-from tests.chaos.plan import Victim
+from tests.chaos.plan import Fault, Trial, Victim
 from tests.cluster.launcher import LaunchedCluster
 
-WANTED = {Victim.PREPROCESSOR: 2, Victim.ENCODER: 2, Victim.PREFILL: 2, Victim.DECODE: 2}
+WANTED = dict.fromkeys(Victim, 2) | {Victim.PLANNER: 1}
 RESTORE_LIMIT_S = 180.0
+POLL_S = 0.1
+OTHER_ROLE = {"prefill": "decode", "decode": "prefill"}
 
 
 class Processes:
-    """Parts by kind and address, as last looked for."""
+    """Parts by kind and address, as last looked for. A rank has the address of its leader."""
 
     def __init__(self, cluster: LaunchedCluster, http: httpx.AsyncClient) -> None:
         self._cluster = cluster
         self._http = http
+        self._lost: set[int] = set()
+        """Frozen for good, or killed and perhaps not gone yet."""
+        self._lost_term = 0
+        """Of the planner that was lost last."""
+        self._term = 0
+        self._engines: dict[str, dict[str, Any]] = {}
         self.pids: dict[Victim, dict[str, int]] = {}
 
     async def status(self) -> dict[str, Any]:
@@ -31,56 +40,108 @@ class Processes:
         found: dict[str, Any] = response.raise_for_status().json()
         return found
 
-    async def wait_whole(self) -> None:
-        """Returns when every part is there in the wanted number, registered and alive. Raises AssertionError if that
-        takes too long."""
-        missing: object = None
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(RESTORE_LIMIT_S):
-                while True:
-                    try:
-                        missing = await self._missing()
-                    except (httpx.HTTPError, KeyError, psutil.Error) as error:
-                        missing = repr(error)
-                    if missing is None:
-                        return
-                    await asyncio.sleep(0.25)
-        raise AssertionError(f"the cluster is not whole again: {missing}")
+    async def wait_whole(self, trial: Trial | None = None) -> None:
+        """Returns when every part is there in the wanted number, registered and alive. For a trial all those beside its
+        victim, and one of each other kind, will do: the rest may still be on its way back from earlier ones.
 
-    async def _missing(self) -> object:
+        Raises AssertionError if that takes too long.
+        """
+        deadline = time.monotonic() + RESTORE_LIMIT_S
+        while True:
+            try:
+                missing = await self._missing(trial)
+            except (httpx.HTTPError, psutil.Error) as error:
+                missing = repr(error)
+            if missing is None:
+                return
+            assert time.monotonic() < deadline, f"the cluster is not whole again: {missing}"
+            await asyncio.sleep(POLL_S)
+
+    async def _missing(self, trial: Trial | None) -> object:
         status = await self.status()
-        addresses = _addresses(status)
-        counts = {victim: len(found) for victim, found in addresses.items()}
-        if not status["ready"] or counts != WANTED:
-            return counts
-        listening = await asyncio.to_thread(self._listening)
-        pids = {
-            victim: {address: listening[int(address.rpartition(":")[2])] for address in found}
-            for victim, found in addresses.items()
-        }
-        pids[Victim.PLANNER] = {"planner": self._planner()}
-        self.pids = pids
-        return None
+        self._term = status["planner_term"]
+        self._engines = {engine["address"]: engine for engine in status["engines"] if engine["ready"]}
+        self.pids = await asyncio.to_thread(self._find, status)
+        counts = {victim: len(found) for victim, found in self.pids.items()}
+        wanted = (
+            WANTED if trial is None else dict.fromkeys(WANTED, 1) | {trial.role: WANTED[trial.role], Victim.RANK: 0}
+        )
+        whole = status["ready"] and self._term > self._lost_term
+        whole &= trial is None or bool(self._places(trial))
+        return None if whole and all(counts[victim] >= count for victim, count in wanted.items()) else counts
 
-    def _listening(self) -> dict[int, int]:
-        found = {}
-        for pid in self._cluster.processes():
+    def _find(self, status: dict[str, Any]) -> dict[Victim, dict[str, int]]:
+        processes = self._cluster.processes()
+        self._lost.intersection_update(processes)  # or the next process of that number would count as lost
+        processes = {pid: command for pid, command in processes.items() if pid not in self._lost}
+        replicas = {pid: command for pid, command in processes.items() if "ServeReplica:" in command}
+        listening = {}
+        for pid in replicas:
             with contextlib.suppress(psutil.Error):
                 for connection in psutil.Process(pid).net_connections(kind="tcp"):
                     if connection.status == psutil.CONN_LISTEN:
-                        found[connection.laddr.port] = pid
+                        listening[connection.laddr.port] = pid
+        found: dict[Victim, dict[str, int]] = {victim: {} for victim in Victim}
+        for victim, address in _addresses(status):
+            pid = listening.get(int(address.rpartition(":")[2]))
+            if pid is not None:
+                found[victim][address] = pid
+                group = self._engines[address]["group"] if address in self._engines else None
+                if group is not None and group["processes"][1] in processes:
+                    found[Victim.RANK][address] = group["processes"][1]
+        found[Victim.PLANNER] = {str(pid): pid for pid, command in replicas.items() if ":planner" in command}
         return found
 
-    def _planner(self) -> int:
-        for pid, command in self._cluster.processes().items():
-            if "planner" in command and "ray::" in command:
-                return pid
-        raise KeyError("planner")
+    def pick(self, trial: Trial, where: dict[str, Any] | None) -> str:
+        """The address of the part the first request is on, or of any of the kind when it is on none."""
+        places = self._places(trial)
+        at = None if where is None else where.get(trial.role)
+        return at if at in places else next(iter(places))
 
-    def pid_of(self, victim: Victim, address: str | None) -> int:
-        """The part a request is on, or any of its kind when it is on none yet."""
-        pids = self.pids[victim]
-        return pids[address] if address in pids else next(iter(pids.values()))
+    def _places(self, trial: Trial) -> dict[str, int]:
+        """Parts that may be hit. Ranks are those of the group whose role it is; some of the requests are on it."""
+        places = self.pids[trial.victim]
+        if trial.victim is not Victim.RANK:
+            return places
+        return {address: pid for address, pid in places.items() if self._engines[address]["role"] == trial.role}
+
+    async def hit(self, trial: Trial, address: str) -> None:
+        """Lets the fault fall on the part there."""
+        pid = self.pids[trial.victim][address]
+        if trial.fault is Fault.SWITCH:
+            await self.order(address, OTHER_ROLE[trial.victim])
+            return
+        self.send(pid, signal.SIGKILL if trial.fault is Fault.KILL else signal.SIGSTOP)
+        if trial.fault is Fault.KILL or trial.thaw_after_s is None:
+            self._lost |= {pid, self.pids[trial.role][address]}
+            if trial.victim is Victim.PLANNER:
+                self._lost_term = self._term
+
+    async def order(self, address: str, role: str) -> None:
+        """The engine there is to take the role, as soon as the others can do without it."""
+        body = {"engine": self._engines[address]["id"], "role": role}
+        deadline = time.monotonic() + RESTORE_LIMIT_S
+        while (response := await self._http.post("/admin/role", json=body)).status_code == 503:
+            assert time.monotonic() < deadline, response.text
+            await asyncio.sleep(POLL_S)
+        assert response.status_code == 200, response.text
+
+    async def wait_role(self, address: str, role: str, pid: int) -> bool:
+        """Returns True when the engine there has the role, False when its process has ended."""
+        deadline = time.monotonic() + RESTORE_LIMIT_S
+        while self.lives(pid):
+            engines = (await self.status())["engines"]
+            if (address, role) in [(engine["address"], engine["role"]) for engine in engines]:
+                return True
+            assert time.monotonic() < deadline, f"{address} is not {role}: {engines}"
+            await asyncio.sleep(POLL_S)
+        return False
+
+    def lives(self, pid: int) -> bool:
+        """Whether the process has not ended."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+        return False
 
     def send(self, pid: int, number: signal.Signals) -> None:
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -100,11 +161,11 @@ class Processes:
                 self.send(pid, signal.SIGCONT)
 
 
-def _addresses(status: dict[str, Any]) -> dict[Victim, set[str]]:
-    engines = [engine for engine in status["engines"] if engine["ready"]]
-    return {
-        Victim.PREPROCESSOR: {part["address"] for part in status["preprocessors"]},
-        Victim.ENCODER: {part["address"] for part in status["encoders"]},
-        Victim.PREFILL: {engine["address"] for engine in engines if engine["role"] == "prefill"},
-        Victim.DECODE: {engine["address"] for engine in engines if engine["role"] == "decode"},
-    }
+def _addresses(status: dict[str, Any]) -> Iterator[tuple[Victim, str]]:
+    for part in status["preprocessors"]:
+        yield Victim.PREPROCESSOR, part["address"]
+    for part in status["encoders"]:
+        yield Victim.ENCODER, part["address"]
+    for engine in status["engines"]:
+        if engine["ready"] and engine["role"] in OTHER_ROLE:
+            yield Victim(engine["role"]), engine["address"]

@@ -33,18 +33,25 @@ class LaunchedCluster:
     """A running ``ernie serve``, or several nodes. ``config`` holds fields of ClusterConfig; ports are free ones."""
 
     def __init__(
-        self, folder: Path, config: Mapping[str, Any], command: Sequence[str] = ("-m", "cluster.cli", "serve")
+        self,
+        folder: Path,
+        config: Mapping[str, Any],
+        command: Sequence[str] = ("-m", "cluster.cli", "serve"),
+        *,
+        log_dir: Path | None = None,
     ) -> None:
-        http_port, grpc_port = free_ports(2)
+        http_port, grpc_port, metrics_port = free_ports(3)
         self.http_url = f"http://127.0.0.1:{http_port}"
         self.grpc_address = f"127.0.0.1:{grpc_port}"
-        self.ports = (http_port, grpc_port)
-        self.log_dir = folder / "logs"
+        self.metrics_url = f"http://127.0.0.1:{metrics_port}/metrics"
+        self.ports = (http_port, grpc_port, metrics_port)
+        self.log_dir = log_dir or folder / "logs"
         self._output = folder / "output.txt"
         self._launch = secrets.token_hex(8)
         self._seen: dict[int, str] = {}
         file = folder / "cluster.yaml"
-        file.write_text(yaml.safe_dump({**config, "http_port": http_port, "grpc_port": grpc_port}))
+        ports = {"http_port": http_port, "grpc_port": grpc_port, "metrics_port": metrics_port}
+        file.write_text(yaml.safe_dump({**config, **ports}))
         self._environment = {
             **os.environ,
             LAUNCH_MARK: self._launch,

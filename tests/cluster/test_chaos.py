@@ -1,4 +1,5 @@
-"""A short chaos run: every kind of part is hit once under running requests. ``make chaos`` runs as many as you like."""
+"""A short chaos run: every kind of part is hit once under running requests, and one engine changes its role. ``make
+chaos`` runs as many trials as you like."""
 
 from __future__ import annotations
 
@@ -10,9 +11,10 @@ import pytest
 
 from cluster.client import AsyncClient
 from tests.chaos.calls import calls, expected
-from tests.chaos.plan import Victim, plan
+from tests.chaos.plan import FIRST, plan
+from tests.chaos.report import passed, summary
 from tests.chaos.run import CLUSTER as TWO_OF_EACH
-from tests.chaos.run import Chaos, passed, summary
+from tests.chaos.run import Chaos
 from tests.chaos.victims import Processes
 from tests.cluster.launcher import LaunchedCluster
 
@@ -26,7 +28,7 @@ async def test_replies_stay_the_same_whatever_dies_or_freezes(
 ) -> None:
     known = await expected(calls(120))
     lines: list[str] = []
-    outcomes = await Chaos(cluster, known, lines.append).run(plan(len(Victim), SEED, len(known), at_once=3))
+    outcomes = await Chaos(cluster, known, lines.append).run(plan(FIRST, SEED, len(known), at_once=3))
     report = "\n".join([*lines, summary(outcomes)])
     with capsys.disabled():
         print(f"\n{report}")

@@ -13,7 +13,9 @@ from typing import Any
 
 import httpx
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
+from cluster.metrics.definitions import METRICS, Source
 from tests.cluster.conftest import DEFAULTS, Clusters
 from tests.cluster.launcher import LaunchedCluster
 from tests.tiny_model import tiny_checkpoint
@@ -145,6 +147,13 @@ def test_experts_move_and_nothing_is_heard_of_it(known: list[list[int]], groups:
 
 
 def test_metrics_show_the_load_of_experts(groups: LaunchedCluster) -> None:
+    """On the router's page all there is to say of groups, and some of it, to be sure, at the agents of Ray."""
+    page = httpx.get(f"{groups.http_url}/metrics", timeout=10).text
+    told = {family.name: family.samples for family in text_string_to_metric_families(page)}
+    wanted = {name.removesuffix("_total") for name, metric in METRICS.items() if metric.source is Source.GROUP}
+    assert {name: len({sample.labels["worker"] for sample in told[name]}) for name in wanted} == dict.fromkeys(
+        wanted, 3
+    )
     with groups.connected():
         import ray
 

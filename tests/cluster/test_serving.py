@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import json
 import os
 import signal
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -16,17 +18,25 @@ import psutil
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from prometheus_client.parser import text_string_to_metric_families
 
 from actors.types import EngineRole, ImagePart, Message, MessageRole, TextPart
 from cluster.client import AsyncClient, ClientError, user_message
 from cluster.generation import Delta, GenerateCall
+from cluster.metrics.definitions import METRICS, Source
 from ernie_serving.v1 import inference_pb2
 from tests.cluster.launcher import LaunchedCluster
 from tests.in_process import in_process_cluster
 from tests.media import image_part, mp4, png
 from tests.tiny_model import tiny_checkpoint
 
-CLUSTER: dict[str, Any] = {"router": {"max_active": 12}, "max_model_len": 4096}
+CLUSTER: dict[str, Any] = {
+    "router": {"max_active": 12},
+    "max_model_len": 4096,
+    "slo": {"ttft_s": 60.0, "tpot_s": 10.0},
+    "log_level": "INFO",
+    "log_format": "json",
+}
 PICTURE = png(150, 100, 1)
 QUESTION = "What is this?"
 LONG = 2000
@@ -125,6 +135,37 @@ def test_the_other_endpoints_answer_through_the_proxy(cluster: LaunchedCluster, 
         named = http.get("/health", headers={} if given is None else {"x-request-id": given})
         (told,) = named.headers.get_list("x-request-id")
         assert told and given in (None, told)
+
+
+def test_prometheus_reads_every_metric_on_both_ports(cluster: LaunchedCluster, http: httpx.Client) -> None:
+    http.post("/v1/chat/completions", json=chat(tokens=4)).raise_for_status()
+    began = time.monotonic()
+    page = http.get("/metrics").raise_for_status()
+    print(f"{len(page.content)} bytes after {1000 * (time.monotonic() - began):.0f} ms")
+    assert page.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+    alone = httpx.get(cluster.metrics_url, timeout=10).raise_for_status()
+    assert alone.headers["content-type"] == page.headers["content-type"]
+    read, read_alone = (
+        {family.name: family.samples for family in text_string_to_metric_families(text)}
+        for text in (page.text, alone.text)
+    )
+    assert read.keys() == read_alone.keys()
+    # All but those of engines of several ranks, see test_groups.
+    wanted = [name for name, metric in METRICS.items() if metric.source is not Source.GROUP]
+    assert not {name for name in wanted if not read.get(name.removesuffix("_total"))}
+    up = {sample.labels["pool"]: sample.value for sample in read["ernie_part_up"]}
+    assert up == dict.fromkeys(("preprocessor", "vision_encoder", "engine", "planner"), 1.0)
+    engines = {engine["id"]: engine["role"] for engine in http.get("/status").json()["engines"]}
+    assert {sample.labels["worker"]: sample.labels["role"] for sample in read["ernie_engine_role"]} == engines
+
+
+def test_a_line_of_logs_names_its_request(cluster: LaunchedCluster, http: httpx.Client) -> None:
+    reply = http.post("/v1/chat/completions", json=chat(tokens=4)).raise_for_status()
+    folder = cluster.session / "session_latest" / "logs" / "serve"
+    text = "".join(file.read_text() for file in folder.glob("replica_ernie_router_*"))
+    lines = [json.loads(line) for line in text.splitlines()]
+    (ended,) = [line for line in lines if "finished after" in line["message"] and reply.json()["id"] in str(line)]
+    assert ended["ernie_request"] in ended["message"] and ended["deployment"] == "router"
 
 
 async def test_the_openai_sdk_streams_and_raises(cluster: LaunchedCluster) -> None:

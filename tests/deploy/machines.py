@@ -20,7 +20,7 @@ from pathlib import Path
 
 USER = "ernie"
 HOME = Path("/home") / USER
-TOOLS = ("ip", "setpriv", "unshare", "nsenter", "ssh", "ssh-keygen", "rsync", "sshd")
+TOOLS = ("ip", "setpriv", "unshare", "nsenter", "ssh", "ssh-keygen", "rsync", "sshd", "redis-server")
 LIMIT_S = 20.0
 BRIDGE = "switch"
 _PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
@@ -74,7 +74,8 @@ def lacking() -> str:
         return "namespaces are Linux's"
     missing = [tool for tool in TOOLS if shutil.which(tool, path=_PATH) is None]
     if missing:
-        return f"not installed: {', '.join(missing)} (Debian: openssh-server, openssh-client, rsync, iproute2)"
+        packages = "openssh-server, openssh-client, rsync, iproute2, redis-server"
+        return f"not installed: {', '.join(missing)} (Debian: {packages})"
     if os.geteuid() != 0:
         return "making network and mount namespaces needs root"
     for trial in (
@@ -153,6 +154,7 @@ class Machine:
             stderr=subprocess.STDOUT,
             text=True,
             env={**_LOGGED_IN, **(env or {})},
+            start_new_session=True,
         )
 
     def run(self, script: str, *, cwd: Path = HOME, limit_s: float = LIMIT_S) -> str:
@@ -165,8 +167,7 @@ class Machine:
         try:
             output, _ = process.communicate(timeout=limit_s)
         except subprocess.TimeoutExpired:
-            process.kill()
-            output, _ = process.communicate()
+            output = end(process)
             raise AssertionError(f"{self.name}: not done in {limit_s:.0f} s:\n{script}\n{output}") from None
         assert process.returncode == 0, f"{self.name}: exit code {process.returncode}:\n{script}\n{output}"
         return output
@@ -232,6 +233,13 @@ def network(folder: Path) -> Iterator[Network]:
         yield made
     finally:
         made.close()
+
+
+def end(process: subprocess.Popen[str]) -> str:
+    """Ends a command in a machine, and returns the rest of its output. Its parent, ``nsenter``, alone would not do."""
+    os.killpg(process.pid, signal.SIGKILL)
+    output, _ = process.communicate()
+    return output
 
 
 def kept_directories() -> list[Path]:

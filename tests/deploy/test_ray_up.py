@@ -5,9 +5,11 @@ Takes minutes, so only ``make test-ray-up`` runs it. The tests are one story and
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -21,10 +23,12 @@ from tests.deploy.machines import Machine, Network
 from tests.deploy.stage import CHECKOUT, ROOT, WHEEL_COMMAND, add_node, add_operator, build_wheel
 
 README = ROOT / "deploy" / "README.md"
-HEAD, WORKERS = "10.0.0.10", ("10.0.0.11", "10.0.0.12")
+HEAD, WORKERS, OPERATOR = "10.0.0.10", ("10.0.0.11", "10.0.0.12"), "10.0.0.5"
 STEP_LIMIT_S = 300.0
 STREAM_LIMIT_S = 240.0
 DONE = "FINISH_REASON_LENGTH"
+JOINED = "worker-start: in the cluster already"
+ENGINE_TITLE = "ray::ServeReplica:ernie:engine"
 
 SKIP = machines.lacking() if os.environ.get("ERNIE_TEST_RAY_UP") else "`make test-ray-up` runs it"
 pytestmark = [pytest.mark.skipif(bool(SKIP), reason=SKIP), pytest.mark.timeout(900), pytest.mark.ray]
@@ -85,8 +89,7 @@ class Site:
         lines = [f"{node.name}: {sorted(node.processes().values())}" for node in self.nodes.values()]
         try:
             lines.append(self.type("ray exec deploy/onprem.yaml 'ray status; serve status'"))
-            log = self.nodes[HEAD].run("cat /tmp/ray/session_latest/logs/monitor.out")
-            lines += [line[:300] for line in log.splitlines() if "Full command is" not in line][-80:]
+            lines += [line[:300] for line in self.autoscaler_log().splitlines() if "Full command is" not in line][-80:]
         except AssertionError as error:
             lines.append(str(error))
         return "\n".join(lines)
@@ -99,6 +102,28 @@ class Site:
             return len(self.running(HEAD)) == len(WORKERS)
         except AssertionError:
             return False
+
+    def engines(self, address: str) -> set[str]:
+        """Ids of the engines, which change with their processes."""
+        return {item["id"] for item in self.status(address)["engines"] if item["ready"]}
+
+    def kill_an_engine(self) -> None:
+        running = self.nodes[WORKERS[0]].processes()
+        (process,) = (process for process, title in running.items() if title.startswith(ENGINE_TITLE))
+        os.kill(process, signal.SIGKILL)
+
+    def autoscaler_log(self) -> str:
+        return self.nodes[HEAD].run("cat /tmp/ray/session_latest/logs/monitor.out")
+
+    @contextlib.contextmanager
+    def redis(self) -> Iterator[None]:
+        """A Redis on the operator's machine."""
+        server = ["redis-server", "--bind", OPERATOR, "--protected-mode", "no", "--save", "", "--dir", "/tmp"]
+        process = self.operator.popen(server)
+        try:
+            yield
+        finally:
+            machines.end(process)
 
     def running(self, address: str) -> dict[str, int]:
         """Sequences in the engine of each machine, as the router knows them."""
@@ -143,7 +168,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     assert command.strip() == WHEEL_COMMAND
     folder = tmp_path_factory.mktemp("site")
     with machines.network(folder) as network:
-        site = Site(network, add_operator(network, build_wheel(folder), "10.0.0.5"))
+        site = Site(network, add_operator(network, build_wheel(folder), OPERATOR))
         spaces = {
             os.readlink(f"/proc/{machine.process}/ns/{space}")
             for machine in network.machines
@@ -216,6 +241,28 @@ def test_a_lost_head_takes_no_stream_of_others_along(site: Site) -> None:
         "all three are in the new cluster",
         lambda: "3 local.cluster.node" in site.type("ray exec deploy/onprem.yaml 'ray status'"),
     )
+
+
+def test_a_head_that_kept_its_state_comes_back_to_its_cluster(site: Site) -> None:
+    with site.redis():
+        for block in steps("Keep the head's state"):
+            site.type(block)
+        site.type(steps("Deploy and call")[0])
+        site.wait("both engines are there and every machine answers", site.is_whole)
+        engines = site.engines(WORKERS[0])
+        site.nodes[HEAD].lose_power()
+        for address in WORKERS:
+            site.operator.run(f"{CHECKOUT}/.venv/bin/ernie chat Hello --address {address}:9000")
+
+        site.power_on(HEAD)
+        for block in steps("When the head was lost"):
+            site.type(block)
+        site.wait("the head answers as well, without another deployment", site.is_whole)
+        site.wait("the autoscaler has looked after all nodes", lambda: site.autoscaler_log().count(JOINED) >= 2)
+        assert site.engines(WORKERS[0]) == engines
+
+        site.kill_an_engine()
+        site.wait("an engine that was killed is replaced", lambda: len(site.engines(HEAD) - engines) == 1)
 
 
 def test_down_leaves_nothing(site: Site) -> None:

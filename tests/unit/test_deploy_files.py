@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -75,9 +76,9 @@ def test_cluster_file(file: Path) -> None:
     validate_config(config)
     assert set(config["file_mounts"]) == {"~/ernie/deploy", "~/ernie/dist", "~/.ray/auth_token"}
     for node_kind in ("head", "worker"):
-        *_, start = config[f"{node_kind}_start_ray_commands"]
-        assert "ray start" in start
-        assert "node-stop.sh" in config[f"{node_kind}_start_ray_commands"][0]
+        commands = "\n".join(config[f"{node_kind}_start_ray_commands"])
+        commands = re.sub(r".*/deploy/(worker-start\.sh)", lambda match: (DEPLOY / match[1]).read_text(), commands)
+        assert -1 < commands.find("node-stop.sh") < commands.rfind("ray start")
     assert "--num-cpus=0" in config["head_start_ray_commands"][-1]
     assert "bash ~/ernie/deploy/node-setup.sh" in config["worker_setup_commands"]
 
@@ -89,6 +90,7 @@ def test_cloud_nodes_fit_their_serve_file(name: str) -> None:
     assert config["head_node_type"] == "head"
     assert types["head"]["resources"] == {"CPU": 0}
     cpus = gpus = 0
+    had = Counter[str]()
     for label, node in types.items():
         assert node["labels"] == {"pool": label}
         if label == "head":
@@ -100,11 +102,21 @@ def test_cloud_nodes_fit_their_serve_file(name: str) -> None:
             node_cpus, node_gpus = node["resources"]["CPU"], node["resources"].get("GPU", 0)
         cpus += node["min_workers"] * node_cpus
         gpus += node["min_workers"] * node_gpus
+        had[label] = node["min_workers"] * node_gpus
     assert sum(node.get("min_workers", 0) for node in types.values()) <= config["max_workers"]
     settled = resolve(described(load(SPLIT_SIZE)), gpus=gpus)
     assert gpus == SIZES[SPLIT_SIZE.stem]
     assert lacking_gpus(settled, gpus) == ""
     assert claimed_cpus(settled) <= cpus
+    assert wanted_gpus(settled) == had
+
+
+def wanted_gpus(config: ClusterConfig) -> Counter[str]:
+    """GPUs that pools claim, by the label `pool` of the nodes they name; each pool must name some."""
+    wanted = Counter({config.router.node_labels["pool"]: 0, config.preprocessor.node_labels["pool"]: 0})
+    for pool in (config.vision_encoder, *config.pools):
+        wanted[pool.node_labels["pool"]] += int(pool.replicas * (pool.num_gpus or 0))
+    return wanted
 
 
 def test_kuberay() -> None:
@@ -122,7 +134,7 @@ def test_kuberay() -> None:
     serve = load(SPLIT_SIZE)
     assert ports["serve"] == serve["http_options"]["port"]
     assert ports["serve-grpc"] == serve["grpc_options"]["port"]
-    gpus = 0
+    had = Counter[str]()
     config = described(serve)
     for group in cluster["workerGroupSpecs"]:
         assert set(group) == {
@@ -142,8 +154,9 @@ def test_kuberay() -> None:
         assert container["image"] == head["template"]["spec"]["containers"][0]["image"]
         assert container["resources"]["limits"] == container["resources"]["requests"]
         assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
-        gpus += group["replicas"] * container["resources"]["limits"].get("nvidia.com/gpu", 0)
-    assert gpus == SIZES[SPLIT_SIZE.stem]
+        had[group["groupName"]] = group["replicas"] * container["resources"]["limits"].get("nvidia.com/gpu", 0)
+    assert had.total() == SIZES[SPLIT_SIZE.stem]
+    assert wanted_gpus(config) == had
     assert Path(config.model).is_relative_to("/models")
 
 

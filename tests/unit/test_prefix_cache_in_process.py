@@ -26,7 +26,7 @@ from actors.types import (
     TextPart,
 )
 from cluster.generation import Delta, Finished, GenerateCall, Usage
-from tests.in_process import InProcessCluster, in_process_cluster
+from tests.in_process import ALWAYS_PAIRS, InProcessCluster, in_process_cluster
 from tests.media import image_part, video_part
 from tests.tiny_model import tiny_checkpoint
 
@@ -165,7 +165,7 @@ class Watched:
 
 @asynccontextmanager
 async def watched(*roles: EngineRole, **engine: Any) -> AsyncIterator[Watched]:
-    options = {"block_size": BLOCK, "max_batched_tokens": 64} | engine
+    options = {"block_size": BLOCK, "max_batched_tokens": 64, "described": ALWAYS_PAIRS} | engine
     async with in_process_cluster(tiny_checkpoint(), *roles, **options) as cluster:
         yield Watched(cluster)
 

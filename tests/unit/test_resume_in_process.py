@@ -39,7 +39,7 @@ from cluster.generation import (
     Started,
 )
 from cluster.router.fleet import Fleet
-from tests.in_process import InProcessCluster, in_process_cluster
+from tests.in_process import ALWAYS_PAIRS, InProcessCluster, in_process_cluster
 from tests.media import image_part, video_part
 from tests.tiny_model import tiny_checkpoint
 
@@ -288,7 +288,7 @@ async def test_choices_are_sequences_of_their_own_that_share_a_prompt(
 
     monkeypatch.setattr(EngineLinkServicer, "deliver_milestone", listen)
     call = ask(TextPart(text="word " * 40), temperature=0.9, seed=5, n=4, max_tokens=20)
-    async with in_process_cluster(tiny_checkpoint(), *roles) as cluster:
+    async with in_process_cluster(tiny_checkpoint(), *roles, described=ALWAYS_PAIRS) as cluster:
         submit = cluster.engines[0].submit
 
         def note(key, request, mode, peer):  # type: ignore[no-untyped-def]

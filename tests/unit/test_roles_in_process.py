@@ -5,14 +5,19 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
+import sys
 from collections import Counter
 
 import pytest
 
+from actors import engine_replica
+from actors.engine import validation
 from actors.errors import Unavailable
 from actors.reports import RoleOrder
 from actors.types import EngineRole
-from actors.wire import renewal
+from actors.wire import engine_link, renewal
+from cluster.router import link
+from tests.chaos.mutation.sitecustomize import MUTATIONS
 from tests.in_process import InProcessCluster, in_process_cluster
 from tests.tiny_model import tiny_checkpoint
 from tests.unit.test_resume_in_process import Reply, reply
@@ -82,6 +87,31 @@ async def test_replies_are_the_same_while_engines_change_roles() -> None:
         assert {replica._info.epoch for replica in cluster.engines} != {1}
 
 
+async def test_an_engine_dies_where_nobody_looks_at_epochs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The router takes it for what it was, and it computes pictures without the experts for them."""
+    for holder, name in (
+        (engine_link.EngineLinkServicer, "_submit"),
+        (validation, "_check_role"),
+    ):
+        monkeypatch.setattr(holder, name, getattr(holder, name, None), raising=False)
+    monkeypatch.setattr(link.EngineLink, "info", None, raising=False)
+    for name, mutate in MUTATIONS["no_epoch"].items():
+        mutate(sys.modules[name])
+    died = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    monkeypatch.setattr(engine_replica, "_exit_soon", lambda: loop.call_soon_threadsafe(died.set))
+    async with in_process_cluster(tiny_checkpoint(), PREFILL, PREFILL, DECODE, DECODE) as cluster:
+        mover = cluster.engines[0]
+        await cluster.planner.order_role(mover._info.engine_id, DECODE)
+        async with asyncio.timeout(60):
+            while mover._info.role is not DECODE:
+                await asyncio.sleep(0.01)
+            asking = [asyncio.create_task(reply(cluster, call)) for call in CALLS]
+            await died.wait()
+        await cluster.kill(mover)
+        check(await asyncio.gather(*asking), await alone())
+
+
 async def test_an_engine_refuses_orders_that_are_void() -> None:
     async with in_process_cluster(tiny_checkpoint(), PREFILL, DECODE) as cluster:
         prefill = cluster.engines[0]
@@ -97,3 +127,23 @@ async def test_an_engine_refuses_orders_that_are_void() -> None:
             await prefill._take_role(order)
             assert prefill._info == info and not prefill.load().draining
         assert (await reply(cluster, CALLS[0])).choices == (await alone())[0].choices
+
+
+async def test_the_last_engine_of_a_role_ends_once_another_one_has_taken_it() -> None:
+    """Serve ends whichever it chose. Nobody waits for a prefill engine meanwhile, and replies stay the same."""
+    expected = await alone()
+    async with in_process_cluster(tiny_checkpoint(), PREFILL, DECODE, DECODE, role_drain_s=0.02) as cluster:
+        stop = asyncio.Event()
+        asking = [asyncio.create_task(keep_asking(cluster, number, expected, stop)) for number in range(2)]
+        (last,) = [engine for engine in cluster.engines if engine._info.role is PREFILL]
+        cluster.engines.remove(last)
+        closing = asyncio.create_task(last.close())
+        async with asyncio.timeout(60):
+            while not last.load().draining:
+                assert {PREFILL, DECODE} <= {view.info.role for view in cluster.parts.fleet.engines()}
+                await asyncio.sleep(0.01)
+        assert Counter(engine._info.role for engine in cluster.engines) == {PREFILL: 1, DECODE: 1}
+        await closing
+        stop.set()
+        assert min(await asyncio.gather(*asking)) > 0
+        await cluster.wait_clean()

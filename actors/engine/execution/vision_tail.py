@@ -25,6 +25,11 @@ class VisionTail:
         plan = self._arena.plan
         return plan.blocks_without_bank if self._model.vision_bank is None else plan.blocks_beside_bank
 
+    @property
+    def tail_block_count(self) -> int:
+        """Of the blocks, those that lie in the tail."""
+        return self.block_count - self._arena.plan.blocks_beside_bank
+
     def hold_bank(self, fill: FillBank) -> None:
         """The tail holds the vision experts; its blocks must be out of use. No effect where it does already."""
         model, arena = self._model, self._arena

@@ -1,7 +1,7 @@
 """One end of the connection between a group's leader and another rank.
 
     process ends             the kernel resets the connection      known at once
-    process or network still no message and no tick arrives        known after ``silence_s``
+    process or network still no message and no tick arrives        known after ``silence_s``, or ``serving_silence_s``
 
 A thread reads, another ticks when nothing was sent for a while. Both live from ``start`` to ``close``.
 """
@@ -29,17 +29,20 @@ class GroupConfig:
     """Each side says something at least so often."""
     silence_s: float = 10.0
     """A side that says nothing for so long is lost. Long enough for what may hold an interpreter while it loads."""
+    serving_silence_s: float = 3.0
+    """The same of a rank that may have requests, whose clients wait as long: what routers give an engine."""
     step_timeout_s: float = 120.0
     """A step that takes longer hangs."""
     join_timeout_s: float = 120.0
     """Until every rank's process has connected; loading is not part of it."""
 
     def __post_init__(self) -> None:
-        for name in ("tick_s", "silence_s", "step_timeout_s", "join_timeout_s"):
+        for name in ("tick_s", "silence_s", "serving_silence_s", "step_timeout_s", "join_timeout_s"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"GroupConfig.{name} must be positive, got {getattr(self, name)}")
-        if self.silence_s <= self.tick_s:
-            raise ValueError(f"GroupConfig.silence_s = {self.silence_s} must be more than tick_s = {self.tick_s}")
+        for name in ("silence_s", "serving_silence_s"):
+            if getattr(self, name) <= self.tick_s:
+                raise ValueError(f"GroupConfig.{name} = {getattr(self, name)} must be more than tick_s = {self.tick_s}")
 
 
 CLOSED = "the connection was closed"
@@ -69,6 +72,7 @@ class RankChannel:
         self._connection = connection
         self._socket = bound_socket(connection, config.silence_s)
         self._config = config
+        self._patience_s = config.silence_s
         self._on_message = on_message
         self._on_broken = on_broken
         self._sending = threading.Lock()
@@ -84,6 +88,10 @@ class RankChannel:
     def start(self) -> None:
         for thread in self._threads:
             thread.start()
+
+    def be_patient(self, patient: bool) -> None:
+        """Whether the other side may be silent for ``silence_s``, as at first, or only for ``serving_silence_s``."""
+        self._patience_s = self._config.silence_s if patient else self._config.serving_silence_s
 
     def send(self, message: Any) -> int:
         """The number of bytes. Raises ChannelBroken, and tells it, if the other side is gone or does not read."""
@@ -129,11 +137,18 @@ class RankChannel:
         self._on_broken(reason)
 
     def _read(self) -> None:
+        silent_s = 0.0
+        slice_s = self._config.tick_s / 2
         try:
             while not self._over.is_set():
-                if not self._connection.poll(self._config.silence_s):
-                    self._break(f"it said nothing for {self._config.silence_s} s")
-                    return
+                if not self._connection.poll(slice_s):
+                    # Slices are counted, not time: where all processes stood still, nobody was silent.
+                    silent_s += slice_s
+                    if silent_s >= self._patience_s:
+                        self._break(f"it said nothing for {self._patience_s} s")
+                        return
+                    continue
+                silent_s = 0.0
                 message = pickle.loads(self._connection.recv_bytes())
                 if not isinstance(message, Tick):
                     self._on_message(message)

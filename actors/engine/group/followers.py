@@ -112,6 +112,12 @@ class Followers:
             return {rank: ready.notes for rank, ready in self._ready.items()}
 
     @property
+    def processes(self) -> tuple[int, ...]:
+        """The ids of all that are ready, by rank."""
+        with self._changed:
+            return tuple(ready.process for _, ready in sorted(self._ready.items()))
+
+    @property
     def kv_ranks(self) -> tuple[RemoteKvRank, ...]:
         """The KV of each rank."""
         return tuple(self._kv_ranks.values())
@@ -133,7 +139,8 @@ class Followers:
         """Tells the ranks; ``wait_role`` waits until they have it. Raises RankLost."""
         with self._changed:
             self._roles_set = {}
-        for rank in self._channels:
+        for rank, channel in self._channels.items():
+            channel.be_patient(True)
             self.send(rank, SetRole(role))
 
     def wait_role(self) -> tuple[int, ...]:
@@ -224,10 +231,12 @@ class Followers:
                     self._loading[rank] = message
             case Ready():
                 self._kv_ranks[rank].address = message.kv_address
+                self._channels[rank].be_patient(False)
                 with self._changed:
                     self._ready[rank] = message
                     self._changed.notify_all()
             case RoleSet(block_count):
+                self._channels[rank].be_patient(False)
                 with self._changed:
                     self._roles_set[rank] = block_count
                     self._changed.notify_all()

@@ -6,6 +6,7 @@ rank r           receive        |  its part  | ==send==>
 
 from __future__ import annotations
 
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -95,6 +96,7 @@ class GroupRunner:
         counters, balance = self.counters, self.counters.balance or BalanceCounters()
         return GroupReport(
             ranks=len(self.block_counts),
+            processes=(os.getpid(), *self._followers.processes),
             steps=counters.steps,
             plan_s=counters.plan_s,
             own_s=counters.own_s,

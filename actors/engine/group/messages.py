@@ -39,6 +39,8 @@ class Ready:
     """Rank, once: it is loaded."""
 
     block_count: int
+    process: int
+    """Its id."""
     kv_address: str
     """``host:port`` where KV for this rank is brought."""
     notes: tuple[str, ...]

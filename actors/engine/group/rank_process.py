@@ -89,7 +89,7 @@ def follow(
     try:
         runner, notes = load(lambda done, total: channel.send(Loading(done, total)))
         orders = KvOrders(kv_rank(runner), channel.send)
-        channel.send(Ready(runner.block_count, orders.address, notes))
+        channel.send(Ready(runner.block_count, os.getpid(), orders.address, notes))
         _compute(runner, orders, inbox, channel)
     except BaseException as error:
         channel.send(_failed(error))

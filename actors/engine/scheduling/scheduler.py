@@ -198,7 +198,11 @@ class Scheduler:
         for rank, draft in zip(self.ranks, drafts, strict=True):
             self._plan_replies(rank, draft)
         while (admitted := self._admission.next()) is not None:
-            self._tell_place(admitted)
+            if admitted.cached_tokens < admitted.least_cached:
+                message = f"{admitted.least_cached} tokens with media are not in the cache of an engine that decodes"
+                self._abort(admitted, Unavailable(message, reason="NOT_CACHED"))
+            else:
+                self._tell_place(admitted)
         chunks: list[Slice] = []
         for rank, draft in zip(self.ranks, drafts, strict=True):
             chunks += self._plan_prompts(rank, draft)

@@ -1,7 +1,8 @@
-"""Breaks the router of a chaos run as ERNIE_CHAOS_MUTANT says (see ``tests/chaos/mutants.py``).
+"""Breaks routers and engines of a chaos run as ERNIE_CHAOS_MUTANT says (see ``tests/chaos/mutants.py``).
 
 no_resume   a lost part ends the request
 no_dedupe   an attempt that is over goes on being heard, and tokens known already are taken again
+no_epoch    nobody looks at epochs: routers go by the role they heard of first, engines take what was meant for another
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import importlib.abc
 import importlib.machinery
 import os
 import sys
+from collections.abc import Callable
 from types import ModuleType
 
 
@@ -36,10 +38,40 @@ def no_dedupe(module: ModuleType) -> None:
     module.OutputAssembler.push = all_of_them  # type: ignore[attr-defined]
 
 
-MUTATIONS = {
-    "no_resume": ("cluster.router.choice", no_resume),
-    "no_dedupe": ("cluster.router.choice", no_dedupe),
+def no_epoch_in_routers(module: ModuleType) -> None:
+    def get(self):  # type: ignore[no-untyped-def]
+        return self._first
+
+    def keep_first(self, info):  # type: ignore[no-untyped-def]
+        self.__dict__.setdefault("_first", info)
+
+    module.EngineLink.info = property(get, keep_first)  # type: ignore[attr-defined]
+
+
+def no_epoch_in_links(module: ModuleType) -> None:
+    submit = module.EngineLinkServicer._submit  # type: ignore[attr-defined]
+
+    def of_any_epoch(self, request, session):  # type: ignore[no-untyped-def]
+        request.epoch = self._info().epoch
+        submit(self, request, session)
+
+    module.EngineLinkServicer._submit = of_any_epoch  # type: ignore[attr-defined]
+
+
+def no_epoch_in_engines(module: ModuleType) -> None:
+    module._check_role = lambda role, mode: None  # type: ignore[attr-defined]
+
+
+MUTATIONS: dict[str, dict[str, Callable[[ModuleType], None]]] = {
+    "no_resume": {"cluster.router.choice": no_resume},
+    "no_dedupe": {"cluster.router.choice": no_dedupe},
+    "no_epoch": {
+        "cluster.router.link": no_epoch_in_routers,
+        "actors.wire.engine_link": no_epoch_in_links,
+        "actors.engine.validation": no_epoch_in_engines,
+    },
 }
+"""What is done to which modules."""
 
 
 class _Finder(importlib.abc.MetaPathFinder):
@@ -65,4 +97,5 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 
 if (wanted := os.environ.get("ERNIE_CHAOS_MUTANT")) is not None:
-    sys.meta_path.insert(0, _Finder(*MUTATIONS[wanted]))
+    for name, mutate in MUTATIONS[wanted].items():
+        sys.meta_path.insert(0, _Finder(name, mutate))

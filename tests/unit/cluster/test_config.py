@@ -64,6 +64,31 @@ def made(**values: Any) -> ClusterConfig:
             "f: engines.0: max_num_seqs 65 is over max_batched_tokens 64",
         ),
         ({"model": "m", "engines": [COLOCATED, {"roles": {"decode": -1}}]}, "f: engines.1.roles.decode: Input should"),
+        (
+            {"model": "m", "preprocessor": {"autoscaling": {"min_replicas": 3, "max_replicas": 2}}},
+            "f: preprocessor.autoscaling: min_replicas 3 is over max_replicas 2",
+        ),
+        (
+            {"model": "m", "preprocessor": {"replicas": 3, "autoscaling": {"max_replicas": 2}}},
+            "f: preprocessor: replicas 3: with autoscaling it begins with so many, and they must be 1 to 2",
+        ),
+        (
+            {"model": "m", "vision_encoder": {"autoscaling": {"min_replicas": 0, "max_replicas": 2}}},
+            "f: vision_encoder.autoscaling.min_replicas: Input should be greater than or equal to 1",
+        ),
+        (
+            {"model": "m", "vision_encoder": {"autoscaling": {}}},
+            "f: vision_encoder.autoscaling.max_replicas: Field req",
+        ),
+        (
+            {"model": "m", "engines": [{"roles": {"prefill": 1, "decode": 2}, "autoscaling": {"max_replicas": 4}}]},
+            "f: engines.0: autoscaling.min_replicas 1 is below 2: each of the roles needs an engine",
+        ),
+        (
+            {"model": "m", "engines": [COLOCATED | {"autoscaling": {"min_replicas": 2, "max_replicas": 4}}]},
+            "f: engines.0: roles: the total of 1: with autoscaling it begins with so many, and they must be 2 to 4",
+        ),
+        ({"model": "m", "slo": {"ttft": 1}}, "f: slo.ttft: Extra inputs are not permitted"),
     ],
 )
 def test_every_error_names_its_field(values: dict[str, Any], line: str) -> None:

@@ -78,3 +78,19 @@ def test_all_ranks_count() -> None:
         "2 colocated",
         "4 ranks, each on CPU, float32; 64 MB of embeddings ahead of use",
     )
+
+
+def test_pools_that_scale_claim_for_as_many_as_they_may_have() -> None:
+    config = parse(
+        {
+            "model": "m",
+            "preprocessor": {"autoscaling": {"min_replicas": 0, "max_replicas": 3}},
+            "engines": [{"roles": {"colocated": 1}, "num_gpus": 1, "autoscaling": {"max_replicas": 4}}],
+        },
+        "test",
+    )
+    settled = resolve(config, gpus=2)
+    assert claimed_cpus(settled) == pytest.approx(0.1 + 0.5 + 3 + 1 + 4)
+    assert lacking_gpus(settled, 4).startswith("vision_encoder.num_gpus 0.25 x 1, engines.0.num_gpus 1 x 4: more GPUs")
+    shown = {row[0]: row[1] for row in describe(settled)}
+    assert (shown["preprocessor"], shown["engine"]) == ("1 (0 to 3)", "1 colocated (1 to 4)")

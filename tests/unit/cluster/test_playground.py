@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
-import threading
 from collections.abc import AsyncGenerator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,13 +21,13 @@ from cluster.client.looking import MAX_ROUNDS, ZOOM, tools
 from cluster.demo import made_samples
 from cluster.generation import ChoiceFinished, Delta, GenerateCall, ToolMode
 from cluster.pictures import crop, enlarged, open_upright
-from tests.browser import chromium, opened
+from tests.browser import chromium, opened, served_beside
 from tests.doubles import FINISHED, STARTED, Pause, ScriptedService
 from tests.media import png
 from tests.unit.cluster.test_boxes import CASES
 from tests.unit.cluster.test_http_api import serving
 
-STATIC = Path(__file__).resolve().parents[3] / "cluster" / "playground" / "static"
+STATIC = Path(__file__).resolve().parents[3] / "cluster" / "pages" / "playground"
 PICTURE = png(200, 100, 1)
 Answer = tuple[Any, ...] | str
 
@@ -82,19 +81,9 @@ class Served:
 @pytest.fixture
 def served() -> Iterator[Served]:
     """The facade on a loop of its own."""
-    loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=loop.run_forever)
-    thread.start()
     model = Model()
-    server = serving(model)
-    url = asyncio.run_coroutine_threadsafe(server.__aenter__(), loop).result(30)
-    try:
+    with served_beside(serving(model)) as (url, loop):
         yield Served(url, model, loop)
-    finally:
-        asyncio.run_coroutine_threadsafe(server.__aexit__(None, None, None), loop).result(30)
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join()
-        loop.close()
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,9 @@ import dataclasses
 
 from actors.reports import EncoderInfo, EngineInfo, LoadReport
 from actors.types import EngineRole
-from cluster.policy import QUEUE_STEP, EngineView, admissible, blocks_needed, has_room_on, pick_encoder, pick_route
-from cluster.registry import EncoderEntry
+from cluster.policy.choose import choose
+from cluster.policy.encoders import QUEUE_STEP
+from cluster.policy.views import Demand, EncoderView, EngineView, Route, admissible, blocks_needed, has_room_on
 
 
 def view(name: str, role: EngineRole, *, free: int = 100, queued: int = 0, fingerprint: str = "f") -> EngineView:
@@ -26,6 +27,10 @@ def view(name: str, role: EngineRole, *, free: int = 100, queued: int = 0, finge
             step=0, running=0, waiting=0, free_blocks=free, total_blocks=100, block_size=16, queued_tokens=queued
         ),
     )
+
+
+def pick_route(engines: list[EngineView], tokens: int) -> Route | None:
+    return choose(Demand(token_count=tokens), engines).route
 
 
 def names(engines: list[EngineView], tokens: int = 64) -> tuple[str, str | None] | None:
@@ -70,12 +75,18 @@ def test_only_engines_of_equal_weights_dtype_blocks_and_rules_are_paired() -> No
 def test_those_who_wait_are_taken_up_in_order_while_whole_blocks_last() -> None:
     assert blocks_needed(17, 16) == 2
     decode = view("d", D, free=4)
-    assert admissible(decode, [32, 17, 1]) == 2
-    assert admissible(decode, [32, 32]) == 2
-    assert admissible(decode, [65, 1]) == 0
-    assert admissible(decode, []) == 0
-    assert admissible(view("p", P), [1]) == 0
-    assert admissible(view("c", C), [1]) == 1
+    assert admissible(decode, [32, 17, 1]) == [0, 1]
+    assert admissible(decode, [32, 32]) == [0, 1]
+    assert admissible(decode, [65, 1]) == []
+    assert admissible(decode, []) == []
+    assert admissible(view("p", P), [1]) == []
+    assert admissible(view("c", C), [1]) == [0]
+
+
+def test_one_that_an_engine_could_never_hold_keeps_nobody_waiting_there() -> None:
+    decode = view("d", D, free=4)
+    assert admissible(decode, [16 * 101, 32, 32, 1]) == [1, 2]
+    assert admissible(decode, [16 * 100, 32]) == [], "it could, once all others have gone"
 
 
 def test_a_route_has_room_where_all_of_its_engines_do() -> None:
@@ -95,19 +106,19 @@ def test_engines_that_may_not_take_so_long_a_prompt_come_last() -> None:
     assert pick_route(engines[:1], 32) is not None, "the engine says what is wrong"
 
 
-def encoder(name: str, queued: int = 0) -> EncoderEntry:
+def encoder(name: str, queued: int = 0) -> EncoderView:
     info = EncoderInfo(encoder_id=name, incarnation=name, address=name, fingerprint="f", dtype="float32")
-    return EncoderEntry(info=info, queued_patches=queued)
+    return EncoderView(info=info, queued_patches=queued)
 
 
-def home(key: int, encoders: list[EncoderEntry]) -> str:
-    picked = pick_encoder(encoders, bytes([key]) * 32)
+def home(key: int, encoders: list[EncoderView]) -> str:
+    picked = choose(Demand(token_count=64, units=((bytes([key]) * 32, 1000),)), [], encoders).encoder
     assert picked is not None
     return picked.encoder_id
 
 
 def test_the_encoder_with_the_shorter_queue_is_picked() -> None:
-    assert pick_encoder([]) is None
+    assert choose(Demand(token_count=64), []).encoder is None
     for key in range(20):
         assert home(key, [encoder("a", QUEUE_STEP + 5), encoder("b", 5)]) == "b"
 

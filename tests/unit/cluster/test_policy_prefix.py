@@ -9,7 +9,8 @@ import pytest
 
 from actors.reports import EngineInfo, KvIdentity, LoadReport
 from actors.types import EngineRole
-from cluster.policy import EngineView, cached_tokens, pick_route
+from cluster.policy.choose import choose
+from cluster.policy.views import Demand, EngineView, PrefixHashes, Route, cached_tokens
 
 P, D, C = EngineRole.PREFILL, EngineRole.DECODE, EngineRole.COLOCATED
 BLOCK = 16
@@ -18,6 +19,10 @@ BLOCK = 16
 def hashes(identity: KvIdentity) -> Sequence[bytes]:
     """Of a prompt of ten whole blocks."""
     return [f"{identity.fingerprint} {number}".encode() for number in range(10)]
+
+
+def pick_route(engines: list[EngineView], tokens: int, hashes: PrefixHashes) -> Route | None:
+    return choose(Demand(token_count=tokens, prefix_hashes=hashes), engines).route
 
 
 def view(name: str, role: EngineRole, *, cached: int = 0, used: int = 0, queued: int = 0) -> EngineView:

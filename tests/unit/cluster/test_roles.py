@@ -9,9 +9,10 @@ import pytest
 from actors.errors import InvalidRequest, NotFound, Unavailable
 from actors.reports import LoadReport
 from actors.types import EngineRole
-from cluster.config import RoleMoves
-from cluster.registry import EngineEntry
-from cluster.roles import Pressure, RoleMover, check_move, find_engine, measure, serving, substitutes
+from cluster.config_scaling import RoleMoves, Slo
+from cluster.pressure import Lateness, Pressure, lateness, measure
+from cluster.registry import EngineEntry, Latency, Percentiles, RouterEntry, Snapshot
+from cluster.roles import RoleMover, check_move, find_engine, serving, substitutes
 from tests.unit.cluster.test_registry import engine
 
 P, D, C = EngineRole.PREFILL, EngineRole.DECODE, EngineRole.COLOCATED
@@ -26,6 +27,10 @@ def fleet(*roles: EngineRole, **loads: LoadReport) -> list[EngineEntry]:
         replace(engine(name, role), pool="pool", load=loads.get(name, IDLE))
         for name, role in zip(names, roles, strict=True)
     ]
+
+
+def seen(engines: list[EngineEntry]) -> Snapshot:
+    return Snapshot(term=1, version=1, engines=tuple(engines))
 
 
 def queue(tokens: int) -> LoadReport:
@@ -115,7 +120,7 @@ def test_pressure_is_a_mean_over_those_who_do_the_work() -> None:
 
 
 def moves(mover: RoleMover, engines: list[EngineEntry], seconds: range, moving: tuple[str, ...] = ()) -> list[str]:
-    decided = [(now, mover.decide(engines, "pool", float(now), moving)) for now in seconds]
+    decided = [(now, mover.decide(seen(engines), "pool", float(now), moving)) for now in seconds]
     return [f"{now} {move.mover.info.incarnation} {move.role}" for now, move in decided if move is not None]
 
 
@@ -141,7 +146,7 @@ def test_a_shortage_that_comes_and_goes_moves_nobody() -> None:
     mover = RoleMover(CONFIG)
     busy, calm = fleet(P, D, D, a=queue(5000)), fleet(P, D, D)
     for now in range(60):
-        assert mover.decide(busy if now % 5 < 4 else calm, "pool", float(now), ()) is None
+        assert mover.decide(seen(busy if now % 5 < 4 else calm), "pool", float(now), ()) is None
 
 
 def test_moves_are_apart_and_none_begins_beside_another() -> None:
@@ -169,9 +174,69 @@ def test_a_day_of_load_settles_on_each_side() -> None:
         full = used(5) if morning else used(90)
         names = "abcd"
         loads = {name: busy if role is P else full for name, role in zip(names, roles, strict=True)}
-        move = mover.decide(fleet(*roles, **loads), "pool", float(now), ())
+        move = mover.decide(seen(fleet(*roles, **loads)), "pool", float(now), ())
         if move is not None:
             roles[names.index(move.mover.info.incarnation)] = move.role
             told.append((now, move.role))
     assert [role for _, role in told] == [P, D, D]
     assert roles.count(P) == 1
+
+
+SLO = Slo(ttft_s=2.0, tpot_s=0.1)
+
+
+def late(ttft_s: float | None = None, tpot_s: float | None = None) -> RouterEntry:
+    """A router whose slowest requests of the last minute waited so long."""
+    ttft, tpot = (
+        None if seconds is None else Percentiles(p50=seconds / 10, p95=seconds, p99=9 * seconds)
+        for seconds in (ttft_s, tpot_s)
+    )
+    return RouterEntry(incarnation="r", latency=Latency(window_s=60.0, count=9, ttft_s=ttft, tpot_s=tpot))
+
+
+def test_lateness_is_of_95_in_100_and_of_the_router_that_has_most() -> None:
+    assert lateness([late(3.0, 0.05), late(1.0, 0.2), RouterEntry(incarnation="new")], SLO) == Lateness(
+        ttft=1.5, tpot=2.0
+    )
+    assert lateness([late(3.0)], Slo()) == Lateness()
+    assert lateness([late(3.0)], SLO, changed_s_ago=59.0) == Lateness(), "it was partly measured before the change"
+    assert lateness([], SLO) == Lateness()
+
+
+@pytest.mark.parametrize(
+    ("engines", "router", "pressure"),
+    [
+        (fleet(P, D, a=replace(IDLE, prefill_busy=1.0)), late(ttft_s=3.0), (1.5, 0.0)),
+        (fleet(P, D, a=replace(IDLE, prefill_busy=0.25)), late(ttft_s=3.0), (0.5, 0.0)),
+        (fleet(P, D), late(ttft_s=3.0), (0.0, 0.0)),
+        (fleet(P, D, b=used(0, running=2)), late(tpot_s=0.15), (0.0, 1.5)),
+        (fleet(P, D, b=used(0, running=1)), late(tpot_s=0.15), (0.0, 0.0)),
+        (fleet(P, D, a=queue(3000)), late(ttft_s=1.0, tpot_s=0.01), (3.0, 0.0)),
+    ],
+)
+def test_late_answers_are_pressure_where_engines_are_why(
+    engines: list[EngineEntry], router: RouterEntry, pressure: tuple[float, float]
+) -> None:
+    found = measure(engines, CONFIG, lateness([router], SLO))
+    assert (found.prefill, found.decode) == pytest.approx(pressure)
+
+
+@pytest.mark.parametrize(
+    ("engines", "router", "moved"),
+    [
+        (fleet(P, D, D, a=replace(IDLE, prefill_busy=1.0)), late(ttft_s=3.0), ["5 b prefill"]),
+        (fleet(P, P, D, c=used(10, running=4)), late(tpot_s=0.15), ["5 a decode"]),
+        (fleet(P, P, D, c=used(10, running=4)), late(ttft_s=3.0, tpot_s=0.09), []),
+        (fleet(P, D, D, a=replace(IDLE, prefill_busy=1.0), b=used(0, running=9)), late(3.0, 0.15), []),
+    ],
+)
+def test_engines_move_to_the_work_that_is_late(
+    engines: list[EngineEntry], router: RouterEntry, moved: list[str]
+) -> None:
+    mover = RoleMover(CONFIG, SLO)
+    found = []
+    for now in range(60):
+        snapshot = replace(seen(engines), routers=(router,))
+        move = mover.decide(snapshot, "pool", float(now), ())
+        found += [f"{now} {move.mover.info.incarnation} {move.role}"] if move is not None else []
+    assert found == moved, "once: what was measured before says nothing of the time since"

@@ -221,6 +221,22 @@ def test_nan_in_the_weights_is_fatal_not_a_reply() -> None:
     rig.engine.stop()
 
 
+def test_a_step_that_hangs_ends_the_engine() -> None:
+    rig = Rig()
+    gate = Gate(rig)
+    rig.engine.start()
+    rig.engine.check_step(0.0)  # nothing is to be done, which takes as long as it likes
+    rig.submit(0, request([5]))
+    gate.wait()
+    rig.engine.check_step(3600.0)
+    assert rig.sink.fatal is None
+    rig.engine.check_step(0.0)
+    with pytest.raises(RuntimeError, match="step 1 did not end in 0 s"):
+        rig.sink.wait(lambda: False)
+    gate.open()
+    rig.engine.stop()
+
+
 def test_load_counts() -> None:
     with Rig(max_num_seqs=1) as rig:
         gate = Gate(rig)

@@ -35,7 +35,7 @@ from tests.unit.wire.kv_groups import (
     wait_until,
 )
 
-SOON = GroupConfig(tick_s=0.2, silence_s=4.0)
+SOON = GroupConfig(tick_s=0.2, serving_silence_s=4.0)
 LOSSES = [(signal.SIGKILL, PATIENT), (signal.SIGSTOP, SOON)]
 KEYS = [key(number) for number in range(32)]
 

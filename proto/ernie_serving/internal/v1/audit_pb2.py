@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%ernie_serving/internal/v1/audit.proto\x12\x19\x65rnie_serving.internal.v1\"\x0e\n\x0c\x41uditRequest\"\x8f\x01\n\rAuditResponse\x12@\n\x04held\x18\x01 \x03(\x0b\x32\x32.ernie_serving.internal.v1.AuditResponse.HeldEntry\x12\x0f\n\x07problem\x18\x02 \x01(\t\x1a+\n\tHeldEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\x32j\n\x0c\x41uditService\x12Z\n\x05\x41udit\x12\'.ernie_serving.internal.v1.AuditRequest\x1a(.ernie_serving.internal.v1.AuditResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%ernie_serving/internal/v1/audit.proto\x12\x19\x65rnie_serving.internal.v1\"\x0e\n\x0c\x41uditRequest\"\x8f\x01\n\rAuditResponse\x12@\n\x04held\x18\x01 \x03(\x0b\x32\x32.ernie_serving.internal.v1.AuditResponse.HeldEntry\x12\x0f\n\x07problem\x18\x02 \x01(\t\x1a+\n\tHeldEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\"\x10\n\x0eMetricsRequest\"\x1f\n\x0fMetricsResponse\x12\x0c\n\x04page\x18\x01 \x01(\x0c\x32\xcc\x01\n\x0c\x41uditService\x12Z\n\x05\x41udit\x12\'.ernie_serving.internal.v1.AuditRequest\x1a(.ernie_serving.internal.v1.AuditResponse\x12`\n\x07Metrics\x12).ernie_serving.internal.v1.MetricsRequest\x1a*.ernie_serving.internal.v1.MetricsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -39,6 +39,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_AUDITRESPONSE']._serialized_end=228
   _globals['_AUDITRESPONSE_HELDENTRY']._serialized_start=185
   _globals['_AUDITRESPONSE_HELDENTRY']._serialized_end=228
-  _globals['_AUDITSERVICE']._serialized_start=230
-  _globals['_AUDITSERVICE']._serialized_end=336
+  _globals['_METRICSREQUEST']._serialized_start=230
+  _globals['_METRICSREQUEST']._serialized_end=246
+  _globals['_METRICSRESPONSE']._serialized_start=248
+  _globals['_METRICSRESPONSE']._serialized_end=279
+  _globals['_AUDITSERVICE']._serialized_start=282
+  _globals['_AUDITSERVICE']._serialized_end=486
 # @@protoc_insertion_point(module_scope)

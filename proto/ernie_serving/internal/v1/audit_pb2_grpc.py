@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class AuditServiceStub(object):
-    """Served by every worker: what it holds at present, and whether its books agree.
+    """Served by every worker: what it says of itself.
     """
 
     def __init__(self, channel):
@@ -40,14 +40,26 @@ class AuditServiceStub(object):
                 request_serializer=ernie__serving_dot_internal_dot_v1_dot_audit__pb2.AuditRequest.SerializeToString,
                 response_deserializer=ernie__serving_dot_internal_dot_v1_dot_audit__pb2.AuditResponse.FromString,
                 _registered_method=True)
+        self.Metrics = channel.unary_unary(
+                '/ernie_serving.internal.v1.AuditService/Metrics',
+                request_serializer=ernie__serving_dot_internal_dot_v1_dot_audit__pb2.MetricsRequest.SerializeToString,
+                response_deserializer=ernie__serving_dot_internal_dot_v1_dot_audit__pb2.MetricsResponse.FromString,
+                _registered_method=True)
 
 
 class AuditServiceServicer(object):
-    """Served by every worker: what it holds at present, and whether its books agree.
+    """Served by every worker: what it says of itself.
     """
 
     def Audit(self, request, context):
         """Counts everything held for requests; an idle worker answers zeros.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Metrics(self, request, context):
+        """Its metrics as of now.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -61,6 +73,11 @@ def add_AuditServiceServicer_to_server(servicer, server):
                     request_deserializer=ernie__serving_dot_internal_dot_v1_dot_audit__pb2.AuditRequest.FromString,
                     response_serializer=ernie__serving_dot_internal_dot_v1_dot_audit__pb2.AuditResponse.SerializeToString,
             ),
+            'Metrics': grpc.unary_unary_rpc_method_handler(
+                    servicer.Metrics,
+                    request_deserializer=ernie__serving_dot_internal_dot_v1_dot_audit__pb2.MetricsRequest.FromString,
+                    response_serializer=ernie__serving_dot_internal_dot_v1_dot_audit__pb2.MetricsResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'ernie_serving.internal.v1.AuditService', rpc_method_handlers)
@@ -70,7 +87,7 @@ def add_AuditServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class AuditService(object):
-    """Served by every worker: what it holds at present, and whether its books agree.
+    """Served by every worker: what it says of itself.
     """
 
     @staticmethod
@@ -90,6 +107,33 @@ class AuditService(object):
             '/ernie_serving.internal.v1.AuditService/Audit',
             ernie__serving_dot_internal_dot_v1_dot_audit__pb2.AuditRequest.SerializeToString,
             ernie__serving_dot_internal_dot_v1_dot_audit__pb2.AuditResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Metrics(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/ernie_serving.internal.v1.AuditService/Metrics',
+            ernie__serving_dot_internal_dot_v1_dot_audit__pb2.MetricsRequest.SerializeToString,
+            ernie__serving_dot_internal_dot_v1_dot_audit__pb2.MetricsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -27,7 +27,7 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class AuditServiceStub:
-    """Served by every worker: what it holds at present, and whether its books agree."""
+    """Served by every worker: what it says of itself."""
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -35,17 +35,21 @@ class AuditServiceStub:
     def __new__(cls, channel: _aio.Channel) -> AuditServiceAsyncStub: ...
     Audit: _grpc.UnaryUnaryMultiCallable[_audit_pb2.AuditRequest, _audit_pb2.AuditResponse]
     """Counts everything held for requests; an idle worker answers zeros."""
+    Metrics: _grpc.UnaryUnaryMultiCallable[_audit_pb2.MetricsRequest, _audit_pb2.MetricsResponse]
+    """Its metrics as of now."""
 
 @_typing.type_check_only
 class AuditServiceAsyncStub(AuditServiceStub):
-    """Served by every worker: what it holds at present, and whether its books agree."""
+    """Served by every worker: what it says of itself."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Audit: _aio.UnaryUnaryMultiCallable[_audit_pb2.AuditRequest, _audit_pb2.AuditResponse]  # type: ignore[assignment]
     """Counts everything held for requests; an idle worker answers zeros."""
+    Metrics: _aio.UnaryUnaryMultiCallable[_audit_pb2.MetricsRequest, _audit_pb2.MetricsResponse]  # type: ignore[assignment]
+    """Its metrics as of now."""
 
 class AuditServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Served by every worker: what it holds at present, and whether its books agree."""
+    """Served by every worker: what it says of itself."""
 
     @_abc_1.abstractmethod
     def Audit(
@@ -54,5 +58,13 @@ class AuditServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_audit_pb2.AuditResponse, _abc.Awaitable[_audit_pb2.AuditResponse]]:
         """Counts everything held for requests; an idle worker answers zeros."""
+
+    @_abc_1.abstractmethod
+    def Metrics(
+        self,
+        request: _audit_pb2.MetricsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_audit_pb2.MetricsResponse, _abc.Awaitable[_audit_pb2.MetricsResponse]]:
+        """Its metrics as of now."""
 
 def add_AuditServiceServicer_to_server(servicer: AuditServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

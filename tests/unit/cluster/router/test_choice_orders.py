@@ -26,8 +26,9 @@ from actors.types import (
     TokenEvent,
 )
 from cluster.generation import ChoiceFinished, Delta, Event, Finished, GenerateCall, PromptScored, Started
-from cluster.policy import EngineView
+from cluster.policy.views import EngineView
 from cluster.router.link import AttemptError, AttemptEvent, EngineLost, Milestone
+from cluster.router.records import Recorder
 from cluster.router.request import RequestRun
 from cluster.router.retry_budget import RetryBudget
 from cluster.router.sampling import SamplingDefaults, resolve_sampling
@@ -173,6 +174,9 @@ class FleetDouble:
     def engines(self) -> list[EngineView]:
         return self.views
 
+    def set_aside(self) -> dict[str, str]:
+        return {}
+
     def link(self, info: EngineInfo) -> Link:
         return Link(self.engines_double, info)
 
@@ -208,15 +212,19 @@ def services(engines: Engines) -> Services:
         "fleet": FleetDouble(engines, roles),
         "preprocess": PreprocessDouble(),
         "encode": None,
+        "encoders": None,
         "leases": NoLeases(),
     }
     return Services(
         **parts,
         budget=RetryBudget(share=0.2, burst=64, clock=lambda: 0.0),
         suspects=Suspects(),
+        recorder=Recorder(),
         model_name="tiny",
         context_limit=lambda: 64,
         vocab_size=100,
+        im_patch_id=90,
+        alone_tokens=0,
         vocabulary=ByteVocabulary(),
         resolve_sampling=lambda call, reply: resolve_sampling(
             call,

@@ -8,7 +8,7 @@ from actors.engine.scheduling.block_hash import hash_blocks
 from actors.reports import KvIdentity
 from actors.types import EngineRequest, Grid, MediaKind, MediaSpan, SamplingParams
 from cluster.router import prefix
-from cluster.router.prefix import RequestHashes
+from cluster.router.prefix import request_hashes
 
 IDENTITY = KvIdentity(fingerprint="ab", dtype="float64", block_size=4, switches="s")
 PICTURE = MediaSpan(
@@ -29,15 +29,15 @@ REQUEST = EngineRequest(
 def test_they_are_the_hashes_an_engine_computes() -> None:
     expected = hash_blocks(IDENTITY, (*REQUEST.prompt_ids, *REQUEST.output_ids), (PICTURE,), b"tenant")
     assert len(expected) == 3
-    assert RequestHashes(REQUEST)(IDENTITY) == expected
+    assert request_hashes(REQUEST)(IDENTITY) == expected
     elsewhere = replace(REQUEST, media=(replace(PICTURE, encoder_address="encoder:2"),), seed=2, priority=5)
-    assert RequestHashes(elsewhere)(IDENTITY) == expected
+    assert request_hashes(elsewhere)(IDENTITY) == expected
 
 
 def test_each_identity_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[KvIdentity] = []
     monkeypatch.setattr(prefix, "hash_blocks", lambda identity, *rest: asked.append(identity) or (b"",))
-    hashes = RequestHashes(REQUEST)
+    hashes = request_hashes(REQUEST)
     other = replace(IDENTITY, block_size=8)
     for identity in (IDENTITY, other, IDENTITY, other):
         hashes(identity)
@@ -46,4 +46,4 @@ def test_each_identity_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_a_prompt_that_is_scored_is_found_nowhere() -> None:
     scored = replace(REQUEST, sampling=replace(REQUEST.sampling, prompt_logprobs=0))
-    assert RequestHashes(scored)(IDENTITY) == ()
+    assert request_hashes(scored)(IDENTITY) == ()

@@ -320,7 +320,7 @@ async def test_embeddings_an_engine_pulls_again_outlive_the_end_of_another_choic
         await asyncio.wait_for(engine.supplies.get(), 5)
         engine.say(second, 1, 1, finish=FinishReason.LENGTH)
         (run,) = w.router._active.values()
-        await eventually(lambda: run._choices[1]._ended)
+        await eventually(lambda: run._choices[1].finish_reason is not None)
         assert w.stages.keeper.count == 1
         engine.say(first, 1, 1)
         await eventually(lambda: w.stages.keeper.count == 0)

@@ -232,3 +232,19 @@ async def test_who_waited_in_the_queue_of_a_dead_engine_is_no_suspect() -> None:
         for task in tasks:
             task.cancel()
         await asyncio.wait(tasks)
+
+
+async def test_loads_are_told_as_links_hear_them() -> None:
+    async with world(PREFILL, DECODE, lost_after_s=0.6) as w:
+        before = w.fleet.snapshot
+        assert all(entry.load is None for entry in before.engines)
+        w.engines[1].free_blocks = 40
+        await eventually(lambda: w.fleet.live_snapshot().engines[1].load.free_blocks == 40)
+        live = w.fleet.live_snapshot()
+        assert live.engines[0].load.free_blocks == 100
+        assert (live.version, live.encoders) == (before.version, before.encoders)
+        assert w.fleet.speaking() == {engine.info.incarnation for engine in w.engines}
+        w.engines[1].freeze()
+        await eventually(lambda: w.fleet.speaking() == {w.engines[0].info.incarnation})
+        w.engines[1].thaw()
+        await eventually(lambda: len(w.fleet.speaking()) == 2)

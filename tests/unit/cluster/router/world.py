@@ -26,6 +26,7 @@ from actors.types import (
     PromptLogprobs,
     PromptMedia,
     SequenceKey,
+    Stage,
     TextPart,
     TokenEvent,
     TokenLogprobs,
@@ -35,9 +36,11 @@ from actors.wire.engine_link import EngineLinkServicer
 from actors.wire.media import EncodedUnit, units_of
 from cluster.generation import ChoiceFinished, Delta, Event, Finished, GenerateCall
 from cluster.registry import EncoderEntry, EngineEntry, PreprocessorEntry, Snapshot
+from cluster.router.encoders import EncoderBook
 from cluster.router.fleet import Fleet
 from cluster.router.leases import LeaseKeeper
 from cluster.router.output import OutputAssembler
+from cluster.router.records import Recorder, RequestRecord
 from cluster.router.retry_budget import RetryBudget
 from cluster.router.router import Router
 from cluster.router.sampling import SamplingDefaults, resolve_sampling
@@ -297,11 +300,40 @@ class Stages:
         self.leases -= {(address, lease) for lease in leases}
 
 
+class Recorded(Recorder):
+    """What the router tells of its requests."""
+
+    def __init__(self) -> None:
+        self.admitted_ids: list[str] = []
+        self.refusals: list[str] = []
+        self.gaps: list[float] = []
+        self.retries: list[tuple[Stage, str]] = []
+        self.records: list[RequestRecord] = []
+
+    def admitted(self, request_id: str) -> None:
+        self.admitted_ids.append(request_id)
+
+    def refused(self, reason: str) -> None:
+        self.refusals.append(reason)
+
+    def token_gap(self, seconds: float) -> None:
+        self.gaps.append(seconds)
+
+    def retried(self, stage: Stage, reason: str) -> None:
+        self.retries.append((stage, reason))
+
+    def ended(self, record: RequestRecord) -> None:
+        self.records.append(record)
+
+
 class World:
-    def __init__(self, router: Router, stages: Stages, fleet: Fleet, *engines: ScriptedEngine) -> None:
+    def __init__(
+        self, router: Router, stages: Stages, fleet: Fleet, recorder: Recorded, *engines: ScriptedEngine
+    ) -> None:
         self.router, self.stages, self.fleet = router, stages, fleet
         self.engines = engines
         self.replacements: list[ScriptedEngine] = []
+        self.recorder = recorder
 
     async def replace(self, engine: ScriptedEngine) -> ScriptedEngine:
         """Another engine of the same role in its place, as Serve would start one."""
@@ -351,6 +383,7 @@ async def world(
     preprocessors: bool = True,
     default_timeout_s: float = 60,
     lost_after_s: float = 3.0,
+    alone_tokens: int = 0,
 ) -> AsyncIterator[World]:
     stages = Stages()
     engines = [ScriptedEngine(f"e{i}", role) for i, role in enumerate(roles)]
@@ -373,16 +406,21 @@ async def world(
 
     fleet = Fleet(planner, "r", lost_after_s=lost_after_s)
     keeper = stages.keeper = LeaseKeeper(stages)
+    recorder = Recorded()
     services = Services(
         fleet=fleet,
         leases=keeper,
         preprocess=stages,  # type: ignore[arg-type]
         encode=stages,  # type: ignore[arg-type]
+        encoders=EncoderBook(),
         budget=RetryBudget(share=0.2, burst=64, clock=time.monotonic),
         suspects=Suspects(),
+        recorder=recorder,
         model_name="tiny",
         context_limit=lambda: fleet.context_limit(64),
         vocab_size=100,
+        im_patch_id=90,
+        alone_tokens=alone_tokens,
         vocabulary=ByteVocabulary(),
         resolve_sampling=lambda call, reply: resolve_sampling(
             call,
@@ -409,7 +447,7 @@ async def world(
     keeper.start()
     try:
         await eventually(lambda: len(fleet.engines()) == len(engines))
-        w = World(router, stages, fleet, *engines)
+        w = World(router, stages, fleet, recorder, *engines)
         replacements = w.replacements
         yield w
         await eventually(lambda: router.active_count == 0)

@@ -33,7 +33,7 @@ from tests.small_models import language_model, text_config
 from tests.unit.engine.harness import ernie_config, kv_layout
 
 HOST = "127.0.0.1"
-PATIENT = GroupConfig(silence_s=30.0, step_timeout_s=120.0, join_timeout_s=120.0)
+PATIENT = GroupConfig(silence_s=30.0, serving_silence_s=30.0, step_timeout_s=120.0, join_timeout_s=120.0)
 """For tests in which nothing is lost."""
 
 CONTEXT = multiprocessing.get_context("forkserver")

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import multiprocessing
+import pickle
 import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Client, Connection
+from queue import SimpleQueue
 from typing import Any
 
 import pytest
 import torch
 
-from actors.engine.group.channel import GroupConfig
+from actors.engine.group.channel import GroupConfig, RankChannel
 from actors.engine.group.followers import RankLost
 from actors.engine.group.meeting import Meeting, join
 from actors.engine.group.rank_process import LEADER_LOST
@@ -22,7 +24,7 @@ from tests.unit.engine.group.losses import assert_ranks_end_with_their_leader, l
 from tests.unit.engine.group.rank_group import HOST, PATIENT, Fault, RankGroup, RankLoader, small_model, start_rank
 from tests.unit.engine.harness import Rig
 
-SOON = GroupConfig(tick_s=0.2, silence_s=4.0, step_timeout_s=6.0)
+SOON = GroupConfig(tick_s=0.2, silence_s=60.0, serving_silence_s=4.0, step_timeout_s=6.0)
 
 
 @pytest.mark.parametrize(
@@ -69,7 +71,7 @@ def test_a_rank_that_cannot_load_is_named() -> None:
 
 def test_the_leaders_own_part_that_hangs_is_named_with_the_ranks_that_wait_for_it() -> None:
     """As in a collective: nobody returns, and the step thread cannot be interrupted."""
-    config = GroupConfig(tick_s=0.2, silence_s=4.0, step_timeout_s=3.0)
+    config = GroupConfig(tick_s=0.2, serving_silence_s=4.0, step_timeout_s=3.0)
     with RankGroup(2, RankLoader(fault=Fault(rank=1, kind="hang")).main, config) as group:
         rig = Rig(group=group.join)
         run = rig.runner.run
@@ -95,6 +97,35 @@ def test_idle_ranks_and_their_leader_hear_of_each_other() -> None:
         assert rig.submit("again", request([5] * 5))
         rig.sink.wait(lambda: len(rig.sink.released) == 2)
         assert rig.sink.ids(rig.sink.released[1]) == before[0]
+
+
+class Stalled(Connection):  # type: ignore[type-arg]
+    """Its first look takes longer than anybody may be silent, and sees nothing: as where all processes stood still."""
+
+    looked = False
+
+    def poll(self, timeout: float | None = 0.0) -> bool:
+        if not self.looked:
+            self.looked = True
+            time.sleep(0.4)
+            return False
+        return super().poll(timeout)
+
+
+def test_who_stood_still_takes_nobody_for_silent() -> None:
+    config = GroupConfig(tick_s=0.1, serving_silence_s=0.2)
+    told: SimpleQueue[str] = SimpleQueue()
+    with socket.create_server((HOST, 0)) as server:
+        there: Connection[Any, Any] = Connection(socket.create_connection(server.getsockname()).detach())
+        here, _ = server.accept()
+    there.send_bytes(pickle.dumps("hello"))
+    channel = RankChannel(Stalled(here.detach()), config, name="rank", on_message=told.put, on_broken=told.put)
+    channel.be_patient(False)
+    channel.start()
+    assert told.get(timeout=60) == "hello"
+    assert told.get(timeout=60) == "it said nothing for 0.2 s"
+    channel.close()
+    there.close()
 
 
 def lead(told: Connection[Any, Any]) -> None:
@@ -154,6 +185,6 @@ def test_a_rank_that_does_not_come_is_named() -> None:
 
 def test_times_of_a_group_that_cannot_work_are_refused() -> None:
     with pytest.raises(ValueError, match=r"GroupConfig.silence_s = 1.0 must be more than tick_s = 1.0"):
-        GroupConfig(silence_s=1.0)
+        GroupConfig(silence_s=1.0, serving_silence_s=1.0)
     with pytest.raises(ValueError, match=r"GroupConfig.step_timeout_s must be positive, got 0"):
         GroupConfig(step_timeout_s=0)

@@ -21,7 +21,7 @@ from tests.unit.engine.group.shared_experts import NEVER, SharingGroup
 from tests.unit.engine.harness import Rig
 
 IMPATIENT = replace(NEVER, collective_timeout_s=4.0)
-SOON = GroupConfig(tick_s=0.2, silence_s=4.0)
+SOON = GroupConfig(tick_s=0.2, serving_silence_s=4.0)
 IN_LAYER = r"rank [01] of 3, step 3, layer 1, dispatch: .*\(no word from rank 2\)"
 IN_PROMPT = r"rank [01] of 3, step 3, layer 1, dispatch of counts: .*\(no word from rank 2\)"
 

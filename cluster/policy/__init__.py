@@ -1,0 +1,1 @@
+"""Who gets which request: filter, score, pick, over an immutable view. Pure."""
