@@ -45,6 +45,7 @@ HOLDS = {Stage.PREPROCESS: Victim.PREPROCESSOR, Stage.ENCODE: Victim.ENCODER, St
 
 REPLY_LIMIT_S = 120.0
 STAGE_LIMIT_S = 30.0
+LOOK_S = 0.01
 CLEAN_EVERY = 10
 """After so many trials all parts are let come back, and must hold nothing then."""
 CLEAN_LIMIT_S = 20.0
@@ -220,6 +221,7 @@ async def _until(
         where = await _where(processes, trial)
         if where is not None and there(where):
             return where
+        await asyncio.sleep(LOOK_S)
     return None
 
 
