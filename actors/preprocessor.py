@@ -90,7 +90,8 @@ class Preprocessor:
     @property
     def queue_age_s(self) -> float:
         """How long the oldest request has waited that is not begun yet, for memory or a worker."""
-        return time.monotonic() - next(iter(list(self._waiting.values())), time.monotonic())
+        oldest = next(iter(list(self._waiting.values())), None)
+        return 0.0 if oldest is None else time.monotonic() - oldest
 
     async def preprocess(self, request: PreprocessRequest) -> PreprocessReply:
         """Does everything a prompt needs before weights; patches then wait under ``request.lease``.

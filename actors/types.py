@@ -8,6 +8,7 @@ pair: nothing in the vision tower or the resampler crosses units, so keys, trans
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -267,6 +268,13 @@ class MediaSpan:
     @property
     def end(self) -> int:
         return self.offset + self.grid.tokens
+
+
+def vision_end(token_ids: Sequence[int], im_patch_id: int) -> int:
+    """Leading tokens that hold every id which may need the vision experts; 0 without any."""
+    if not token_ids or max(token_ids) < im_patch_id:
+        return 0
+    return next(end for end in range(len(token_ids), 0, -1) if token_ids[end - 1] >= im_patch_id)
 
 
 class StructureKind(enum.StrEnum):

@@ -14,7 +14,7 @@ import io
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -134,13 +134,13 @@ def picture(seed: int) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def bodies(kind: str, client: int) -> Iterator[dict[str, Any]]:
+def bodies(kind: str, client: int, pictures: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
     number = 0
     while True:
         number += 1
         text: Any = f"client {client} asks question {number}: " + "what is this? " * 4
         if kind == "pictures":
-            url = {"url": picture(1000 * client + number)}
+            url = {"url": pictures[(client + number) % len(pictures)]}
             text = [{"type": "image_url", "image_url": url}, {"type": "text", "text": text}]
         yield {
             "messages": [{"role": "user", "content": text}],
@@ -167,7 +167,7 @@ async def ask(client: httpx.AsyncClient, body: dict[str, Any]) -> str:
     return "" if response.status_code == 200 and tokens == 1 else f"{response.status_code}, {tokens} ends"
 
 
-async def load(url: str, kind: str, clients: int, seconds: float) -> tuple[int, list[str]]:
+async def load(url: str, kind: str, clients: int, seconds: float, pictures: Sequence[str]) -> tuple[int, list[str]]:
     """Requests that ended and what went wrong, of so many clients that ask one after the other."""
     end = time.monotonic() + seconds
     wrong: list[str] = []
@@ -176,7 +176,7 @@ async def load(url: str, kind: str, clients: int, seconds: float) -> tuple[int, 
     async def one(number: int) -> None:
         nonlocal count
         async with httpx.AsyncClient(base_url=url, timeout=300, trust_env=False) as client:
-            for body in bodies(kind, number):
+            for body in bodies(kind, number, pictures):
                 if time.monotonic() > end:
                     return
                 error = await ask(client, body)
@@ -192,9 +192,10 @@ async def measure(url: str, options: argparse.Namespace) -> dict[str, Any]:
     watching = asyncio.create_task(watch.run())
     await watch.until(lambda: bool(watch.now))
     found: dict[str, Any] = {}
+    pictures = [picture(number) for number in range(2 * options.clients)]
     for kind in ("replies", "pictures"):
         watch.begin()
-        count, wrong = await load(url, kind, options.clients, options.seconds)
+        count, wrong = await load(url, kind, options.clients, options.seconds, pictures)
         found[kind] = {"requests": count, "failed": wrong, "pools": watch.told()}
     watch.begin()
     await watch.until(lambda: all(pool["replicas"] == pool["min"] for pool in watch.now.values()))

@@ -41,6 +41,7 @@ from cluster.placement import (
     router_claim,
 )
 from cluster.planner import Planner
+from cluster.router.traces import load_exporter
 from cluster.scaling_policy import follow_planner
 from cluster.workers import EngineGroupReplica, PreprocessorReplica, VisionEncoderReplica
 
@@ -76,6 +77,8 @@ def build(args: ClusterConfig | Mapping[str, Any]) -> Application:
         ValueError: one line per wrong field, with its path.
     """
     described = args if isinstance(args, ClusterConfig) else _deployed(args)
+    if described.otlp_endpoint is not None:
+        load_exporter()
     config = resolve(described, gpus=cluster_gpus())
     planner = _deployment(Planner, PLANNERS, planner_claim()).bind(config)
     preprocessor = _deployment(

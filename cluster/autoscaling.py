@@ -91,7 +91,9 @@ def decide(seen: Seen, bounds: Autoscaling, memory: Memory, now: float) -> tuple
     short = max(seen.works, key=lambda work: work.pressure)
     is_short = short.pressure >= 1.0
     grows = is_short and settled and memory.target < bounds.max_replicas and not _moves_first(seen, short)
-    spare = None if is_short or memory.target <= bounds.min_replicas else _spare(seen, bounds.idle, settled)
+    # Where nobody is yet, that they have nothing to do says nothing.
+    shrinks = seen.present > 0 and memory.target > bounds.min_replicas and not is_short
+    spare = _spare(seen, bounds.idle, settled) if shrinks else None
     short_since = _since(memory.short_since, grows, now)
     short_by = short.pressure if memory.short_since is None else memory.short_by
     if _lasted(short_since, bounds.upscale_delay_s, now) and short.pressure < short_by:

@@ -102,6 +102,9 @@ def serve(
     enable_auto_tool_choice: Annotated[
         bool, typer.Option("--enable-auto-tool-choice", help="Changes nothing.", rich_help_panel=OTHER_PROGRAMS)
     ] = False,
+    otlp_endpoint: Annotated[
+        str | None, typer.Option(help="Collector of OpenTelemetry traces, http://host:4317.")
+    ] = None,
     log_dir: Annotated[Path | None, typer.Option(help="Keep the logs of the session here.")] = None,
 ) -> None:
     """Starts a cluster on this machine and keeps it until Ctrl-C."""
@@ -120,6 +123,7 @@ def serve(
         "http_port": http_port,
         "grpc_port": grpc_port,
         "metrics_port": metrics_port,
+        "otlp_endpoint": otlp_endpoint,
         "max_model_len": max_model_len,
         "served_model_name": served_model_name,
         "reasoning_parser": reasoning_parser,

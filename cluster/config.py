@@ -72,8 +72,8 @@ class RouterPool(Pool):
     retry_burst: Count = 256
     """Of it, saved up at most."""
     alone_tokens: Annotated[int, Field(ge=0)] = 512
-    """The most that an engine with the role decode computes of a prompt itself, if that is text and no other way is
-    shorter. 0: every prompt is computed where the role says so."""
+    """The most that an engine with the role decode computes of a prompt itself, where that is shorter than a transfer;
+    pictures and videos it must have cached. 0: every prompt goes through an engine that prefills."""
 
     @field_validator("replicas")
     @classmethod
@@ -314,6 +314,9 @@ class ClusterConfig(Section):
     worker_host: Annotated[str, Field(min_length=1)] | None = None
     """Address on which workers listen for each other. Unset: their node's; ``ernie serve`` then uses loopback."""
     log_level: LogLevel = "WARNING"
+    otlp_endpoint: Annotated[str, Field(pattern=r"^https?://[^/\s]+$")] | None = None
+    """``http://host:4317`` or, with TLS, ``https://...``: where requests are told as OpenTelemetry spans, by OTLP over
+    gRPC. Needs the extra ``traces``."""
     log_format: LogFormat = "text"
     """``json``: a line of logs is an object."""
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from typing import Protocol, TypeVar
 
 from google.rpc import status_pb2  # type: ignore[import-untyped]
@@ -19,10 +19,11 @@ from grpc_health.v1 import health_pb2  # type: ignore[import-untyped]
 
 from actors.errors import InternalError, InvalidRequest, NotFound, ServingError
 from cluster.event_reader import EventReader
-from cluster.generation import Event, Finished, GenerationService, Started, is_last
+from cluster.generation import Event, Finished, GenerateCall, GenerationService, Started, is_last
 from cluster.grpc_request import count_call, generate_call
 from cluster.grpc_response import STATUS_CODE, model, status, stream_response, whole_response
 from cluster.request_checks import bare_name
+from cluster.trace_link import TraceLink, linked
 from ernie_serving.v1 import inference_pb2
 
 log = logging.getLogger(__name__)
@@ -37,6 +38,8 @@ Response = TypeVar("Response")
 
 class ServeContext(Protocol):
     """The part of Serve's ``RayServegRPCContext`` used here."""
+
+    def invocation_metadata(self) -> Sequence[tuple[str, str | bytes]] | None: ...
 
     def set_code(self, code: StatusCode) -> None: ...
 
@@ -55,18 +58,22 @@ class InferenceServicer:
         self, request: inference_pb2.GenerateRequest, grpc_context: ServeContext
     ) -> inference_pb2.GenerateResponse:
         """Generates a whole reply."""
-        return await _unary(self._generate(request), inference_pb2.GenerateResponse(), grpc_context)
+        return await _unary(self._generate(request, grpc_context), inference_pb2.GenerateResponse(), grpc_context)
 
-    async def _generate(self, request: inference_pb2.GenerateRequest) -> inference_pb2.GenerateResponse:
+    async def _generate(
+        self, request: inference_pb2.GenerateRequest, context: ServeContext
+    ) -> inference_pb2.GenerateResponse:
         call = generate_call(request)
         events: list[Event] = []
-        async with EventReader(self.router.generate(call), last=is_last) as reader:
+        reader, link = self._begin(call, context)
+        async with reader:
             while not (events and isinstance(events[-1], Finished)):
                 event = await reader.next()
                 assert event is not None
                 events.append(event)
         if not isinstance(events[0], Started):
             raise InternalError("the request did not begin with its first event")
+        _tell(link, context)
         return whole_response(call.n, events)
 
     async def StreamGenerate(
@@ -77,15 +84,22 @@ class InferenceServicer:
             if not request.HasField("request"):
                 raise InvalidRequest("request is required", field="request")
             call = generate_call(request.request)
-            async with EventReader(self.router.generate(call), last=is_last) as reader:
+            reader, link = self._begin(call, grpc_context)
+            async with reader:
                 event = None
                 while not isinstance(event, Finished):
                     event = await reader.next(KEEP_ALIVE_S)
+                    _tell(link, grpc_context)
                     yield inference_pb2.StreamGenerateResponse() if event is None else stream_response(event)
             return
         except Exception as error:
             _report(error, grpc_context)
         yield inference_pb2.StreamGenerateResponse()
+
+    def _begin(self, call: GenerateCall, context: ServeContext) -> tuple[EventReader[Event], TraceLink]:
+        texts = ((name, value) for name, value in context.invocation_metadata() or () if isinstance(value, str))
+        with linked(texts) as link:
+            return EventReader(self.router.generate(call), last=is_last), link
 
     async def CancelGeneration(
         self, request: inference_pb2.CancelGenerationRequest, grpc_context: ServeContext
@@ -190,6 +204,12 @@ async def _unary(answer: Awaitable[Response], empty: Response, context: ServeCon
     except Exception as error:
         _report(error, context)
         return empty
+
+
+def _tell(link: TraceLink, context: ServeContext) -> None:
+    """The trace a request is part of, behind its reply."""
+    if link.goes:
+        context.set_trailing_metadata(list(link.goes.items()))
 
 
 def _report(error: Exception, context: ServeContext) -> None:

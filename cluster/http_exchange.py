@@ -23,6 +23,7 @@ from actors.errors import InternalError, InvalidRequest, ServingError
 from cluster.event_reader import EventReader, Gone
 from cluster.generation import GenerationService
 from cluster.openai_response import HTTP_STATUS, SSE_KEEP_ALIVE, error_body, error_headers
+from cluster.trace_link import linked
 
 log = logging.getLogger(__name__)
 
@@ -96,7 +97,10 @@ async def answer_exchange(
         finally:
             gone.cancel()
 
-    return await guarded(answer(), trace)
+    with linked(request.headers.items()) as link:
+        response = await guarded(answer(), trace)
+    response.headers.update(link.goes)
+    return response
 
 
 class EventStream(Response, Generic[E]):

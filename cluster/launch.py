@@ -129,7 +129,11 @@ def _start(config: ClusterConfig, session: Session, signals: Signals, say: Say) 
     if settled.admin is None and settled.host in LOOPBACK_HOSTS:
         settled = settled.model_copy(update={"admin": Admin()})
     _announce_plan(settled, session, say)
-    session.deploy(build(settled))
+    try:
+        application = build(settled)
+    except ValueError as error:
+        raise StartFailed(str(error)) from None
+    session.deploy(application)
     _wait_ready(settled, session, say)
     for note in engine_notes(fetch_status(http_url(settled))):
         say(f"  {note}")

@@ -159,10 +159,14 @@ class ScriptedService:
 class ServeContextDouble:
     """Like Serve's ``RayServegRPCContext``: keeps what is set until the proxy copies it to the call's own context."""
 
-    def __init__(self) -> None:
+    def __init__(self, metadata: Sequence[tuple[str, str | bytes]] = ()) -> None:
+        self._metadata = metadata
         self.code: grpc.StatusCode | None = None
         self.details = ""
         self.trailing_metadata: list[tuple[str, str | bytes]] = [("request_id", "from-serve")]
+
+    def invocation_metadata(self) -> Sequence[tuple[str, str | bytes]]:
+        return self._metadata
 
     def set_code(self, code: grpc.StatusCode) -> None:
         self.code = code
@@ -180,6 +184,10 @@ class ServeContextDouble:
         context.set_trailing_metadata(self.trailing_metadata)
 
 
+def _metadata_of(context: grpc.aio.ServicerContext[Any, Any]) -> list[tuple[str, str | bytes]]:
+    return [(name, value) for name, value in context.invocation_metadata() or ()]
+
+
 class ServeProxyDouble:
     """Calls an ingress object by RPC name as Serve's gRPC proxy does.
 
@@ -193,13 +201,13 @@ class ServeProxyDouble:
         method = getattr(self._ingress, name)
 
         async def unary(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
-            kept = ServeContextDouble()
+            kept = ServeContextDouble(_metadata_of(context))
             result = await method(request, grpc_context=kept)
             kept.copy_to(context)
             return result
 
         async def stream(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
-            kept = ServeContextDouble()
+            kept = ServeContextDouble(_metadata_of(context))
             results = method(request, grpc_context=kept)
             try:
                 async for result in results:

@@ -38,7 +38,7 @@ from actors.engine.validation import check_request
 from actors.ernie.config import ErnieConfig, Rules
 from actors.errors import InternalError, ServingError, Unavailable
 from actors.reports import KvIdentity, LoadReport
-from actors.types import AttemptMode, EngineRequest, EngineRole, MilestoneKind, SequenceKey
+from actors.types import AttemptMode, EngineRequest, EngineRole, MilestoneKind, SequenceKey, vision_end
 
 Command = Callable[[float], None]
 
@@ -92,6 +92,9 @@ class Engine:
         self._prefilling = BusyShare(clock=clock)
         # The step thread's own:
         self._reservations = Reservations(config.retry_after_s)
+        self._plan: StepPlan | None = None
+        """Of the step under way."""
+        runner.kv_written = self._hand_over
         self._thread = threading.Thread(target=self._main, name="engine-step", daemon=True)
 
     @property
@@ -150,6 +153,7 @@ class Engine:
             deadline=now + (request.deadline_s - self._wall_clock()),
             hasher=BlockHasher(self._identity, request.media, request.salt) if self.config.prefix_caching else None,
             needs_constraint=constraint is not None,
+            least_cached=self._vision_end(request, mode),
         )
         with self._wake:
             if not self._accepting:
@@ -160,6 +164,12 @@ class Engine:
             constraint.add_done_callback(
                 lambda made: self._send(lambda _: self._constraints.deliver(sequence, made)),
             )
+
+    def _vision_end(self, request: EngineRequest, mode: AttemptMode) -> int:
+        """Leading tokens of a prompt that hold all it has for the vision experts, where this engine has none."""
+        if self.config.role is not EngineRole.DECODE or mode is not AttemptMode.COLOCATED:
+            return 0
+        return vision_end(request.prompt_ids, self.model_config.im_patch_id)
 
     def cancel(self, key: SequenceKey) -> None:
         """Ends an attempt in any state and frees all of it. A key not submitted yet will be refused. Idempotent."""
@@ -326,6 +336,7 @@ class Engine:
 
     def _step(self, plan: StepPlan) -> None:
         started = time.perf_counter()
+        self._plan = plan
         with self._prefilling.doing(plan.prompt_share):
             result = self._runner.run(plan)
         seconds = time.perf_counter() - started
@@ -335,6 +346,11 @@ class Engine:
             self._sink.on_prompt_logprobs(piece)
         if outcome.tokens:
             self._sink.on_tokens(outcome.tokens)
+        self._tell()
+
+    def _hand_over(self) -> None:
+        assert self._plan is not None, "no step is under way"
+        self._scheduler.hand_over(self._plan)
         self._tell()
 
     def _end_all(self, error: ServingError) -> None:

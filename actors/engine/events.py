@@ -64,6 +64,7 @@ class ComputedChunk:
     block_table: tuple[int, ...]
     """Of the whole prompt, for ``KvCache.read_tokens``."""
     last: bool
+    """It may have no tokens then: they were handed over before the step that computed them ended."""
     first_output_id: int | None = None
     """With the last chunk: the token sampled here."""
     finished: bool = False

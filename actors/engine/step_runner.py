@@ -20,6 +20,11 @@ class StepRunner(Protocol):
         """KV blocks of each rank."""
         ...
 
+    kv_written: Callable[[], None]
+    """Set by whoever runs steps. Called in the midst of a step with prompts, once the keys and values of all its tokens
+    are in the cache; not where ranks would have to be asked for that.
+    """
+
     def watch(self, on_lost: Callable[[Exception], None]) -> None:
         """``on_lost`` is called once, on any thread, when a rank is lost: no step can be run any more."""
         ...

@@ -59,18 +59,12 @@ def check_request(
         raise InvalidRequest(f"seed = {request.seed} is not an unsigned 64-bit number", field="seed")
     if not (math.isfinite(request.arrival_s) and math.isfinite(request.deadline_s)):
         raise InvalidRequest("arrival and deadline must be finite", field="timeout")
-    _check_role(role, mode, bool((prompt >= model.im_patch_id).any()))
+    _check_role(role, mode)
 
 
-def _check_role(role: EngineRole, mode: AttemptMode, has_media_ids: bool) -> None:
-    if mode is AttemptMode.PREFILL:
-        allowed = role.prefills
-    elif mode is AttemptMode.DECODE:
-        allowed = role.decodes
-    else:
-        # A decode engine lacks the vision experts but can compute prompts that need none.
-        allowed = role is EngineRole.COLOCATED or (role is EngineRole.DECODE and not has_media_ids)
-    if not allowed:
+def _check_role(role: EngineRole, mode: AttemptMode) -> None:
+    """A decode engine lacks the vision experts: admission sees to it that it computes only what needs none."""
+    if not (role.prefills if mode is AttemptMode.PREFILL else role.decodes):
         raise Unavailable(f"this engine's role is {role.value}; it takes no {mode.value} attempt", reason="WRONG_ROLE")
 
 

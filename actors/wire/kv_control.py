@@ -6,6 +6,7 @@ sequence goes
 
     Reserve -> Reserved | Refused
     for each chunk: Offer -> Accept(generation) | Decline;  bytes;  Sent(checksums) | SendFailed -> Ack | Nack
+    for a last chunk without tokens: Sent -> Ack
     where bytes cannot go beside: Piece -> Taken -> Piece -> Taken ...
     TransferCancel at any time, either way
 

@@ -91,10 +91,10 @@ class ReceivingLane:
         say: Callable[[pb.TransferResponse], None],
         wanted: Callable[[pb.Offer], Incoming | None],
         still_wanted: Callable[[Incoming], bool],
-        place: Callable[[Incoming, pb.Offer, pb.Sent], None],
+        place: Callable[[Incoming, tuple[int, int], pb.Sent], None],
     ) -> None:
         """``rank``: this engine's. ``wanted``: the sequence of an offer, if it is still received and the offer fits.
-        ``place``: an offered chunk is verified and written.
+        ``place``: a chunk, its first token and their count, is verified and written.
         """
         self._parts = parts
         self._peer = peer
@@ -179,7 +179,7 @@ class ReceivingLane:
         if self._still_wanted(entry):
             entry.busy_s += received.seconds + scatter_s
             counters.seconds += received.seconds + scatter_s
-            self._place(entry, offer, sent)
+            self._place(entry, (offer.first_token, offer.token_count), sent)
 
     def _accept(self, entry: Incoming, offer: pb.Offer, generation: int) -> _Exchange:
         self._exchange = _Exchange(entry.key, offer.chunk, generation)

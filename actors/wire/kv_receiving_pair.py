@@ -132,6 +132,10 @@ class ReceivingPair:
                 self._reserve(request.reserve)
             case "offer":
                 self._offered(request.offer)
+            case "sent" if not request.sent.checksums:
+                entry = self._own(convert.key_from_proto(request.sent.key))
+                if entry is not None:
+                    self._place(entry, (entry.token_count, 0), request.sent)
             case "sent":
                 self._hear(request.sent)
             case "send_failed":
@@ -256,8 +260,9 @@ class ReceivingPair:
             return "its messages are not the layers of this cache"
         return None
 
-    def _place(self, entry: Incoming, offer: pb.Offer, sent: pb.Sent) -> None:
-        entry.placed[offer.chunk] = (offer.first_token, offer.token_count)
+    def _place(self, entry: Incoming, tokens: tuple[int, int], sent: pb.Sent) -> None:
+        """A chunk is verified and written, first token and count, or has none."""
+        entry.placed[sent.chunk] = tokens
         if sent.last:
             entry.last = sent
         if entry.complete and not entry.covered:
@@ -265,7 +270,7 @@ class ReceivingPair:
             self.give_up(entry, InternalError("a KV transfer failed", reason=PROTOCOL), tell_peer=PROTOCOL)
             return
         self._parts.counters.chunks += 1
-        self._outbox.put(pb.TransferResponse(ack=pb.Ack(key=offer.key, chunk=offer.chunk)))
+        self._outbox.put(pb.TransferResponse(ack=pb.Ack(key=sent.key, chunk=sent.chunk)))
         if entry.complete and entry.last is not None:
             self.give_up(entry, None, tell_peer=None)
             self._parts.on_transferred(entry.key, entry.busy_s)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
 from actors.engine.events import ComputedChunk
@@ -47,6 +47,19 @@ class Chunk:
     streamed: bool = False
     """The exchange under way, or the last one, goes over the control stream."""
     work: Work[Received] | None = None
+
+    def sent(self, checksums: Sequence[int] = ()) -> pb.Sent:
+        """What is said when its bytes, if it has any, have gone."""
+        computed = self.computed
+        return pb.Sent(
+            key=convert.key_to_proto(computed.key),
+            chunk=computed.index,
+            generation=self.generation,
+            checksums=checksums,
+            last=computed.last,
+            first_output_id=computed.first_output_id or 0,
+            finished=computed.finished,
+        )
 
     def stop(self) -> None:
         """Ends the waiting of the exchange under way."""
@@ -161,17 +174,7 @@ class SendingLane:
         if sent is None:
             return
         self._count(chunk, sent.seconds)
-        computed = chunk.computed
-        done = pb.Sent(
-            key=convert.key_to_proto(computed.key),
-            chunk=computed.index,
-            generation=chunk.generation,
-            checksums=sent.checksums,
-            last=computed.last,
-            first_output_id=computed.first_output_id or 0,
-            finished=computed.finished,
-        )
-        self._say(pb.TransferRequest(sent=done))
+        self._say(pb.TransferRequest(sent=chunk.sent(sent.checksums)))
 
     async def _send(self, chunk: Chunk) -> Received | None:
         """By the data path. None if that broke."""

@@ -100,7 +100,10 @@ class SendingPair:
         chunk = Chunk(computed, entry)
         entry.unacked[computed.index] = chunk
         entry.last_pushed = entry.last_pushed or computed.last
-        self._lane_of(chunk).push(chunk)
+        if computed.token_count:
+            self._lane_of(chunk).push(chunk)
+        else:
+            self._outbox.put(pb.TransferRequest(sent=chunk.sent()))
 
     def cancel(self, key: SequenceKey) -> None:
         """Ends a sequence at the engine's wish; nothing reads its blocks once this returns."""
@@ -227,7 +230,7 @@ class SendingPair:
         if entry is None:
             return
         chunk = entry.unacked.pop(ack.chunk, None)
-        if chunk is not None:
+        if chunk is not None and chunk.computed.token_count:
             self._lane_of(chunk).acked(chunk)
         if entry.last_pushed and not entry.unacked:
             del self._entries[entry.key]

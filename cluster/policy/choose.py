@@ -6,7 +6,7 @@ come last instead of never: the first know best what is wrong with it, the other
 
 Whether to disaggregate at all follows from the same costs. A pair sends the prompt, and hands it over; an engine that
 decodes keeps its replies waiting while it computes. So short prompts, and those that an engine has almost whole from
-the turns before, stay in one place, if the engine can compute them: one that decodes only has no vision experts.
+the turns before, stay in one place. An engine that decodes only has no vision experts: it must have the media cached.
 
 Where a place lies matters only between two of them, so the best partners are found per node and not per pair: the work
 grows with the number of places and not with its square.
@@ -109,8 +109,8 @@ def choose(demand: Demand, engines: Sequence[EngineView], encoders: Sequence[Enc
                 unable.append(_excluded(name, "no engine that decodes takes its KV"))
             else:
                 options.append(_option(first, found.at(first.node), at_encoders))
-        elif role is EngineRole.DECODE and demand.token_count - cached[view.info.incarnation] > demand.alone_tokens:
-            unable.append(_excluded(f"{name} alone", f"may compute {demand.alone_tokens} tokens of this prompt"))
+        elif role is EngineRole.DECODE and (why := _why_not_alone(demand, cached[view.info.incarnation])):
+            unable.append(_excluded(f"{name} alone", why))
         else:
             options.append(_option(first, None, at_encoders))
     best = min(options, key=lambda option: option.key, default=None)
@@ -167,6 +167,14 @@ def _crowding(view: EngineView) -> float:
 def _key(demand: Demand, view: EngineView, terms: Mapping[str, float]) -> Key:
     too_long = demand.token_count >= view.info.max_model_len
     return too_long, not has_room(view, demand.token_count), sum(terms.values()), used_share(view)
+
+
+def _why_not_alone(demand: Demand, cached: int) -> str:
+    """Why an engine that only decodes cannot compute a prompt itself; empty if it can."""
+    if cached < demand.vision_end:
+        return f"has no vision experts, and {cached} tokens of {demand.vision_end} with media"
+    lacking = demand.token_count - cached
+    return f"would compute {lacking} tokens, and may {demand.alone_tokens}" if lacking > demand.alone_tokens else ""
 
 
 def _option(first: _Half, second: _Half | None, encoders: _Encoders) -> _Option:

@@ -45,7 +45,9 @@ class Demand:
     token_count: int
     prefix_hashes: PrefixHashes = no_hashes
     alone_tokens: int = 0
-    """The most of it that an engine which only decodes may compute; 0 where it needs the vision experts."""
+    """The most of it that an engine which only decodes may compute."""
+    vision_end: int = 0
+    """Leading tokens which that engine must have, for it has no vision experts."""
     units: tuple[tuple[bytes, int], ...] = ()
     """(content key, patches) of the media that are to be encoded."""
     media_tokens: int = 0

@@ -42,6 +42,7 @@ from cluster.router.scores import TokenScorer
 from cluster.router.services import Services
 from cluster.router.stages import EncodeStage, PreprocessStage
 from cluster.router.suspects import Suspects
+from cluster.router.traces import TraceRecorder, export_to
 
 AUDIT_TIMEOUT_S = 2.0
 
@@ -55,6 +56,7 @@ class RouterParts:
         services: Services,
         metrics: MetricsPage,
         latency: LatencyWindow,
+        traces: TraceRecorder | None,
         media: MediaClient,
         registration: Registration,
     ) -> None:
@@ -62,6 +64,7 @@ class RouterParts:
         self.fleet = services.fleet
         self.metrics = metrics
         self.latency = latency
+        self._traces = traces
         self._registration = registration
         self._leases = services.leases
         self._media = media
@@ -82,6 +85,7 @@ class RouterParts:
         score = TokenScorer(cache(tokenizer.token_bytes))
         context_limit = partial(fleet.context_limit, config.max_model_len or text.max_position_embeddings)
         counts, latency = RequestMetrics(config.slo), LatencyWindow(config.slo)
+        traces = None if config.otlp_endpoint is None else TraceRecorder(export_to(config.otlp_endpoint, incarnation))
         services = Services(
             fleet=fleet,
             leases=leases,
@@ -97,7 +101,7 @@ class RouterParts:
             encoders=EncoderBook(),
             budget=budget,
             suspects=Suspects(),
-            recorder=Recorders(counts, latency),
+            recorder=Recorders(counts, latency, *([] if traces is None else [traces])),
             model_name=config.model_name,
             context_limit=context_limit,
             vocab_size=text.vocab_size,
@@ -124,7 +128,7 @@ class RouterParts:
             await planner.renew_router.remote(incarnation, latency.summary())
 
         page = _metrics_page(router, services, counts, planner)
-        return cls(router, services, page, latency, media, Registration(planner, incarnation, renew))
+        return cls(router, services, page, latency, traces, media, Registration(planner, incarnation, renew))
 
     async def audits(self) -> dict[str, Audit]:
         """What every part holds for requests, by name; a part that does not answer has that as its problem."""
@@ -142,6 +146,8 @@ class RouterParts:
         await self._leases.close()
         await self.fleet.close()
         await self._media.close()
+        if self._traces is not None:
+            await asyncio.to_thread(self._traces.close)
 
 
 def _metrics_page(router: Router, services: Services, counts: RequestMetrics, planner: Any) -> MetricsPage:

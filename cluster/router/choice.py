@@ -41,7 +41,7 @@ from cluster.router.services import Services
 from cluster.router.story import Fact, Story, What
 from cluster.router.suspects import SETTLE_S, ChoiceKey
 from cluster.router.timeline import Progress, Timeline
-from cluster.router.verdict import Verdict, judge
+from cluster.router.verdict import NOT_CACHED, Verdict, judge
 
 log = logging.getLogger(__name__)
 
@@ -65,8 +65,8 @@ class RequestState:
     story: Story
     request: EngineRequest
     """Of a choice that begins; without prompt log-probabilities, which are only asked for once."""
-    alone_tokens: int
-    """The most of the prompt that an engine which only decodes may compute."""
+    vision_end: int
+    """Leading tokens that only engines which prefill can compute."""
     prompt_scores: PromptScores | None
     """Given when the caller asked for them."""
     first_token_s: float | None = None
@@ -95,6 +95,8 @@ class ChoiceRun:
         self._first = 0
         self._transferred = False
         self._attempt = 0
+        self._refused_alone = False
+        """An engine that decodes had less cached than was thought."""
         self.attempts = 0
         """Submitted to engines."""
         self.finish_reason: FinishReason | None = None
@@ -140,6 +142,7 @@ class ChoiceRun:
                     )
                     if verdict is Verdict.TOLD:
                         raise
+                    self._refused_alone |= error.reason == NOT_CACHED
                     log.info("%s: %s after %d tokens", key, error.reason, len(self.output.token_ids))
                     services.recorder.retried(Stage.PREFILL, error.reason)
                     self._check_poison(error)
@@ -280,7 +283,8 @@ class ChoiceRun:
         demand = Demand(
             token_count=self._token_count,
             prefix_hashes=request_hashes(request),
-            alone_tokens=self._state.alone_tokens,
+            alone_tokens=0 if self._refused_alone else self._state.services.alone_tokens,
+            vision_end=self._state.vision_end,
             media_tokens=sum(span.grid.tokens for span in request.media),
             encoder_address=request.media[0].encoder_address if request.media else None,
         )

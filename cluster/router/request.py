@@ -16,7 +16,7 @@ import logging
 from dataclasses import dataclass, replace
 
 from actors.errors import DeadlineExceeded, InternalError, RequestCancelled, ServingError
-from actors.types import EngineRequest, Stage
+from actors.types import EngineRequest, Stage, vision_end
 from cluster.generation import Event, Finished, GenerateCall, Started, Usage
 from cluster.router.choice import ChoiceRun, RequestState
 from cluster.router.prompt import Prompt, PromptKeeper
@@ -88,7 +88,7 @@ class RequestRun:
         """A task that is cancelled before its first step runs nothing of ``_run``."""
         if task.cancelled():
             if self.timeline.stage is not Stage.FINISHED:
-                self.story.note(What.CANCELLED, by=self._canceller)
+                self.story.note(What.CANCELLED, by=self._canceller, stage=str(self.timeline.stage))
                 self.timeline.finish()
             self.events.put_nowait(RequestCancelled("the request was cancelled"))
 
@@ -131,7 +131,7 @@ class RequestRun:
                 error.field = "tools"
             self._fail(error)
         except asyncio.CancelledError:
-            self.story.note(What.CANCELLED, by=self._canceller)
+            self.story.note(What.CANCELLED, by=self._canceller, stage=str(self.timeline.stage))
             if not self._cancelled_by_name:
                 raise
             if self._state is None:
@@ -192,7 +192,7 @@ class RequestRun:
             progress=self._progress,
             keeper=self._keeper,
             story=self.story,
-            alone_tokens=self._services.alone_tokens if max(prompt_ids) < self._services.im_patch_id else 0,
+            vision_end=vision_end(prompt_ids, self._services.im_patch_id),
             request=EngineRequest(
                 prompt_ids=prompt_ids,
                 media=prompt.spans,

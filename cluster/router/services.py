@@ -36,7 +36,7 @@ class Services:
     im_patch_id: int
     """Ids from here up may need the vision experts."""
     alone_tokens: int
-    """The most that an engine which only decodes computes of a prompt without such ids."""
+    """The most that an engine which only decodes computes of a prompt."""
     vocabulary: Vocabulary
     resolve_sampling: Callable[[GenerateCall, PreprocessReply], SamplingParams]
     """What a call leaves open, for the prompt it gave."""

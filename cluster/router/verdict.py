@@ -20,7 +20,9 @@ _REFUSED = frozenset(
     }
 )
 """An engine would not: what the router knew of it was old, or the two engines of a route heard of it apart."""
-_MOVED = frozenset({"MOVED", "STOPPED"})
+NOT_CACHED = "NOT_CACHED"
+"""An engine without vision experts lost media from its cache that it was thought to have."""
+_MOVED = frozenset({"MOVED", "STOPPED", NOT_CACHED})
 _LOST = frozenset({"ENGINE_LOST", "PEER_CANCELLED", "STAGE_LOST", "TRANSFER_FAILED"})
 
 
@@ -32,7 +34,7 @@ class Verdict(enum.Enum):
     ROOM = enum.auto()
     """Again when an engine tells that it has room, with the request's arrival."""
     MOVED = enum.auto()
-    """Again at once: its engine leaves."""
+    """Again at once, elsewhere: its engine leaves, or cannot compute it."""
     LOST = enum.auto()
     """Again: a part died, fell silent or failed."""
 

@@ -56,7 +56,9 @@ def read_pieces(paths: Iterable[Path]) -> list[Outcome]:
 
 
 def table(outcomes: Sequence[Outcome]) -> list[str]:
-    """Faults that landed, by victim and stage: kills + freezes, + changes of roles where there were some."""
+    """Faults that landed, by victim and stage: kills + freezes; below, changes of roles, and how long requests wait on
+    this machine when nothing happens to them.
+    """
     counts = Counter((o.victim, o.stage, o.fault) for o in outcomes if o.landed)
     lines = ["landed (kill+freeze)  " + "".join(f"{stage:>12}" for stage in STAGES)]
     for victim in Victim:
@@ -66,6 +68,8 @@ def table(outcomes: Sequence[Outcome]) -> list[str]:
         for victim in (Victim.PREFILL, Victim.DECODE):
             cells = [f"{counts[victim, stage, Fault.SWITCH]}" for stage in STAGES]
             lines.append(f"{f'{victim} changes role':<22}" + "".join(f"{cell:>12}" for cell in cells))
+    if bystanders := [outcome for outcome in outcomes if outcome.victim is Victim.PLANNER]:
+        lines.append(f"pause p99 beside faults of the planner, which stop no request: {_pauses(bystanders)}")
     if died := sum(outcome.died for outcome in outcomes):
         lines.append(f"{died} engines died of a change of roles")
     return lines
@@ -76,12 +80,17 @@ def summary(outcomes: Sequence[Outcome]) -> str:
     failed, duplicated, missing = (
         sum(getattr(o, name) for o in outcomes) for name in ("failed", "duplicated", "missing")
     )
-    pauses = {fault: [o.pause_s for o in outcomes if o.fault is fault] for fault in Fault}
-    p99 = {fault: f"{_quantile(found, 0.99):.1f} s" if found else "-" for fault, found in pauses.items()}
     return (
         f"chaos: {len(outcomes)} trials, {failed} failed, {duplicated} duplicated, {missing} missing, "
-        f"pause p99 kill {p99[Fault.KILL]} freeze {p99[Fault.FREEZE]}"
+        f"pause p99 {_pauses(outcomes)}"
     )
+
+
+def _pauses(outcomes: Sequence[Outcome]) -> str:
+    """The 99th percentiles."""
+    pauses = {fault: [o.pause_s for o in outcomes if o.fault is fault] for fault in Fault}
+    p99 = {fault: f"{_quantile(found, 0.99):.1f} s" if found else "-" for fault, found in pauses.items()}
+    return f"kill {p99[Fault.KILL]} freeze {p99[Fault.FREEZE]}"
 
 
 def _quantile(values: Sequence[float], share: float) -> float:

@@ -31,18 +31,21 @@ CLUSTER: dict[str, Any] = {
     "max_model_len": 4096,
     "drain_timeout_s": 2.0,
     "role_drain_s": 0.2,
+    "router": {"alone_tokens": 0},
     "engines": [ENGINE | {"name": "single"}, ENGINE | {"name": "group", "expert_parallel": 2}],
     "vision_encoder": {"replicas": 2, "embedding_bytes": 64 << 20, "cache_bytes": 32 << 20},
     "preprocessor": {"replicas": 2, "patch_bytes": 128 << 20},
 }
 """Fields over those of tests/cluster: two engines of each role, one a group of two ranks. Prompts are computed in small
-pieces, so that a fault meets them there; an engine that changes its role moves what it has."""
+pieces, and sent however much of them is cached, so that a fault meets them there; an engine that changes its role moves
+what it has."""
 
 HOLDS = {Stage.PREPROCESS: Victim.PREPROCESSOR, Stage.ENCODE: Victim.ENCODER, Stage.TRANSFER: Victim.DECODE}
 """Who stands still so that requests stay in a stage until the fault has fallen."""
 
 REPLY_LIMIT_S = 120.0
 STAGE_LIMIT_S = 30.0
+LOOK_S = 0.01
 CLEAN_EVERY = 10
 """After so many trials all parts are let come back, and must hold nothing then."""
 CLEAN_LIMIT_S = 20.0
@@ -218,6 +221,7 @@ async def _until(
         where = await _where(processes, trial)
         if where is not None and there(where):
             return where
+        await asyncio.sleep(LOOK_S)
     return None
 
 

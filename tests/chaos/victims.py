@@ -71,11 +71,14 @@ class Processes:
         return None if whole and all(counts[victim] >= count for victim, count in wanted.items()) else counts
 
     def _find(self, status: dict[str, Any]) -> dict[Victim, dict[str, int]]:
-        processes = {pid: command for pid, command in self._cluster.processes().items() if pid not in self._lost}
+        processes = self._cluster.processes()
+        self._lost.intersection_update(processes)  # or the next process of that number would count as lost
+        processes = {pid: command for pid, command in processes.items() if pid not in self._lost}
+        replicas = {pid: command for pid, command in processes.items() if "ServeReplica:" in command}
         listening = {}
-        for pid, command in processes.items():
+        for pid in replicas:
             with contextlib.suppress(psutil.Error):
-                for connection in psutil.Process(pid).net_connections(kind="tcp") if "ray::" in command else ():
+                for connection in psutil.Process(pid).net_connections(kind="tcp"):
                     if connection.status == psutil.CONN_LISTEN:
                         listening[connection.laddr.port] = pid
         found: dict[Victim, dict[str, int]] = {victim: {} for victim in Victim}
@@ -86,8 +89,7 @@ class Processes:
                 group = self._engines[address]["group"] if address in self._engines else None
                 if group is not None and group["processes"][1] in processes:
                     found[Victim.RANK][address] = group["processes"][1]
-        planners = [pid for pid, command in processes.items() if "planner" in command and "ray::" in command]
-        found[Victim.PLANNER] = {str(pid): pid for pid in planners}
+        found[Victim.PLANNER] = {str(pid): pid for pid, command in replicas.items() if ":planner" in command}
         return found
 
     def pick(self, trial: Trial, where: dict[str, Any] | None) -> str:
@@ -136,7 +138,10 @@ class Processes:
         return False
 
     def lives(self, pid: int) -> bool:
-        return pid in self._cluster.processes()
+        """Whether the process has not ended."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+        return False
 
     def send(self, pid: int, number: signal.Signals) -> None:
         with contextlib.suppress(psutil.NoSuchProcess):

@@ -76,11 +76,16 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Answers]:
 
 
 def scrapes(cluster: LaunchedCluster) -> list[dict[str, Any]]:
-    """As in deploy/dashboards/prometheus.yml: the cluster's page, and where Ray says that its nodes export."""
-    nodes = next(cluster.session.rglob("prom_metrics_service_discovery.json"))
+    """As in deploy/dashboards/prometheus.yml: the cluster's page, and what Ray's nodes export. ``ernie serve`` runs Ray
+    without its dashboard, which would write where that is into a file.
+    """
+    import ray
+
+    with cluster.connected():
+        nodes = [f"{node['NodeManagerAddress']}:{node['MetricsExportPort']}" for node in ray.nodes()]
     return [
         {"job_name": JOB, "static_configs": [{"targets": [cluster.http_url.removeprefix("http://")]}]},
-        {"job_name": "ray", "file_sd_configs": [{"files": [str(nodes)]}]},
+        {"job_name": "ray", "static_configs": [{"targets": nodes}]},
     ]
 
 

@@ -61,6 +61,7 @@ async def preprocessor(**changes: Any) -> AsyncIterator[Preprocessor]:
         yield made
         counts = books(made)
         assert counts["reserved_bytes"] == counts["waiting"] == 0
+        assert made.queue_age_s == 0
     finally:
         await made.close()
 
@@ -168,6 +169,7 @@ async def test_what_does_not_fit_waits_before_it_is_decoded(monkeypatch: pytest.
         assert gate.count == 1
         waiting = asyncio.create_task(p.preprocess(request("two", picture(2))))
         await wait_until(lambda: p._store.stats().waiting == 1)
+        assert p.queue_age_s > 0
         await p.preprocess(request("text"))
         assert gate.count == 2 and not waiting.done()
         p._store.release(["one"])
@@ -262,6 +264,7 @@ async def test_no_more_than_the_configured_number_is_processed_at_once(monkeypat
     async with preprocessor(workers=2) as p:
         calls = [asyncio.create_task(p.preprocess(request(f"lease {i}", picture(i)))) for i in range(4)]
         await wait_until(lambda: gate.count == 2 and p._pool._work_queue.qsize() == 2)
+        assert p.queue_age_s > 0 and p.busy > 0
         gate.go.set()
         await asyncio.gather(*calls)
         assert gate.count == 4

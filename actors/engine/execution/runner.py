@@ -7,6 +7,7 @@ runs the model all the same, with T = 0, when other ranks have tokens: they meet
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -75,6 +76,8 @@ class Runner:
         self.sampler = Sampler(
             config.im_patch_id, vocab_size=config.text.vocab_size, eos_token_ids=config.eos_token_ids
         )
+        self.kv_written: Callable[[], None] = _nothing
+        """See ``StepRunner``, of the tokens of this rank."""
         self._residents = Residents(config, rules)
         self._embeddings = EmbeddingStore()
 
@@ -148,6 +151,8 @@ class Runner:
             if known.new.spans:
                 self._embeddings.place(x_TD, known, chunk)
         positions_3T, attention = self._to_device(batch.positions_3T), self._attention(batch.layout)
+        if not shape.decodes:
+            attention = _Watched(attention, len(self.model.layers) - 1, self.kv_written)
         return self.model.forward(x_TD, positions_3T, self._vision(batch, shape), attention)
 
     def _vision(self, batch: StepBatch, shape: StepShape) -> Tensor | None:
@@ -207,3 +212,21 @@ class Runner:
 
     def _to_device(self, array: npt.NDArray[np.generic]) -> Tensor:
         return torch.from_numpy(array).to(self.model.device)
+
+
+class _Watched:
+    """Attention that tells when keys and values of the last layer, and so those of all, are kept."""
+
+    def __init__(self, inner: Attention, last_layer: int, kv_written: Callable[[], None]) -> None:
+        self._inner = inner
+        self._last_layer = last_layer
+        self._kv_written = kv_written
+
+    def attend(self, layer: int, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor) -> Tensor:
+        out_THd = self._inner.attend(layer, q_THd, k_TKd, v_TKd)
+        if layer == self._last_layer:
+            self._kv_written()
+        return out_THd
+
+
+def _nothing() -> None: ...

@@ -71,11 +71,23 @@ class GroupRunner:
         self.counters = GroupCounters(
             rank_s=[0.0] * len(counts), balance=None if balancer is None else balancer.counters
         )
+        self._kv_written: Callable[[], None] = lambda: None
         self._numbers = 0
         self._homes: dict[int, _Home] = {}
         self._early: dict[int, TokenConstraint] = {}
         """Of sequences not introduced yet: where they will live is not known."""
         self._remote = RemoteConstraints(mask_words(runner.config.text.vocab_size))
+
+    @property
+    def kv_written(self) -> Callable[[], None]:
+        """Only called with one rank: the leader does not know how far the others are in a step."""
+        return self._kv_written
+
+    @kv_written.setter
+    def kv_written(self, told: Callable[[], None]) -> None:
+        self._kv_written = told
+        if self._followers is None:
+            self._runner.kv_written = told
 
     def report(self) -> GroupReport | None:
         """None with one rank. Any thread."""

@@ -18,12 +18,12 @@ class StepOutcome:
     prompt_logprobs: list[PromptLogprobs]
 
 
-def next_chunk(sequence: Sequence, token: int | None = None) -> ComputedChunk | None:
-    """What the decode engine lacks of the computed tokens, those found in the cache here as well; with ``token`` the
-    last chunk. None if there is nothing to hand over.
+def next_chunk(sequence: Sequence, end: int, token: int | None = None) -> ComputedChunk | None:
+    """What the decode engine lacks of the first ``end`` tokens, those found in the cache here as well; with ``token``
+    the last chunk, which has no tokens where they were handed over before. None if there is nothing to hand over.
     """
     first = sequence.sent_tokens
-    count = max(0, sequence.computed - first)
+    count = max(0, end - first)
     if count == 0 and token is None:
         return None
     assert sequence.rank is not None, "what is computed lies on a rank"

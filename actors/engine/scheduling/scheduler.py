@@ -198,7 +198,11 @@ class Scheduler:
         for rank, draft in zip(self.ranks, drafts, strict=True):
             self._plan_replies(rank, draft)
         while (admitted := self._admission.next()) is not None:
-            self._tell_place(admitted)
+            if admitted.cached_tokens < admitted.least_cached:
+                message = f"{admitted.least_cached} tokens with media are not in the cache of an engine that decodes"
+                self._abort(admitted, Unavailable(message, reason="NOT_CACHED"))
+            else:
+                self._tell_place(admitted)
         chunks: list[Slice] = []
         for rank, draft in zip(self.ranks, drafts, strict=True):
             chunks += self._plan_prompts(rank, draft)
@@ -218,9 +222,18 @@ class Scheduler:
             parts.append(RankPlan(shape=shape, ended=ended, new=tuple(draft.new), slices=tuple(draft.slices)))
         return StepPlan(shape=shape, parts=tuple(parts))
 
+    def hand_over(self, plan: StepPlan) -> None:
+        """In the midst of a step: keys and values of its tokens are in the blocks, whatever else it has to compute.
+        Transfers need not wait for that.
+        """
+        for part in plan.slices:
+            sequence = self.roster.by_id[part.id]
+            if sequence.mode is AttemptMode.PREFILL:
+                self._chunk(sequence, part.first + part.count)
+
     def apply(self, plan: StepPlan, result: StepResult, step_s: float) -> StepOutcome:
         """Takes the result of ``plan``: a token for each slice that samples. No command but
-        ``constraint_ready`` may come between the two.
+        ``constraint_ready`` and ``hand_over`` may come between the two.
 
         Raises ValueError if ``result`` does not match the plan.
         """
@@ -245,7 +258,7 @@ class Scheduler:
                 logprobs = result.logprobs.get(part.id)
                 outcome.tokens.append(self._accept(sequence, result.tokens[part.id], logprobs))
             elif sequence.mode is AttemptMode.PREFILL:
-                self._chunk(sequence)
+                self._chunk(sequence, sequence.computed)
         return outcome
 
     def next_wakeup(self) -> float | None:
@@ -340,7 +353,7 @@ class Scheduler:
         sequence.finished = finish is not None
         if sequence.mode is AttemptMode.PREFILL:
             self.roster.move(sequence, State.HANDED_OVER)
-            self._chunk(sequence, token)
+            self._chunk(sequence, sequence.computed, token)
         elif finish is None:
             sequence.tokens.append(token)
         else:
@@ -349,8 +362,8 @@ class Scheduler:
             key=sequence.key, index=index, token_id=token, finish=finish, busy_s=busy_s, logprobs=logprobs
         )
 
-    def _chunk(self, sequence: Sequence, token: int | None = None) -> None:
-        chunk = next_chunk(sequence, token)
+    def _chunk(self, sequence: Sequence, end: int, token: int | None = None) -> None:
+        chunk = next_chunk(sequence, end, token)
         if chunk is not None:
             self._events.append(chunk)
 

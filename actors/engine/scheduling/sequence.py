@@ -69,6 +69,8 @@ class Sequence:
     """Names its blocks; reads ``tokens`` as far as needed. None: nothing of it is shared or found."""
     needs_constraint: bool = False
     """Its tokens are bound by a constraint, which the runner must have before the first draw."""
+    least_cached: int = 0
+    """Leading tokens that cannot be computed here: they must be in the cache when it is admitted."""
     id: int = -1
     """Its number for the runner, given by the roster: a new one after each preemption."""
     order: tuple[float, int] = (0.0, 0)

@@ -59,7 +59,7 @@ def no_epoch_in_links(module: ModuleType) -> None:
 
 
 def no_epoch_in_engines(module: ModuleType) -> None:
-    module._check_role = lambda role, mode, has_media_ids: None  # type: ignore[attr-defined]
+    module._check_role = lambda role, mode: None  # type: ignore[attr-defined]
 
 
 MUTATIONS: dict[str, dict[str, Callable[[ModuleType], None]]] = {

@@ -68,6 +68,7 @@ def decided(seen: Seen, *, target: int, seconds: int, bounds: Autoscaling = BOUN
         (pool(1), 1, []),
         (pool(2, load=1.2), 3, ["60: 3 -> 2"]),
         (pool(2, load=1.3), 3, []),
+        (pool(0), 3, []),
     ],
 )
 def test_a_pool_grows_when_it_is_short_and_shrinks_when_the_rest_has_room(

@@ -216,6 +216,7 @@ async def test_a_preprocessor_that_serve_started_stays(monkeypatch: pytest.Monke
     scaling = PreprocessorAutoscaling(min_replicas=0, max_replicas=2, downscale_delay_s=0)
     config = CONFIG.model_copy(update={"preprocessor": PreprocessorPool(autoscaling=scaling)})
     async with planner(monkeypatch, 1, config) as made:
+        await made.renew_preprocessor("p", "a:1")
         made._decide_once(0.0)
         assert (await made.snapshot(-1, 0, 0.1)).may_be_empty("preprocessor")
         assert (await made.scale_of("preprocessor", {"planner_term": 1, "planner_decision": 0, "planner_target": 1}))[
@@ -223,4 +224,4 @@ async def test_a_preprocessor_that_serve_started_stays(monkeypatch: pytest.Monke
         ] == 0
         assert (await made.scale_of("preprocessor", {}))["planner_target"] == 1
         changes = [one.change for one in (await made.snapshot(-1, 0, 0.1)).decisions]
-    assert changes == ["1 -> 0", "0 -> 1"]
+    assert changes == ["joined", "1 -> 0", "0 -> 1"]

@@ -81,7 +81,7 @@ def taken(engines: list[EngineView], demand: Demand) -> str:
         # Nor is a long one that was cached before where it is decoded.
         (1600, 512, [view("p", P), view("d", D, cached=98)], "d alone"),
         (1600, 512, [view("p", P, cached=98), view("d", D)], "p -> d"),
-        # Pictures need the vision experts, and the setting may forbid it.
+        # The setting may forbid it.
         (100, 0, [view("p", P), view("d", D)], "p -> d"),
         # Where prefill engines have much to do, up to the bound.
         (500, 512, [view("p", P, queued=3000), view("d", D)], "d alone"),
@@ -114,6 +114,17 @@ def test_whether_to_disaggregate(tokens: int, alone_tokens: int, engines: list[E
 def test_pairs_are_near_each_other(engines: list[EngineView], expected: str) -> None:
     for order in (engines, engines[::-1]):
         assert taken(order, Demand(token_count=1600, prefix_hashes=hashes)) == expected
+
+
+@pytest.mark.parametrize(("cached", "expected"), [(60, "p -> d"), (61, "d alone"), (98, "d alone")])
+def test_a_decode_engine_goes_on_behind_pictures_it_has(cached: int, expected: str) -> None:
+    """They end in block 61."""
+    engines = [view("p", P, cached=cached), view("d", D, cached=cached)]
+    demand = Demand(token_count=1100, prefix_hashes=hashes, alone_tokens=512, vision_end=961)
+    found = choose(demand, engines)
+    assert found.routes[0].name == expected
+    if expected == "p -> d":
+        assert found.routes[-1].excluded == "has no vision experts, and 960 tokens of 961 with media"
 
 
 MEDIA = Demand(token_count=1100, prefix_hashes=hashes, units=((PICTURE, 4000),), media_tokens=1000)
@@ -175,8 +186,8 @@ def test_why_the_others_were_not_taken() -> None:
     excluded = {one["name"]: one["excluded"] for one in told if "excluded" in one}
     assert excluded == {
         "p4": "no engine that decodes takes its KV",
-        "d1 alone": "may compute 0 tokens of this prompt",
-        "d2 alone": "may compute 0 tokens of this prompt",
+        "d1 alone": "would compute 1600 tokens, and may 0",
+        "d2 alone": "would compute 1600 tokens, and may 0",
     }
 
 

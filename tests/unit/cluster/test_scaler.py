@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
 
 from actors.types import EngineRole
 from cluster.config import ClusterConfig, parse
-from cluster.registry import PoolScale, Snapshot
+from cluster.registry import PoolScale, PreprocessorEntry, Snapshot
 from cluster.scaler import Scaler
 from cluster.scaling_policy import DECISION, TARGET, TERM, Echo, follow_planner
 
@@ -23,6 +23,8 @@ CONFIG = parse(
     "test",
 )
 EMPTY = Snapshot(term=1, version=1)
+IDLE = PreprocessorEntry(incarnation="p", address="a")
+WANTED = {"engine": {EngineRole.PREFILL: 1, EngineRole.DECODE: 2}}
 
 
 def scaler(term: int = 1, config: ClusterConfig = CONFIG, begins: bool = True) -> Scaler:
@@ -57,7 +59,8 @@ def test_a_planner_that_follows_another_goes_on_from_what_replicas_heard() -> No
 
 def test_what_was_decided_has_a_number_of_its_own() -> None:
     made = scaler()
-    (change,) = made.decide(EMPTY, {"engine": {EngineRole.PREFILL: 1, EngineRole.DECODE: 2}}, 0.0)
+    assert made.decide(EMPTY, WANTED, 0.0) == [], "it has yet to start"
+    (change,) = made.decide(replace(EMPTY, preprocessors=(IDLE,)), WANTED, 0.0)
     assert (change.pool, change.former, change.target) == ("preprocessor", 1, 0)
     assert made.answer("preprocessor", echo(1, 0, 1)) == (echo(1, 1, 0), None)
     answer, woken = made.answer("preprocessor", {})

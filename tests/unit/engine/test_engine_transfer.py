@@ -356,6 +356,28 @@ def test_cancelled_at_any_time_on_either_side_first(side: str, after: int) -> No
         pair.wait_released(name)
 
 
+def test_the_last_tokens_are_handed_over_before_their_step_ends() -> None:
+    """While the last layer's experts and the sampler still work; what was drawn follows by itself."""
+    with Pair() as pair:
+        name = pair.submit(0, request([5, 6, 7] * 8, max_tokens=2))
+        told: list[tuple[int, int | None] | str] = []
+        on_chunk, sample = pair.sender.on_chunk, pair.prefill.runner.sampler.sample
+
+        def chunk_told(chunk: ComputedChunk) -> None:
+            told.append((chunk.token_count, chunk.first_output_id))
+            on_chunk(chunk)
+
+        def sampled(*arguments: Any) -> Any:
+            told.append("sampled")
+            return sample(*arguments)
+
+        pair.sender.on_chunk = chunk_told  # type: ignore[method-assign]
+        pair.prefill.runner.sampler.sample = sampled
+        pair.wait_released(name)
+        (last,) = pair.sender.tokens[name]
+        assert told[-3:] == [(6, None), "sampled", (0, last.token_id)]
+
+
 def test_transfer_of_blocks_is_exact() -> None:
     with Pair() as pair:
         name = pair.submit(0, request([5, 6, 7] * 8, max_tokens=2))
@@ -366,6 +388,7 @@ def test_transfer_of_blocks_is_exact() -> None:
             (0, 0, 9),
             (1, 9, 9),
             (2, 18, 6),
+            (3, 24, 0),
         ]
         assert isinstance(pair.decode.sink, DecodeSide)
         table = pair.decode.sink.tables[name]

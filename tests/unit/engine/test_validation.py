@@ -153,25 +153,20 @@ def test_context_counts_earlier_outputs_and_one_more() -> None:
     check(request([1] * 90, outputs=[1] * 9, max_tokens=50))
 
 
-@pytest.mark.parametrize("media_ids", [False, True])
 @pytest.mark.parametrize("mode", list(AttemptMode))
 @pytest.mark.parametrize("role", list(EngineRole))
-def test_roles(role: EngineRole, mode: AttemptMode, media_ids: bool) -> None:
-    wanted = request(PROMPT, media=[IMAGE_SPAN]) if media_ids else request([5, 6])
+def test_roles(role: EngineRole, mode: AttemptMode) -> None:
+    """Whether a decode engine has cached what it cannot compute shows when it begins."""
+    wanted = request(PROMPT, media=[IMAGE_SPAN])
     allowed = {
         (EngineRole.PREFILL, AttemptMode.PREFILL),
         (EngineRole.DECODE, AttemptMode.DECODE),
+        (EngineRole.DECODE, AttemptMode.COLOCATED),
         *((EngineRole.COLOCATED, any_mode) for any_mode in AttemptMode),
     }
-    if not media_ids:
-        allowed.add((EngineRole.DECODE, AttemptMode.COLOCATED))
     if (role, mode) in allowed:
         check(wanted, mode=mode, role=role)
     else:
         error = refusal(wanted, mode=mode, role=role)
         assert isinstance(error, Unavailable)
         assert error.reason == "WRONG_ROLE"
-
-
-def test_special_ids_without_media_need_the_vision_experts_too() -> None:
-    assert refusal(request([5, 120]), role=EngineRole.DECODE).reason == "WRONG_ROLE"

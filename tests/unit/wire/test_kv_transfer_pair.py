@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +12,16 @@ import torch
 from actors.engine.events import ComputedChunk
 from actors.parallel.kv_transfer import KvTransferConfig
 from actors.reports import KvIdentity
-from tests.unit.wire.kv_engines import IDENTITY, decode_side, geometry_of, key_of, prefill_side, same_bytes
+from tests.unit.wire.kv_engines import (
+    IDENTITY,
+    Gate,
+    HeldRecv,
+    decode_side,
+    geometry_of,
+    key_of,
+    prefill_side,
+    same_bytes,
+)
 from tests.unit.wire.media_places import wait_until
 
 
@@ -177,3 +188,42 @@ async def test_threads_end_with_their_sides() -> None:
         await prefill.engine.hears("transferred", key_of(1))
     await wait_until(lambda: not [thread for thread in threading.enumerate() if thread.name.startswith("kv-")])
     assert threading.active_count() <= before + 1
+
+
+@pytest.mark.parametrize("finished", [False, True])
+async def test_token_zero_may_follow_the_last_tokens(finished: bool) -> None:
+    """It is said at once, whatever is still on its way; both ends are done when all of it is there."""
+    gate = Gate()
+    async with decode_side(wrap=lambda transport, _: HeldRecv(transport, gate)) as decode, prefill_side() as prefill:
+        key = key_of(1)
+        prefill.reserve(key, decode, 8)
+        await prefill.engine.hears("reserved", key)
+        tokens = ComputedChunk(
+            key=key, rank=0, index=0, first_token=0, token_count=8, block_table=(1, 2), last=False, first_output_id=None
+        )
+        prefill.sender.push(tokens)
+        await gate.reached()
+        end = replace(tokens, index=1, first_token=8, token_count=0, last=True, first_output_id=7, finished=finished)
+        prefill.sender.push(end)
+        await asyncio.sleep(0.05)
+        assert not decode.engine.told("kv_arrived", key) and not prefill.engine.told("transferred", key)
+        gate.open()
+        assert await decode.engine.hears("kv_arrived", key) == ("kv_arrived", key, 7, finished)
+        await prefill.engine.hears("transferred", key)
+        assert same_bytes(decode.cache.of(decode.engine.tables[key], 8), prefill.cache.of([1, 2], 8))
+        size = prefill.geometry.chunk_bytes(8)
+        assert prefill.sender.counters.sent_bytes == decode.receiver.counters.received_bytes == size
+
+
+async def test_an_end_without_all_tokens_is_noticed() -> None:
+    async with decode_side() as decode, prefill_side() as prefill:
+        key = key_of(1)
+        prefill.reserve(key, decode, 8)
+        await prefill.engine.hears("reserved", key)
+        prefill.sender.push(
+            ComputedChunk(
+                key=key, rank=0, index=0, first_token=8, token_count=0, block_table=(1, 2), last=True, first_output_id=7
+            )
+        )
+        assert await decode.engine.hears("fail", key) == ("fail", key, "PROTOCOL")
+        await prefill.engine.hears("transferred", key)

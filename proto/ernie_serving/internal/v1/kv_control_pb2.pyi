@@ -554,7 +554,9 @@ Global___SendFailed: _TypeAlias = SendFailed  # noqa: Y015
 
 @_typing.final
 class Sent(_message.Message):
-    """All messages of a chunk were sent."""
+    """All messages of a chunk were sent. One without tokens has none, and no Offer: it is the last, and tells token 0 when
+    all tokens went before.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -383,6 +383,7 @@ async def world(
     preprocessors: bool = True,
     default_timeout_s: float = 60,
     lost_after_s: float = 3.0,
+    alone_tokens: int = 0,
 ) -> AsyncIterator[World]:
     stages = Stages()
     engines = [ScriptedEngine(f"e{i}", role) for i, role in enumerate(roles)]
@@ -419,7 +420,7 @@ async def world(
         context_limit=lambda: fleet.context_limit(64),
         vocab_size=100,
         im_patch_id=90,
-        alone_tokens=0,
+        alone_tokens=alone_tokens,
         vocabulary=ByteVocabulary(),
         resolve_sampling=lambda call, reply: resolve_sampling(
             call,

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import multiprocessing
+import pickle
 import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Client, Connection
+from queue import SimpleQueue
 from typing import Any
 
 import pytest
 import torch
 
-from actors.engine.group.channel import GroupConfig
+from actors.engine.group.channel import GroupConfig, RankChannel
 from actors.engine.group.followers import RankLost
 from actors.engine.group.meeting import Meeting, join
 from actors.engine.group.rank_process import LEADER_LOST
@@ -95,6 +97,35 @@ def test_idle_ranks_and_their_leader_hear_of_each_other() -> None:
         assert rig.submit("again", request([5] * 5))
         rig.sink.wait(lambda: len(rig.sink.released) == 2)
         assert rig.sink.ids(rig.sink.released[1]) == before[0]
+
+
+class Stalled(Connection):  # type: ignore[type-arg]
+    """Its first look takes longer than anybody may be silent, and sees nothing: as where all processes stood still."""
+
+    looked = False
+
+    def poll(self, timeout: float | None = 0.0) -> bool:
+        if not self.looked:
+            self.looked = True
+            time.sleep(0.4)
+            return False
+        return super().poll(timeout)
+
+
+def test_who_stood_still_takes_nobody_for_silent() -> None:
+    config = GroupConfig(tick_s=0.1, serving_silence_s=0.2)
+    told: SimpleQueue[str] = SimpleQueue()
+    with socket.create_server((HOST, 0)) as server:
+        there: Connection[Any, Any] = Connection(socket.create_connection(server.getsockname()).detach())
+        here, _ = server.accept()
+    there.send_bytes(pickle.dumps("hello"))
+    channel = RankChannel(Stalled(here.detach()), config, name="rank", on_message=told.put, on_broken=told.put)
+    channel.be_patient(False)
+    channel.start()
+    assert told.get(timeout=60) == "hello"
+    assert told.get(timeout=60) == "it said nothing for 0.2 s"
+    channel.close()
+    there.close()
 
 
 def lead(told: Connection[Any, Any]) -> None:

@@ -120,9 +120,10 @@ class Story:
         assert not self.over or chunk.finished, "a chunk after the end"
         assert self.started and not self.transfer_over
         assert chunk.index == len(self.chunks) and not (self.chunks and self.chunks[-1].last)
-        assert chunk.first_token == self.sent_to and chunk.token_count >= 1, "tokens skipped or sent twice"
+        assert chunk.first_token == self.sent_to, "tokens skipped or sent twice"
+        assert chunk.token_count or chunk.last, "an empty chunk"
         assert chunk.last == (chunk.first_output_id is not None)
         self.sent_to += chunk.token_count
         total = len(self.request.prompt_ids) + len(self.request.output_ids)
-        assert chunk.last == (self.sent_to == total)
+        assert self.sent_to == total or not chunk.last
         self.chunks.append(chunk)

@@ -345,3 +345,26 @@ def test_cancel_gives_shared_blocks_back(mode: AttemptMode) -> None:
     bench.scheduler.cancel(key("a"))
     bench.collect()
     assert (bench.pool.used, bench.pool.cached) == (0, 3)
+
+
+@pytest.mark.parametrize(("least_cached", "ended"), [(8, False), (9, True)])
+def test_what_cannot_be_computed_here_must_be_cached(least_cached: int, ended: bool) -> None:
+    bench = cold_bench()
+    warm(bench, TEXT[:9])
+    sequence = bench.submit("a", 0, prompt=TEXT[:12])
+    sequence.least_cached = least_cached
+    bench.plan()
+    found = [(event.key, event.error.reason) for event in bench.of(ev.Ended)]
+    assert found == ([(key("a"), "NOT_CACHED")] if ended else [])
+    assert bool(sequence.blocks) is not ended and bench.pool.used == (0 if ended else 4)
+
+
+def test_one_that_was_preempted_must_find_it_again() -> None:
+    bench = cold_bench(blocks=9)
+    warm(bench, TEXT[:9])
+    bench.submit("a", 0, prompt=[77] * 8, max_tokens=36)
+    bench.submit("b", 0, prompt=TEXT[:12], arrival_s=1.0, max_tokens=20).least_cached = 8
+    while not bench.of(ev.Ended):
+        bench.step()
+    (ended,) = bench.of(ev.Ended)
+    assert (ended.key, ended.error.reason) == (key("b"), "NOT_CACHED") and bench.of(ev.Preempted)

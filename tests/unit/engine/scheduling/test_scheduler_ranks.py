@@ -135,7 +135,7 @@ def test_choices_stay_where_their_prompt_is_while_there_is_room() -> None:
         bench.step()
         ranks.append(bench.rank(name))
     assert ranks == [1, 1, 1, 0, 0]
-    cached = [event.cached_tokens for event in bench.of(ev.Milestone) if event.key.request_id == "n"]
+    cached = [event.token_count for event in bench.of(ev.Milestone) if event.key.request_id == "n"]
     assert cached == [0, 16, 16, 0, 16]
 
 

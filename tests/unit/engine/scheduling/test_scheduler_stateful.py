@@ -316,7 +316,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         if plan is None:
             return False
         self.check_shape(plan)
-        outcome = self.scheduler.apply(plan, self.run_ranks(plan, token), 0.0)
+        result = self.run_ranks(plan, token)
+        if plan.shape.step % 2:  # Runners may tell of it before they are through, or not.
+            self.scheduler.hand_over(plan)
+            self.listen()
+        outcome = self.scheduler.apply(plan, result, 0.0)
         for piece in outcome.prompt_logprobs:
             self.stories[piece.key].hear_scores(piece)
         assert len({event.key for event in outcome.tokens}) == len(outcome.tokens)

@@ -46,6 +46,29 @@ def test_prefill_reserves_first_and_hands_over_chunk_by_chunk() -> None:
     assert bench.pool.used == 0
 
 
+def test_what_is_in_the_cache_is_handed_over_before_the_step_ends() -> None:
+    bench = Bench()
+    bench.submit("a", 20, PREFILL)
+    bench.plan()
+    bench.scheduler.reserved(key("a"), 0)
+    bench.submit("b", 2)
+    told = []
+    for _ in range(2):
+        plan = bench.plan()
+        assert plan is not None
+        for _ in range(2):  # what was told is not told again
+            bench.scheduler.hand_over(plan)
+        bench.collect()
+        told.append(len(bench.of(ev.ComputedChunk)))
+        bench.finish(plan, drawn(plan))
+    chunks = [(c.index, c.first_token, c.token_count, c.first_output_id) for c in bench.of(ev.ComputedChunk)]
+    assert told == [1, 2]
+    assert [chunk[:3] for chunk in chunks] == [(0, 0, 14), (1, 14, 6), (2, 20, 0)]
+    assert [chunk[3] for chunk in chunks] == [None, None, 9]
+    bench.scheduler.transferred(key("a"))
+    assert bench.of(ev.Ended) == []
+
+
 def test_tokens_the_peer_holds_are_not_sent() -> None:
     bench = Bench()
     bench.submit("a", 40, PREFILL)
