@@ -55,6 +55,7 @@ class Console:
     def prepare(self, page: Page) -> None:
         self.page = page
         page.clock.install(time=BEGAN)
+        page.clock.pause_at(BEGAN + 1)
         page.route(STATUS, self._answer)
 
     def _answer(self, route: Route) -> None:
