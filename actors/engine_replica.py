@@ -54,6 +54,7 @@ from actors.wire.kv_sender import KvSender
 from actors.wire.media_client import MediaClient
 from actors.wire.media_server import node_address
 from actors.wire.renewal import Registration, renew_for_ever
+from actors.wire.unit_store import UnitStore
 from ernie_serving.internal.v1 import audit_pb2_grpc, engine_link_pb2_grpc, kv_control_pb2_grpc
 
 log = logging.getLogger(__name__)
@@ -182,6 +183,11 @@ class EngineReplica:
             notes=(*rank.notes, *(() if self._group is None else self._group.notes)),
         )
         self._media = MediaClient()
+        self._embeddings: UnitStore[torch.Tensor] = UnitStore(
+            limit_bytes=config.media_cache_bytes,
+            limit_name="media_cache_bytes",
+            cache_bytes=config.media_cache_bytes,
+        )
         self._puller = EmbeddingPuller(
             self._pull,
             supply=self._engine.supply_embedding,
@@ -292,13 +298,14 @@ class EngineReplica:
         self._receiver.drop(key)
 
     async def _pull(self, span: MediaSpan, embedding_key: bytes, reader: SequenceKey) -> torch.Tensor:
-        return await self._media.pull_embedding(
-            span.encoder_address,
-            embedding_key,
-            str(reader),
-            shape=(span.grid.tokens_per_unit, self._hidden_size),
-            dtype=self._dtype,
-        )
+        embedding = self._embeddings.get(embedding_key)
+        if embedding is None:
+            shape = (span.grid.tokens_per_unit, self._hidden_size)
+            embedding = await self._media.pull_embedding(
+                span.encoder_address, embedding_key, str(reader), shape=shape, dtype=self._dtype
+            )
+            self._embeddings.cache(embedding_key, embedding)
+        return embedding
 
     # Registry, health, end.
 
