@@ -103,6 +103,8 @@ class EngineReplicaConfig:
     """Decode steps as CUDA graphs; None where they can run."""
     media_window_bytes: int = 64_000_000
     """Embeddings held ahead of use."""
+    media_cache_bytes: int = 64_000_000
+    """Embeddings pulled lately, for other prompts with the same media."""
     drain_timeout_s: float = 30.0
     """Time running attempts have to finish when the replica stops."""
     role_drain_s: float = 5.0
@@ -127,6 +129,7 @@ class EngineReplicaConfig:
             max_batched_tokens=self.max_batched_tokens,
             max_waiting=self.max_waiting,
             media_window_bytes=self.media_window_bytes,
+            media_cache_bytes=self.media_cache_bytes,
         )
         if self.rebalance_steps < 0:
             raise ValueError(f"EngineReplicaConfig.rebalance_steps must not be negative, got {self.rebalance_steps}")

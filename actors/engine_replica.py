@@ -28,9 +28,9 @@ from actors.engine.constraints.compiler import ConstraintCompiler
 from actors.engine.engine import Engine
 from actors.engine.events import ComputedChunk
 from actors.engine.group.group_runner import GroupRunner
-from actors.engine.step_tallies import StepTallies
 from actors.engine_group import EngineGroup, start_processes
 from actors.engine_rank import Rank, kv_rank, load_rank
+from actors.engine_stats import EngineStats
 from actors.errors import AlreadyExists, InternalError, ServingError
 from actors.parallel.kv_ends import KvRank
 from actors.parallel.kv_transfer import KvTransferConfig
@@ -54,6 +54,7 @@ from actors.wire.kv_sender import KvSender
 from actors.wire.media_client import MediaClient
 from actors.wire.media_server import node_address
 from actors.wire.renewal import Registration, renew_for_ever
+from actors.wire.unit_store import UnitStore
 from ernie_serving.internal.v1 import audit_pb2_grpc, engine_link_pb2_grpc, kv_control_pb2_grpc
 
 log = logging.getLogger(__name__)
@@ -97,7 +98,7 @@ class EngineReplica:
         engine_id: str | None = None,
         host: str | None = None,
         start_group: StartGroup = start_processes,
-        page: Callable[[EngineReplica], bytes] = lambda _: b"",
+        page: Callable[[EngineStats], bytes] = lambda _: b"",
     ) -> None:
         self._config = config
         self._page = page
@@ -182,6 +183,11 @@ class EngineReplica:
             notes=(*rank.notes, *(() if self._group is None else self._group.notes)),
         )
         self._media = MediaClient()
+        self._embeddings: UnitStore[torch.Tensor] = UnitStore(
+            limit_bytes=config.media_cache_bytes,
+            limit_name="media_cache_bytes",
+            cache_bytes=config.media_cache_bytes,
+        )
         self._puller = EmbeddingPuller(
             self._pull,
             supply=self._engine.supply_embedding,
@@ -215,7 +221,7 @@ class EngineReplica:
         engine_link_pb2_grpc.add_EngineLinkServiceServicer_to_server(self._links, self._server)
         kv_control_pb2_grpc.add_KvControlServiceServicer_to_server(self._receiver, self._server)
         audit_pb2_grpc.add_AuditServiceServicer_to_server(
-            AuditServicer(self.audit, lambda: self._page(self)), self._server
+            AuditServicer(self.audit, lambda: self._page(self.stats())), self._server
         )
 
     # What links ask for (AttemptHost), on the event loop.
@@ -292,13 +298,14 @@ class EngineReplica:
         self._receiver.drop(key)
 
     async def _pull(self, span: MediaSpan, embedding_key: bytes, reader: SequenceKey) -> torch.Tensor:
-        return await self._media.pull_embedding(
-            span.encoder_address,
-            embedding_key,
-            str(reader),
-            shape=(span.grid.tokens_per_unit, self._hidden_size),
-            dtype=self._dtype,
-        )
+        embedding = self._embeddings.get(embedding_key)
+        if embedding is None:
+            shape = (span.grid.tokens_per_unit, self._hidden_size)
+            embedding = await self._media.pull_embedding(
+                span.encoder_address, embedding_key, str(reader), shape=shape, dtype=self._dtype
+            )
+            self._embeddings.cache(embedding_key, embedding)
+        return embedding
 
     # Registry, health, end.
 
@@ -351,36 +358,19 @@ class EngineReplica:
             self._engine.move()
             await asyncio.to_thread(self._engine.wait_idle, MOVE_S)
 
-    # What its metrics are made of.
-
-    @property
-    def info(self) -> EngineInfo:
-        return self._info
-
-    @property
-    def pool(self) -> str:
-        return self._config.pool
-
-    @property
-    def steps(self) -> StepTallies:
-        return self._engine.steps
-
-    @property
-    def sender(self) -> KvSender:
-        return self._sender
-
-    @property
-    def receiver(self) -> KvReceiver:
-        return self._receiver
-
-    @property
-    def embeddings(self) -> EmbeddingPuller:
-        return self._puller
-
-    @property
-    def tail_blocks(self) -> int:
-        """KV blocks of this rank that lie where the vision experts would be."""
-        return 0 if self._tail is None else self._tail.tail_block_count
+    def stats(self) -> EngineStats:
+        """For its metrics."""
+        return EngineStats(
+            info=self._info,
+            pool=self._config.pool,
+            load=self.load(),
+            tail_blocks=0 if self._tail is None else self._tail.tail_block_count,
+            steps=self._engine.steps,
+            sender=self._sender,
+            receiver=self._receiver,
+            embeddings=self._puller,
+            group=self.group_report(),
+        )
 
     def group_report(self) -> GroupReport | None:
         """None with one rank."""

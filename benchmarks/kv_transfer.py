@@ -1,10 +1,10 @@
 """How much of a transfer of KV is hidden behind the prefill it belongs to, between two engine processes.
 
-A prompt is computed by one engine and decoded by another. A chunk of it is *on its way* from the moment its tokens are
-computed until the decode engine has verified it and written it to its cache. The transfer time of a prompt is the time
-during which any of its chunks is on its way; the part of it after the last token was computed is *exposed*, and
-``hidden`` is the share that is not. ``alone_ms`` is what the same transfer takes when the prompt was computed before,
-so that nothing hides it. Cold prompts, and prompts computed before, take turns.
+A prompt is computed by one engine and decoded by another. A chunk of it is *on its way* from the moment its keys and
+values are in the cache until the decode engine has verified it and written it to its own. The transfer time of a prompt
+is the time during which any of its chunks is on its way; the part of it after the prompt's first token was drawn is
+*exposed*, and ``hidden`` is the share that is not. ``alone_ms`` is what it takes where the prompt was computed before,
+and hardly anything can hide it. Cold prompts, and prompts computed before, take turns.
 
 The bytes that both engines count must be those of the model's arithmetic, layers x 2 x KV heads x head width x itemsize
 for each token the decode engine lacked; the exit status is 1 if they are not. See README.md beside this file.

@@ -185,6 +185,7 @@ def engine_config(config: ClusterConfig, pool: EnginePool) -> EngineReplicaConfi
         max_batched_tokens=pool.max_batched_tokens,
         max_waiting=pool.max_waiting,
         media_window_bytes=pool.media_window_bytes,
+        media_cache_bytes=pool.media_cache_bytes,
         prefix_caching=pool.prefix_caching,
         kv_cache_gib=pool.kv_cache_gib,
         gpu_memory_utilization=pool.gpu_memory_utilization,

@@ -198,6 +198,8 @@ class EnginePool(Pool):
     """Sequences that wait in an engine; the next is refused as overload."""
     media_window_bytes: Count = 64_000_000
     """Embeddings of pictures and videos held ahead of their use."""
+    media_cache_bytes: Count = 64_000_000
+    """Those pulled lately, kept for other prompts with the same media."""
     prefix_caching: bool = True
     """Prompts that begin like earlier ones are not computed again."""
 

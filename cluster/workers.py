@@ -137,7 +137,7 @@ class EngineGroupReplica(EngineReplica):
         name = f"{config.pool}-{_replica_id()}"
         start_group = partial(start_actors, partial(local_directory, config.model_dir))
         await super().__init__(
-            await _with_files(config), planner, name, host, start_group, lambda part: engine_sheet(part).text()
+            await _with_files(config), planner, name, host, start_group, lambda stats: engine_sheet(stats).text()
         )
         self._scale = ScaleEcho(planner, config.pool)
 
@@ -146,7 +146,7 @@ class EngineGroupReplica(EngineReplica):
 
     async def _renew(self) -> None:
         await super()._renew()
-        self._export.tell(engine_sheet(self))
+        self._export.tell(engine_sheet(self.stats()))
 
     async def __del__(self) -> None:
         await self.close()

@@ -202,7 +202,7 @@ async def in_process_cluster(
                 None,
                 HOST,
                 start_processes,
-                lambda part: engine_sheet(part).text(),
+                lambda stats: engine_sheet(stats).text(),
             )
             cluster.engines.append(replica)
             stack.push_async_callback(_close_once, replica, cluster)

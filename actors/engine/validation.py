@@ -59,7 +59,11 @@ def check_request(
         raise InvalidRequest(f"seed = {request.seed} is not an unsigned 64-bit number", field="seed")
     if not (math.isfinite(request.arrival_s) and math.isfinite(request.deadline_s)):
         raise InvalidRequest("arrival and deadline must be finite", field="timeout")
-    # A decode engine lacks the vision experts: admission sees to it that it computes only what needs none.
+    _check_role(role, mode)
+
+
+def _check_role(role: EngineRole, mode: AttemptMode) -> None:
+    """A decode engine lacks the vision experts: admission sees to it that it computes only what needs none."""
     if not (role.prefills if mode is AttemptMode.PREFILL else role.decodes):
         raise Unavailable(f"this engine's role is {role.value}; it takes no {mode.value} attempt", reason="WRONG_ROLE")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Iterator
 
 import numpy as np
@@ -39,17 +40,23 @@ def header_of(value: Patches | torch.Tensor) -> media_pb2.TensorHeader:
         return media_pb2.TensorHeader(dtype="uint8", shape=value.shape)
     if value.dtype not in _NAMES:
         raise ValueError(f"embeddings travel as {', '.join(_FLOATS)}, got {value.dtype}")
-    return media_pb2.TensorHeader(dtype=_NAMES[value.dtype], shape=value.shape)
+    return media_pb2.TensorHeader(
+        dtype=_NAMES[value.dtype], shape=value.shape, checksum=zlib.crc32(_bytes_of(value).data)
+    )
 
 
 def chunks_of(value: Patches | torch.Tensor) -> Iterator[bytes]:
     """Yields the row-major bytes in chunks of at most ``CHUNK_BYTES``; none when there are no elements."""
     if isinstance(value, torch.Tensor):
-        flat = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        flat = _bytes_of(value)
     else:
         flat = np.ascontiguousarray(value).reshape(-1)
     for start in range(0, flat.nbytes, CHUNK_BYTES):
         yield flat[start : start + CHUNK_BYTES].tobytes()
+
+
+def _bytes_of(embedding: torch.Tensor) -> Patches:
+    return embedding.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
 class TensorAssembler:
@@ -71,6 +78,7 @@ class TensorAssembler:
         byte_count = math.prod(self._shape) * (self._dtype.itemsize if self._dtype is not None else 1)
         if byte_count > max_bytes:
             raise TensorMismatch(f"{byte_count} bytes announced, at most {max_bytes} expected")
+        self._checksum = header.checksum
         self._bytes = torch.empty(byte_count, dtype=torch.uint8)
         self._buffer: Patches = self._bytes.numpy()
         self._filled = 0
@@ -84,9 +92,11 @@ class TensorAssembler:
         self._filled = end
 
     def finish(self) -> Patches | torch.Tensor:
-        """Returns the whole tensor; raises TensorMismatch when bytes are missing."""
+        """Returns the whole tensor; raises TensorMismatch when bytes are missing, or not those of the embedding."""
         if self._filled != self._buffer.nbytes:
             raise TensorMismatch(f"{self._filled} of {self._buffer.nbytes} bytes announced")
         if self._dtype is None:
             return self._buffer.reshape(self._shape)
+        if zlib.crc32(self._buffer.data) != self._checksum:
+            raise TensorMismatch("other bytes than were announced")
         return self._bytes.view(self._dtype).reshape(self._shape)

@@ -216,6 +216,13 @@ class UnitStore(Generic[UnitT]):
         if not self._units[key].holders and key not in self._cache:
             self._unhold(key)
 
+    def cache(self, key: bytes, value: UnitT) -> None:
+        """Keeps a unit without a lease, if there is room for it."""
+        reservation = self.try_reserve(value.nbytes)
+        if reservation is not None:
+            self.put(key, value, reservation, [])
+            reservation.release()
+
     def hold(self, lease: Lease, key: bytes) -> bool:
         """Puts a unit that is here under one more lease; False when it is not here.
 

@@ -10,7 +10,7 @@ from cluster.config import PREPROCESSORS, VISION_ENCODERS
 from cluster.metrics.sheet import Sheet, node_of
 
 if TYPE_CHECKING:
-    from actors.engine_replica import EngineReplica
+    from actors.engine_stats import EngineStats
     from actors.preprocessor import Preprocessor
     from actors.reports import GroupReport, LoadReport
     from actors.vision_encoder import VisionEncoder
@@ -57,27 +57,27 @@ def _add_store(sheet: Sheet, store: UnitStore[Any]) -> None:
     sheet.add("ernie_media_evictions_total", counters.evictions)
 
 
-def engine_sheet(part: EngineReplica) -> Sheet:
-    info = part.info
-    sheet = Sheet(pool=part.pool, worker=info.engine_id, node=node_of(info.address), role=info.role)
+def engine_sheet(stats: EngineStats) -> Sheet:
+    info = stats.info
+    sheet = Sheet(pool=stats.pool, worker=info.engine_id, node=node_of(info.address), role=info.role)
     sheet.add("ernie_engine_role", 1)
-    _add_load(sheet, part.load())
-    sheet.add("ernie_kv_vision_tail_blocks", part.tail_blocks)
-    steps = part.steps
+    _add_load(sheet, stats.load)
+    sheet.add("ernie_kv_vision_tail_blocks", stats.tail_blocks)
+    steps = stats.steps
     for name, tallies in (("seconds", steps.seconds), ("tokens", steps.tokens), ("sequences", steps.sequences)):
         for kind, tally in tallies.items():
             sheet.add(f"ernie_step_{name}", tally, kind=kind)
     sheet.add("ernie_sampled_tokens_total", steps.sampled_tokens)
-    _add_transfers(sheet, "sent", part.sender.counters, part.sender.pair_count)
-    _add_transfers(sheet, "received", part.receiver.counters, part.receiver.pair_count)
-    sheet.add("ernie_kv_transfer_resent_bytes_total", part.sender.counters.resent_bytes)
-    embeddings = part.embeddings
+    _add_transfers(sheet, "sent", stats.sender.counters, stats.sender.pair_count)
+    _add_transfers(sheet, "received", stats.receiver.counters, stats.receiver.pair_count)
+    sheet.add("ernie_kv_transfer_resent_bytes_total", stats.sender.counters.resent_bytes)
+    embeddings = stats.embeddings
     for result, count in (("hit", embeddings.pulled_units), ("miss", embeddings.misses)):
         sheet.add("ernie_embedding_pulls_total", count, result=result)
     sheet.add("ernie_embedding_pulled_bytes_total", embeddings.pulled_bytes)
     sheet.add("ernie_embedding_window_bytes", embeddings.held_bytes)
-    if (report := part.group_report()) is not None:
-        _add_group(sheet, report)
+    if stats.group is not None:
+        _add_group(sheet, stats.group)
     return sheet
 
 

@@ -70,4 +70,4 @@ def test_a_pool_grows_under_load_and_shrinks_behind_it_and_no_request_fails(clus
     assert [one for one in told if one.startswith("decode")] == ["decode 1 -> 2", "decode 2 -> 1"]
     assert "preprocessor 1 -> 0" in told and told[-1] == "preprocessor 0 -> 1"
     shown = cluster.command("status", "--url", cluster.http_url)
-    assert "0 to 2" in shown and "decode 2 -> 1: without one the others are at" in shown
+    assert "0 to 2" in shown and "preprocessor 0 -> 1: a request came" in shown

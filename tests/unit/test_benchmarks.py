@@ -88,13 +88,47 @@ def test_groups_of_ranks_are_compared_with_one() -> None:
     assert share < whole < 2 * share
 
 
-def test_a_token_that_differs_fails_the_comparison(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    spec = importlib.util.spec_from_file_location("expert_parallel", BENCHMARKS / "expert_parallel.py")
+def imported(name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
+    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
     assert spec is not None and spec.loader is not None
     script = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "expert_parallel", script)
+    monkeypatch.setitem(sys.modules, name, script)
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     spec.loader.exec_module(script)
+    return script
+
+
+def test_transfers_are_measured_and_their_bytes_counted(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = imported("kv_transfer", monkeypatch)
+    bench_round = script._round
+
+    async def round_with_a_slip(bench: Any, tokens: int, *, cold_first: bool) -> Any:
+        made = await bench_round(bench, tokens, cold_first=cold_first)
+        assert not bench.wrong_bytes
+        await bench.transfer(bench.prompt(32), 31)
+        return made
+
+    monkeypatch.setattr(script, "_round", round_with_a_slip)
+    options = ["--model", str(tiny_checkpoint()), "--dtype", "float32", "--threads", "1", "--rounds", "1"]
+    assert script.main([*options, "--prompts", "200", "--max-batched-tokens", "64", "--json"]) == 1
+    told = capsys.readouterr()
+    (slip,) = told.err.strip().splitlines()
+    assert "31 of which" in slip
+    found = json.loads(told.out)
+    row = found["prompts"]["200"]
+    (made,) = row["rounds"]
+    token_bytes = found["token_bytes"]
+    assert [made[kind]["sent_bytes"] for kind in ("cold", "alone", "again")] == [
+        tokens * token_bytes for tokens in (200, 200, 8 + 32)
+    ]
+    assert made["cold"]["chunks"] == 5 and 0 < row["exposed_ms"] <= row["on_way_ms"]
+    assert row["hidden"] == 1 - row["exposed_ms"] / row["on_way_ms"]
+
+
+def test_a_token_that_differs_fails_the_comparison(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    script = imported("expert_parallel", monkeypatch)
 
     class Side:
         """Answers like a real one, but for one token of the group."""

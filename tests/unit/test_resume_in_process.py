@@ -168,6 +168,7 @@ async def test_preempted_replies_are_what_they_are_undisturbed(caches: bool, cap
         *SPLIT,
         kv_cache_gib=SMALL_GIB,
         embedding_cache_bytes=None if caches else 0,
+        media_cache_bytes=64_000_000 if caches else 1,
         prefix_caching=caches,
     ) as cluster:
         found = await asyncio.gather(*(reply(cluster, call) for call in CALLS))

@@ -132,7 +132,8 @@ async def test_the_last_engine_of_a_role_ends_once_another_one_has_taken_it() ->
     async with in_process_cluster(tiny_checkpoint(), PREFILL, DECODE, DECODE, role_drain_s=0.02) as cluster:
         stop = asyncio.Event()
         asking = [asyncio.create_task(keep_asking(cluster, number, expected, stop)) for number in range(2)]
-        last = cluster.engines.pop(0)
+        (last,) = [engine for engine in cluster.engines if engine._info.role is PREFILL]
+        cluster.engines.remove(last)
         closing = asyncio.create_task(last.close())
         async with asyncio.timeout(60):
             while not last.load().draining:

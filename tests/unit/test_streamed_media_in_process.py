@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import replace
 from math import nan
 
 import pytest
@@ -166,4 +167,25 @@ async def test_pictures_in_the_prefix_cache_need_no_encoding(monkeypatch: pytest
         task = ask(cluster)
         encoder.let(0)
         assert tokens(await task) == expected
+        await cluster.wait_clean()
+
+
+async def test_an_engine_keeps_what_it_pulled_for_other_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A picture that comes again elsewhere in a prompt is in no prefix cache."""
+    async with in_process_cluster(tiny_checkpoint(), *SPLIT) as cluster:
+        pulled: list[bytes] = []
+        media = cluster.engines[0]._media
+        pull = media.pull_embedding
+
+        async def counted(address: str, key: bytes, *args: object, **kwargs: object) -> object:
+            pulled.append(key)
+            return await pull(address, key, *args, **kwargs)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(media, "pull_embedding", counted)
+        await ask(cluster)
+        assert len(pulled) == len(set(pulled)) == len(PICTURES)
+        other = image_part(150, 100, 99)
+        message = Message(role=MessageRole.USER, parts=(TextPart(text="And now?"), *PICTURES[::-1], other))
+        again = await ask(cluster, replace(CALL, messages=(message,)))
+        assert len(tokens(again)) == CALL.max_tokens and len(pulled) == len(PICTURES) + 1
         await cluster.wait_clean()

@@ -219,7 +219,7 @@ async def test_a_lost_engine_fails_its_attempts() -> None:
         dead.submit(KEY, REQUEST, AttemptMode.COLOCATED, None, pair.events)
         event = await pair.event()
         assert isinstance(event, AttemptError) and event.error.reason == "ENGINE_LOST"
-        assert "met protocol 1 of first" in event.error.message
+        assert f"met protocol {convert.PROTOCOL_VERSION} of first" in event.error.message
         await asyncio.wait_for(pair.lost.wait(), 5)
         assert not dead.usable
         await dead.close()

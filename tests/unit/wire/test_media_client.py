@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing
+from functools import partial
 
 import grpc.aio
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 
 from actors.errors import InternalError, InvalidRequest, MediaTooLarge, Unavailable
 from actors.types import Grid
+from actors.wire import media_server
 from actors.wire.channels import bind, make_server
 from actors.wire.media import AnswerUnit, EncodeCall, EncodedUnit, MediaMiss, MediaUnit
 from actors.wire.media_client import MediaClient
@@ -162,6 +164,31 @@ async def test_a_corrupted_unit_is_a_loud_miss(
             await client.pull_patches(place.address, unit, "one")
         assert unit.content_key.hex() in caplog.text
         stored.value = np.zeros((16, 588), dtype=np.uint8)  # so that the books agree again
+
+
+async def test_a_bit_that_flips_in_an_embedding_is_a_loud_miss(
+    client: MediaClient, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    chunks_of = media_server.chunks_of
+
+    def flipped(value: torch.Tensor) -> Iterator[bytes]:
+        for chunk in chunks_of(value):
+            yield chunk[:-1] + bytes([chunk[-1] ^ 1])
+
+    store, embedding = embedding_store(), torch.arange(6.0).reshape(2, 3)
+    with store.open("one") as lease:
+        store.put(b"key", embedding, await store.reserve(lease, embedding.nbytes), [lease])
+        server = MediaServer(store)
+        await server.start(HOST)
+        try:
+            pull = partial(client.pull_embedding, server.address, b"key", "one", shape=(2, 3), dtype=torch.float32)
+            assert torch.equal(await pull(), embedding)
+            monkeypatch.setattr(media_server, "chunks_of", flipped)
+            with caplog.at_level(logging.ERROR), pytest.raises(MediaMiss, match="other bytes"):
+                await pull()
+            assert b"key".hex() in caplog.text
+        finally:
+            await server.close()
 
 
 async def test_more_or_fewer_bytes_than_announced_are_a_miss(client: MediaClient) -> None:

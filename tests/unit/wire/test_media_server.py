@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import zlib
 
 import grpc
 import grpc.aio
@@ -192,7 +193,9 @@ async def test_embeddings_of_every_dtype_are_served() -> None:
             async with open_channel(server.address) as channel:
                 call = stub_of(channel).Pull(media_pb2.PullRequest(key=b"key"), timeout=5)
                 (message,) = [message async for message in call]
-        assert message.header == media_pb2.TensorHeader(dtype="bfloat16", shape=[2, 3])
+        assert message.header == media_pb2.TensorHeader(
+            dtype="bfloat16", shape=[2, 3], checksum=zlib.crc32(message.data)
+        )
         assert message.data == embedding.view(torch.uint8).numpy().tobytes()
     finally:
         await server.close()

@@ -35,6 +35,17 @@ def test_embeddings_survive_bit_for_bit(dtype: torch.dtype, shape: tuple[int, ..
     assert torch.equal(received, embedding)
 
 
+@pytest.mark.parametrize("at", [0, 999_999, 1_000_000, 1_599_999])
+def test_a_bit_of_an_embedding_that_flips_is_noticed(at: int) -> None:
+    embedding = torch.randn(400, 1000, generator=torch.Generator().manual_seed(0))
+    assembler = TensorAssembler(header_of(embedding), embedding.nbytes)
+    content = bytearray(b"".join(chunks_of(embedding)))
+    content[at] ^= 1 << at % 8
+    assembler.add(bytes(content))
+    with pytest.raises(TensorMismatch, match="other bytes"):
+        assembler.finish()
+
+
 def test_views_travel_in_row_major_order() -> None:
     patches = np.arange(12, dtype=np.uint8).reshape(3, 4).T
     np.testing.assert_array_equal(travel(patches), patches)

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from ernie_serving.internal.v1 import common_pb2 as ernie__serving_dot_internal_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%ernie_serving/internal/v1/media.proto\x12\x19\x65rnie_serving.internal.v1\x1a&ernie_serving/internal/v1/common.proto\"P\n\nEncodeUnit\x12\x13\n\x0b\x63ontent_key\x18\x01 \x01(\x0c\x12-\n\x04grid\x18\x02 \x01(\x0b\x32\x1f.ernie_serving.internal.v1.Grid\"\x85\x01\n\rEncodeRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\r\n\x05lease\x18\x02 \x01(\t\x12\x34\n\x05units\x18\x03 \x03(\x0b\x32%.ernie_serving.internal.v1.EncodeUnit\x12\x15\n\rpatch_address\x18\x04 \x01(\t\"b\n\x0e\x45ncodeResponse\x12\x13\n\x0b\x63ontent_key\x18\x01 \x01(\x0c\x12\x15\n\rembedding_key\x18\x02 \x01(\x0c\x12\x0e\n\x06\x63\x61\x63hed\x18\x03 \x01(\x08\x12\x14\n\x0c\x62usy_seconds\x18\x04 \x01(\x01\")\n\x0bPullRequest\x12\x0b\n\x03key\x18\x01 \x01(\x0c\x12\r\n\x05lease\x18\x02 \x01(\t\"f\n\x0cPullResponse\x12\x37\n\x06header\x18\x01 \x01(\x0b\x32\'.ernie_serving.internal.v1.TensorHeader\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\x12\x0f\n\x07pending\x18\x03 \x01(\x08\",\n\x0cTensorHeader\x12\r\n\x05\x64type\x18\x01 \x01(\t\x12\r\n\x05shape\x18\x02 \x03(\r\"\x1e\n\x0cRenewRequest\x12\x0e\n\x06leases\x18\x01 \x03(\t\"\'\n\rRenewResponse\x12\x16\n\x0eunknown_leases\x18\x01 \x03(\t\" \n\x0eReleaseRequest\x12\x0e\n\x06leases\x18\x01 \x03(\t\"\x11\n\x0fReleaseResponse2\x88\x03\n\x0cMediaService\x12_\n\x06\x45ncode\x12(.ernie_serving.internal.v1.EncodeRequest\x1a).ernie_serving.internal.v1.EncodeResponse0\x01\x12Y\n\x04Pull\x12&.ernie_serving.internal.v1.PullRequest\x1a\'.ernie_serving.internal.v1.PullResponse0\x01\x12Z\n\x05Renew\x12\'.ernie_serving.internal.v1.RenewRequest\x1a(.ernie_serving.internal.v1.RenewResponse\x12`\n\x07Release\x12).ernie_serving.internal.v1.ReleaseRequest\x1a*.ernie_serving.internal.v1.ReleaseResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%ernie_serving/internal/v1/media.proto\x12\x19\x65rnie_serving.internal.v1\x1a&ernie_serving/internal/v1/common.proto\"P\n\nEncodeUnit\x12\x13\n\x0b\x63ontent_key\x18\x01 \x01(\x0c\x12-\n\x04grid\x18\x02 \x01(\x0b\x32\x1f.ernie_serving.internal.v1.Grid\"\x85\x01\n\rEncodeRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\r\x12\r\n\x05lease\x18\x02 \x01(\t\x12\x34\n\x05units\x18\x03 \x03(\x0b\x32%.ernie_serving.internal.v1.EncodeUnit\x12\x15\n\rpatch_address\x18\x04 \x01(\t\"b\n\x0e\x45ncodeResponse\x12\x13\n\x0b\x63ontent_key\x18\x01 \x01(\x0c\x12\x15\n\rembedding_key\x18\x02 \x01(\x0c\x12\x0e\n\x06\x63\x61\x63hed\x18\x03 \x01(\x08\x12\x14\n\x0c\x62usy_seconds\x18\x04 \x01(\x01\")\n\x0bPullRequest\x12\x0b\n\x03key\x18\x01 \x01(\x0c\x12\r\n\x05lease\x18\x02 \x01(\t\"f\n\x0cPullResponse\x12\x37\n\x06header\x18\x01 \x01(\x0b\x32\'.ernie_serving.internal.v1.TensorHeader\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\x12\x0f\n\x07pending\x18\x03 \x01(\x08\">\n\x0cTensorHeader\x12\r\n\x05\x64type\x18\x01 \x01(\t\x12\r\n\x05shape\x18\x02 \x03(\r\x12\x10\n\x08\x63hecksum\x18\x03 \x01(\x07\"\x1e\n\x0cRenewRequest\x12\x0e\n\x06leases\x18\x01 \x03(\t\"\'\n\rRenewResponse\x12\x16\n\x0eunknown_leases\x18\x01 \x03(\t\" \n\x0eReleaseRequest\x12\x0e\n\x06leases\x18\x01 \x03(\t\"\x11\n\x0fReleaseResponse2\x88\x03\n\x0cMediaService\x12_\n\x06\x45ncode\x12(.ernie_serving.internal.v1.EncodeRequest\x1a).ernie_serving.internal.v1.EncodeResponse0\x01\x12Y\n\x04Pull\x12&.ernie_serving.internal.v1.PullRequest\x1a\'.ernie_serving.internal.v1.PullResponse0\x01\x12Z\n\x05Renew\x12\'.ernie_serving.internal.v1.RenewRequest\x1a(.ernie_serving.internal.v1.RenewResponse\x12`\n\x07Release\x12).ernie_serving.internal.v1.ReleaseRequest\x1a*.ernie_serving.internal.v1.ReleaseResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -43,15 +43,15 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PULLRESPONSE']._serialized_start=469
   _globals['_PULLRESPONSE']._serialized_end=571
   _globals['_TENSORHEADER']._serialized_start=573
-  _globals['_TENSORHEADER']._serialized_end=617
-  _globals['_RENEWREQUEST']._serialized_start=619
-  _globals['_RENEWREQUEST']._serialized_end=649
-  _globals['_RENEWRESPONSE']._serialized_start=651
-  _globals['_RENEWRESPONSE']._serialized_end=690
-  _globals['_RELEASEREQUEST']._serialized_start=692
-  _globals['_RELEASEREQUEST']._serialized_end=724
-  _globals['_RELEASERESPONSE']._serialized_start=726
-  _globals['_RELEASERESPONSE']._serialized_end=743
-  _globals['_MEDIASERVICE']._serialized_start=746
-  _globals['_MEDIASERVICE']._serialized_end=1138
+  _globals['_TENSORHEADER']._serialized_end=635
+  _globals['_RENEWREQUEST']._serialized_start=637
+  _globals['_RENEWREQUEST']._serialized_end=667
+  _globals['_RENEWRESPONSE']._serialized_start=669
+  _globals['_RENEWRESPONSE']._serialized_end=708
+  _globals['_RELEASEREQUEST']._serialized_start=710
+  _globals['_RELEASEREQUEST']._serialized_end=742
+  _globals['_RELEASERESPONSE']._serialized_start=744
+  _globals['_RELEASERESPONSE']._serialized_end=761
+  _globals['_MEDIASERVICE']._serialized_start=764
+  _globals['_MEDIASERVICE']._serialized_end=1156
 # @@protoc_insertion_point(module_scope)

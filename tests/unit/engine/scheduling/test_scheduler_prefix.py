@@ -360,9 +360,9 @@ def test_what_cannot_be_computed_here_must_be_cached(least_cached: int, ended: b
 
 
 def test_one_that_was_preempted_must_find_it_again() -> None:
-    bench = cold_bench(blocks=7)
+    bench = cold_bench(blocks=9)
     warm(bench, TEXT[:9])
-    bench.submit("a", 0, prompt=[77] * 8, max_tokens=20)
+    bench.submit("a", 0, prompt=[77] * 8, max_tokens=36)
     bench.submit("b", 0, prompt=TEXT[:12], arrival_s=1.0, max_tokens=20).least_cached = 8
     while not bench.of(ev.Ended):
         bench.step()
