@@ -317,10 +317,12 @@ async def test_a_talk_goes_on_where_its_beginning_is_cached(
             while any(view.cached_blocks != kept[view.info.incarnation] for view in everyone()):
                 await asyncio.sleep(0.01)
         for home, wanted in zip(homes[::-1], (second, first), strict=True):
-            before = [engine.load().prefix_hit_tokens for engine in home]
+            before = [engine.load().prefix_hit_tokens for engine in cluster.engines]
             events = [event async for event in router.generate(replace(wanted, messages=(*wanted.messages, *more)))]
             assert isinstance(events[-1], Finished) and events[-1].usage.cached_tokens > 12
-            assert all(engine.load().prefix_hit_tokens > hits for engine, hits in zip(home, before, strict=True))
+            hit = [e for e, hits in zip(cluster.engines, before, strict=True) if e.load().prefix_hit_tokens > hits]
+            # The one that decodes may do it alone: it holds what the talk begins with, media included.
+            assert hit and hit[-1] is home[-1] and all(engine in home for engine in hit)
         await cluster.wait_clean()
 
 
