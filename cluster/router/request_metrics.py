@@ -70,8 +70,8 @@ class RequestMetrics(Recorder):
         if record.outcome is Outcome.FINISHED:
             self._whole.add(record.e2e_s)
         for tallies, times in ((self._exposed, record.timings.exposed), (self._busy, record.timings.busy)):
-            for stage, seconds in times.items():
-                tallies[stage].add(seconds)
+            for stage in times.keys() & tallies.keys():
+                tallies[stage].add(times[stage])
         usage = record.usage
         if usage.prompt_tokens:
             self._prompt_tokens.add(usage.prompt_tokens)

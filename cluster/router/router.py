@@ -134,11 +134,11 @@ class Router:
             del self._aliases[alias]
         while self._ended and next(iter(self._ended.values())) < now - REMEMBER_S:
             self._ended.popitem(last=False)
-        record = run.record()
-        self._services.recorder.ended(record)
-        log.info("request %s: %s after %.3f s", request_id, record.reason or record.outcome, record.e2e_s)
         if not self._active:
             self._idle.set()
+        record = run.record()
+        log.info("request %s: %s after %.3f s", request_id, record.reason or record.outcome, record.e2e_s)
+        self._services.recorder.ended(record)
 
     async def cancel(self, request_id: str) -> None:
         """Ends a request by assigned id or alias; no effect when already over.

@@ -34,7 +34,12 @@ REPLACED_LIMIT_S = 120.0
 def groups(clusters: Clusters, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LaunchedCluster]:
     """Three groups of two ranks on three nodes: two that prefill and decode for each other, and one that does both."""
     clusters.stop()
-    config = DEFAULTS | {"model": str(tiny_checkpoint()), "engines": [PACKED, SPREAD], "nodes": NODES}
+    config = DEFAULTS | {
+        "model": str(tiny_checkpoint()),
+        "router": {"alone_tokens": 0},
+        "engines": [PACKED, SPREAD],
+        "nodes": NODES,
+    }
     cluster = LaunchedCluster(tmp_path_factory.mktemp("groups"), config, ("-m", "tests.cluster.nodes"))
     try:
         cluster.wait_ready()

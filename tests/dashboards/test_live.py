@@ -30,7 +30,7 @@ CLUSTER: dict[str, Any] = {
     "served_model_name": "tiny",
     "max_model_len": 4096,
     "drain_timeout_s": 10.0,
-    "router": {"max_active": 12},
+    "router": {"max_active": 12, "alone_tokens": 0},
     "slo": {"ttft_s": 0.5, "tpot_s": 0.02},
     "engines": [
         {"name": "single", "roles": {"prefill": 1, "decode": 2}, "kv_cache_gib": 0.02, "max_num_seqs": 16},

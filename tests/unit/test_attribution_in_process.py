@@ -65,7 +65,8 @@ class Request:
 
     async def timings(self) -> dict[Stage, float]:
         """Exposed seconds of one more request, those that are not 0."""
-        call = ask(image_part(150, 100, 1), TextPart(text="What is this?"), max_tokens=6, return_timings=True)
+        parts = (image_part(150, 100, 1), TextPart(text="What is this?"))
+        call = ask(*parts, max_tokens=6, return_timings=True, timeout_s=2 * WAIT_LIMIT_S)
         began = self.clock.now
         async for event in self.cluster.parts.router.generate(call):
             if isinstance(event, Finished):

@@ -59,7 +59,12 @@ def no_epoch_in_links(module: ModuleType) -> None:
 
 
 def no_epoch_in_engines(module: ModuleType) -> None:
-    module._check_role = lambda role, mode: None  # type: ignore[attr-defined]
+    check = module.check_request  # type: ignore[attr-defined]
+
+    def for_any_role(request, mode, **others):  # type: ignore[no-untyped-def]
+        check(request, mode, **others | {"role": module.EngineRole.COLOCATED})  # type: ignore[attr-defined]
+
+    module.check_request = for_any_role  # type: ignore[attr-defined]
 
 
 MUTATIONS: dict[str, dict[str, Callable[[ModuleType], None]]] = {
@@ -68,7 +73,7 @@ MUTATIONS: dict[str, dict[str, Callable[[ModuleType], None]]] = {
     "no_epoch": {
         "cluster.router.link": no_epoch_in_routers,
         "actors.wire.engine_link": no_epoch_in_links,
-        "actors.engine.validation": no_epoch_in_engines,
+        "actors.engine.engine": no_epoch_in_engines,
     },
 }
 """What is done to which modules."""

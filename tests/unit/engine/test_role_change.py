@@ -61,10 +61,6 @@ class Movable(Rig):
         self.engine.set_role(role).result(60)
 
 
-def submit_media(rig: Rig, name: str) -> None:
-    rig.submit(name, *media_request(1))
-
-
 def test_a_changed_engine_says_what_it_would_have_said() -> None:
     with Rig(blocks=BLOCKS) as plain:
         wanted = plain.run(*chats())
@@ -106,13 +102,14 @@ def test_a_role_decides_which_attempts_are_taken_and_how_long_they_may_be() -> N
         short = rig.engine.max_model_len
         rig.change_role(EngineRole.DECODE)
         assert rig.engine.max_model_len > short == BLOCKS * 4
-        with pytest.raises(Unavailable, match="role is decode") as refused:
-            submit_media(rig, "media")
-        assert refused.value.reason == "WRONG_ROLE"
+        media = rig.submit("media", *media_request(1))
+        rig.sink.wait(lambda: media in rig.sink.ended)
+        assert rig.sink.ended[media].reason == "NOT_CACHED"
         rig.change_role(EngineRole.PREFILL)
         assert rig.engine.max_model_len == short
-        with pytest.raises(Unavailable, match="role is prefill"):
+        with pytest.raises(Unavailable, match="role is prefill") as refused:
             rig.submit("text", request(range(3, 9)), mode=AttemptMode.DECODE)
+        assert refused.value.reason == "WRONG_ROLE"
 
 
 def test_only_a_drained_idle_engine_changes_its_role() -> None:
