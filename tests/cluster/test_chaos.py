@@ -19,7 +19,7 @@ from tests.chaos.victims import Processes
 from tests.cluster.launcher import LaunchedCluster
 
 CLUSTER = TWO_OF_EACH
-SEED = 3
+SEED = 120
 LONG = 1200
 
 
