@@ -42,7 +42,7 @@ test-ray-up: venv  ## Bring up a cluster of namespaces by deploy/README.md (root
 	ERNIE_TEST_RAY_UP=1 $(BIN)/python -m pytest tests/deploy -rs $(ARGS)
 
 test-dashboards: venv  ## Ask every panel and alert of a Prometheus that watches a cluster under load (minutes).
-	$(BIN)/python -m pytest tests/dashboards -rs $(ARGS)
+	$(BIN)/python -m pytest tests/dashboards -x -rs $(ARGS)
 
 check: venv  ## Lint, types, import rules, protos, stubs, dashboards, links, spelling.
 	$(BIN)/ruff check .

@@ -15,6 +15,7 @@ import argparse
 import asyncio
 import contextlib
 import io
+import itertools
 import json
 import random
 import sys
@@ -133,7 +134,7 @@ class Trials:
                 raise RuntimeError(f"still held after {CLEAN_LIMIT_S:g} s: {held}")
 
 
-async def measure(url: str, address: str, *, each: int, most: int, seed: int) -> dict[str, object]:
+async def measure(url: str, address: str, *, each: int, limit_s: float, seed: int) -> dict[str, object]:
     found: dict[str, list[float]] = {}
     audits: list[float] = []
     async with (
@@ -143,8 +144,9 @@ async def measure(url: str, address: str, *, each: int, most: int, seed: int) ->
         trials = Trials(client, http, seed)
         for _ in range(3):
             await trials.run_whole()
-        for number in range(most):
-            if all(len(found.get(stage, [])) >= each for stage in STAGES):
+        end = time.monotonic() + limit_s
+        for number in itertools.count():
+            if time.monotonic() > end or all(len(found.get(stage, [])) >= each for stage in STAGES):
                 break
             stage, took = await trials.cancel_one()
             found.setdefault(stage, []).append(took)
@@ -177,13 +179,13 @@ def _told(times: list[float]) -> dict[str, float]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--each", type=int, default=20, help="trials of every stage at least")
-    parser.add_argument("--most", type=int, default=1000, help="trials at most")
+    parser.add_argument("--limit", type=float, default=600.0, help="seconds after which it ends with what it has")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
     engines = [{"roles": {"prefill": 1, "decode": 1}, "kv_cache_gib": 0.05}]
     with small_cluster({"engines": engines}) as (url, address):
-        work = measure(url, address, each=options.each, most=options.most, seed=options.seed)
+        work = measure(url, address, each=options.each, limit_s=options.limit, seed=options.seed)
         found = asyncio.run(work)
     if options.json:
         print(json.dumps(found))

@@ -18,16 +18,19 @@ import statistics
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import grpc.aio
 import httpx
 from small_cluster import percentile, small_cluster
 
-from actors.types import AttemptMode, EngineRequest, SamplingParams, SequenceKey
+from actors.reports import EncoderInfo, EngineInfo, LoadReport
+from actors.types import AttemptMode, EngineRequest, EngineRole, SamplingParams, SequenceKey
 from actors.wire import convert
 from actors.wire.channels import open_channel
 from cluster.client import AsyncClient
+from cluster.policy.choose import choose
+from cluster.policy.views import Demand, EncoderView, EngineView
 from ernie_serving.internal.v1 import engine_link_pb2 as pb
 from ernie_serving.internal.v1 import engine_link_pb2_grpc
 from ernie_serving.v1 import inference_pb2
@@ -147,6 +150,55 @@ def _name(stage: inference_pb2.StageTiming) -> str:
     return inference_pb2.Stage.Name(stage.stage).removeprefix("STAGE_").lower()
 
 
+def decision_ms(engines: int = 100, encoders: int = 10, blocks: int = 64) -> float:
+    """Median time of one choice among so many engines, half of each role, which all have the whole prompt cached."""
+    names = tuple(str(number).encode() * 8 for number in range(blocks))
+    load = LoadReport(step=0, running=0, waiting=0, free_blocks=900, total_blocks=1000, block_size=16, queued_tokens=0)
+    views = [
+        EngineView(
+            info=EngineInfo(
+                engine_id=f"engine-{number}",
+                incarnation=str(number),
+                address=f"10.0.0.{number % 25}:1",
+                role=(EngineRole.PREFILL, EngineRole.DECODE)[number % 2],
+                epoch=1,
+                fingerprint="f",
+                dtype="bfloat16",
+                block_size=16,
+                switches="",
+                max_model_len=131072,
+            ),
+            load=replace(load, queued_tokens=97 * number % 3000),
+            cached_blocks=frozenset(names),
+        )
+        for number in range(engines)
+    ]
+    places = [
+        EncoderView(
+            info=EncoderInfo(
+                encoder_id=f"encoder-{number}",
+                incarnation=str(number),
+                address=f"10.0.0.{number}:2",
+                fingerprint="f",
+                dtype="bfloat16",
+            )
+        )
+        for number in range(encoders)
+    ]
+    demand = Demand(
+        token_count=16 * blocks + 6,
+        prefix_hashes=lambda identity: names,
+        units=((b"unit", 4096),),
+        media_tokens=1024,
+    )
+    times = []
+    for _ in range(200):
+        began = time.perf_counter()
+        choose(demand, views, places)
+        times.append(time.perf_counter() - began)
+    return 1e3 * statistics.median(times)
+
+
 async def measure(engine: str, address: str, *, count: int, prompt_tokens: int, tokens: int) -> dict[str, object]:
     draw = random.Random(0)
     direct, routed = Side(), Side()
@@ -179,6 +231,7 @@ async def measure(engine: str, address: str, *, count: int, prompt_tokens: int, 
         "stages_p50_ms": {stage: round(1e3 * statistics.median(values), 3) for stage, values in stages.items()},
         "router_added_p50_ms": round(added["first_token_p50_ms"] - preprocess_ms, 3),
         "goal_ms": GOAL_MS,
+        "decision_100_engines_p50_ms": round(decision_ms(), 3),
     }
 
 

@@ -167,7 +167,9 @@ class Machine:
         try:
             output, _ = process.communicate(timeout=limit_s)
         except subprocess.TimeoutExpired:
-            output = end(process)
+            # Its parent, `nsenter`, alone would not do.
+            os.killpg(process.pid, signal.SIGKILL)
+            output, _ = process.communicate()
             raise AssertionError(f"{self.name}: not done in {limit_s:.0f} s:\n{script}\n{output}") from None
         assert process.returncode == 0, f"{self.name}: exit code {process.returncode}:\n{script}\n{output}"
         return output
@@ -233,13 +235,6 @@ def network(folder: Path) -> Iterator[Network]:
         yield made
     finally:
         made.close()
-
-
-def end(process: subprocess.Popen[str]) -> str:
-    """Ends a command in a machine, and returns the rest of its output. Its parent, ``nsenter``, alone would not do."""
-    os.killpg(process.pid, signal.SIGKILL)
-    output, _ = process.communicate()
-    return output
 
 
 def kept_directories() -> list[Path]:

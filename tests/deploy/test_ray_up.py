@@ -5,7 +5,6 @@ Takes minutes, so only ``make test-ray-up`` runs it. The tests are one story and
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
@@ -115,15 +114,11 @@ class Site:
     def autoscaler_log(self) -> str:
         return self.nodes[HEAD].run("cat /tmp/ray/session_latest/logs/monitor.out")
 
-    @contextlib.contextmanager
-    def redis(self) -> Iterator[None]:
-        """A Redis on the operator's machine."""
-        server = ["redis-server", "--bind", OPERATOR, "--protected-mode", "no", "--save", "", "--dir", "/tmp"]
-        process = self.operator.popen(server)
-        try:
-            yield
-        finally:
-            machines.end(process)
+    def start_redis(self) -> None:
+        """On the operator's machine, with which it ends: a head does not outlive the Redis it began with."""
+        self.operator.popen(
+            ["redis-server", "--bind", OPERATOR, "--protected-mode", "no", "--save", "", "--dir", "/tmp"]
+        )
 
     def running(self, address: str) -> dict[str, int]:
         """Sequences in the engine of each machine, as the router knows them."""
@@ -244,25 +239,25 @@ def test_a_lost_head_takes_no_stream_of_others_along(site: Site) -> None:
 
 
 def test_a_head_that_kept_its_state_comes_back_to_its_cluster(site: Site) -> None:
-    with site.redis():
-        for block in steps("Keep the head's state"):
-            site.type(block)
-        site.type(steps("Deploy and call")[0])
-        site.wait("both engines are there and every machine answers", site.is_whole)
-        engines = site.engines(WORKERS[0])
-        site.nodes[HEAD].lose_power()
-        for address in WORKERS:
-            site.operator.run(f"{CHECKOUT}/.venv/bin/ernie chat Hello --address {address}:9000")
+    site.start_redis()
+    for block in steps("Keep the head's state"):
+        site.type(block)
+    site.type(steps("Deploy and call")[0])
+    site.wait("both engines are there and every machine answers", site.is_whole)
+    engines = site.engines(WORKERS[0])
+    site.nodes[HEAD].lose_power()
+    for address in WORKERS:
+        site.operator.run(f"{CHECKOUT}/.venv/bin/ernie chat Hello --address {address}:9000")
 
-        site.power_on(HEAD)
-        for block in steps("When the head was lost"):
-            site.type(block)
-        site.wait("the head answers as well, without another deployment", site.is_whole)
-        site.wait("the autoscaler has looked after all nodes", lambda: site.autoscaler_log().count(JOINED) >= 2)
-        assert site.engines(WORKERS[0]) == engines
+    site.power_on(HEAD)
+    for block in steps("When the head was lost"):
+        site.type(block)
+    site.wait("the head answers as well, without another deployment", site.is_whole)
+    site.wait("the autoscaler has looked after all nodes", lambda: site.autoscaler_log().count(JOINED) >= 2)
+    assert site.engines(WORKERS[0]) == engines
 
-        site.kill_an_engine()
-        site.wait("an engine that was killed is replaced", lambda: len(site.engines(HEAD) - engines) == 1)
+    site.kill_an_engine()
+    site.wait("an engine that was killed is replaced", lambda: len(site.engines(HEAD) - engines) == 1)
 
 
 def test_down_leaves_nothing(site: Site) -> None:

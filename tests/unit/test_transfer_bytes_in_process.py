@@ -7,7 +7,7 @@ import pytest
 from actors.ernie.config import ErnieConfig
 from actors.types import EngineRole, Message, MessageRole, TextPart
 from cluster.generation import Delta, Finished, GenerateCall, Started
-from tests.in_process import InProcessCluster, in_process_cluster
+from tests.in_process import ALWAYS_PAIRS, InProcessCluster, in_process_cluster
 from tests.media import image_part
 from tests.tiny_model import tiny_checkpoint
 
@@ -50,7 +50,7 @@ def common(left: tuple[int, ...], right: tuple[int, ...]) -> int:
 async def test_bytes_on_the_wire_are_those_of_the_tokens_that_are_lacked(budget: int) -> None:
     roles = (EngineRole.PREFILL, EngineRole.DECODE)
     async with in_process_cluster(
-        tiny_checkpoint(), *roles, max_num_seqs=8, max_batched_tokens=budget, block_size=BLOCK
+        tiny_checkpoint(), *roles, max_num_seqs=8, max_batched_tokens=budget, block_size=BLOCK, described=ALWAYS_PAIRS
     ) as cluster:
         sent, received = cluster.engines[0]._sender.counters, cluster.engines[1]._receiver.counters
         first = await prompt_of(cluster, ask("What is this? " * 8))

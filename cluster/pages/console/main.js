@@ -57,8 +57,12 @@ function showAge() {
   // A page that was hidden asks first.
   const stale = Date.now() - Math.max(heardAt, seenAt) > STALE_MS;
   document.body.classList.toggle("stale", stale);
-  if (stale) complain(`The router has not answered since ${clock(heardAt / 1000)}. What is shown is of then; it is asked again every second.`);
-  else byId("trouble").hidden = true;
+  if (!stale) {
+    byId("trouble").hidden = true;
+    return;
+  }
+  byId("model").className = "away";
+  complain(`The router has not answered since ${clock(heardAt / 1000)}. What is shown is of then; it is asked again every second.`);
 }
 
 function complain(words) {

@@ -87,7 +87,7 @@ function updateWorker(row, { role, state, load, queued_patches: patches }) {
   updateRole(fields.badge, role);
   row.className = `${role} ${state}`;
   if (fields.note) {
-    tell(fields.note, patches === undefined ? "" : `${many(patches, "patch").replace(/hs$/, "hes")} queued`);
+    tell(fields.note, patches === undefined ? "" : `${compact(patches)} patches queued`);
     return;
   }
   const { used, cached } = load ? kvShares(load) : { used: 0, cached: 0 };

@@ -13,10 +13,11 @@ export function compact(count) {
   return `${(count / size).toPrecision(3)}${unit}`;
 }
 
-/** A share; 100% is said only of all. */
+/** A share; 100% is said only of all, and 0% of none. */
 export function percent(share, digits = 0) {
-  const most = 100 - 10 ** -digits;
-  return `${(share < 1 ? Math.min(share * 100, most) : 100).toFixed(digits)}%`;
+  const step = 10 ** -digits;
+  if (share > 0 && share * 100 < step) return `<${step}%`;
+  return `${(share < 1 ? Math.min(share * 100, 100 - step) : 100).toFixed(digits)}%`;
 }
 
 export const many = (count, noun) => `${compact(count)} ${noun}${count === 1 ? "" : "s"}`;
