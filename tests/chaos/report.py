@@ -33,7 +33,7 @@ class Outcome:
     missing: int
     """Other than expected, and no longer."""
     died: bool
-    """The engine that changed its role did not survive it."""
+    """The engine that changed its role did not survive it, or did not have it in time."""
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -71,7 +71,7 @@ def table(outcomes: Sequence[Outcome]) -> list[str]:
     if bystanders := [outcome for outcome in outcomes if outcome.victim is Victim.PLANNER]:
         lines.append(f"pause p99 beside faults of the planner, which stop no request: {_pauses(bystanders)}")
     if died := sum(outcome.died for outcome in outcomes):
-        lines.append(f"{died} engines died of a change of roles")
+        lines.append(f"{died} engines did not come through a change of roles")
     return lines
 
 

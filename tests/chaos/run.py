@@ -185,7 +185,7 @@ async def _undo(trial: Trial, processes: Processes, hit: Hit) -> None:
         processes.send(hit.pid, signal.SIGCONT)
     if trial.fault is Fault.SWITCH and not hit.died and processes.lives(hit.pid):
         await processes.order(hit.address, trial.victim)
-        await processes.wait_role(hit.address, trial.victim, hit.pid)
+        hit.died = not await processes.wait_role(hit.address, trial.victim, hit.pid)
     hit.died |= trial.fault is Fault.SWITCH and not processes.lives(hit.pid)
 
 
@@ -246,7 +246,7 @@ def _line(outcome: Outcome, replies: Sequence[Reply], waited_s: float) -> str:
         elif reply.duplicated or reply.missing:
             state = f"WRONG {reply.expected.name}: {len(reply.tokens)} of {len(reply.expected.tokens)} tokens"
     if outcome.died:
-        state = "DIED of its change of roles"
+        state = "ENGINE LOST in its change of roles"
     names = ", ".join(reply.expected.name for reply in replies)
     what = f"{outcome.fault} {outcome.victim} in {outcome.stage}"
     times = f"pause {outcome.pause_s:5.2f} s  {outcome.took_s:5.1f} s, {waited_s:4.1f} s of it for parts to come back"

@@ -160,12 +160,17 @@ def test_prometheus_reads_every_metric_on_both_ports(cluster: LaunchedCluster, h
 
 
 def test_a_line_of_logs_names_its_request(cluster: LaunchedCluster, http: httpx.Client) -> None:
-    reply = http.post("/v1/chat/completions", json=chat(tokens=4)).raise_for_status()
+    reply = http.post("/v1/chat/completions", json=chat(tokens=4)).raise_for_status().json()
     folder = cluster.session / "session_latest" / "logs" / "serve"
-    text = "".join(file.read_text() for file in folder.glob("replica_ernie_router_*"))
-    lines = [json.loads(line) for line in text.splitlines()]
-    (ended,) = [line for line in lines if "finished after" in line["message"] and reply.json()["id"] in str(line)]
-    assert ended["ernie_request"] in ended["message"] and ended["deployment"] == "router"
+    deadline = time.monotonic() + 10
+    while True:
+        text = "".join(file.read_text() for file in folder.glob("replica_ernie_router_*"))
+        ended = [line for line in map(json.loads, text.splitlines()) if "finished after" in line["message"]]
+        if any(reply["id"].endswith(f"-{line['ernie_request']}") for line in ended):
+            break
+        assert time.monotonic() < deadline, f"no line about {reply['id']} in\n{text}"
+        time.sleep(0.1)
+    assert all(line["ernie_request"] in line["message"] and line["levelname"] == "INFO" for line in ended)
 
 
 async def test_the_openai_sdk_streams_and_raises(cluster: LaunchedCluster) -> None:

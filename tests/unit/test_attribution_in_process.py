@@ -127,7 +127,8 @@ def hold_up(stage: Stage, request: Request, monkeypatch: pytest.MonkeyPatch) -> 
     async def act() -> None:
         await asyncio.to_thread(request.takes, stage, DELAY_S)
 
-    before_chunk(monkeypatch, lambda chunk: chunk.computed.last, act)
+    # All chunks wait behind the first, and it for the end of the prefill.
+    before_chunk(monkeypatch, lambda chunk: chunk.computed.index == 0, act)
 
 
 def before_chunk(monkeypatch: pytest.MonkeyPatch, which: Callable[[Chunk], bool], act: Callable[[], Any]) -> None:

@@ -89,7 +89,7 @@ def test_an_engine_must_survive_its_change_of_roles() -> None:
     assert passed([survived]) and not passed([survived, died])
     assert table([survived, died])[-2:] == [
         "decode changes role   " + "".join(f"{count:>12}" for count in (0, 0, 0, 0, 2)),
-        "1 engines died of a change of roles",
+        "1 engines did not come through a change of roles",
     ]
     assert summary([died]).endswith("pause p99 kill - freeze -")
 
