@@ -85,10 +85,13 @@ class Trials:
         delay_s = self._moment()
         await asyncio.sleep(delay_s)
         began = time.perf_counter()
-        if self._count % 2:
-            await self._client.cancel(request.request_id)
-        else:
-            asking.cancel()
+        try:
+            if self._count % 2:
+                await self._client.cancel(request.request_id)
+            else:
+                asking.cancel()
+        except client_errors.NotFoundError:
+            asking.cancel()  # it is still on its way to the router
         await self._wait_clean()
         took = time.perf_counter() - began
         with contextlib.suppress(asyncio.CancelledError, client_errors.CancelledError):

@@ -3,8 +3,8 @@
 A prompt is computed by one engine and decoded by another. A chunk of it is *on its way* from the moment its keys and
 values are in the cache until the decode engine has verified it and written it to its own. The transfer time of a prompt
 is the time during which any of its chunks is on its way; the part of it after the prompt's first token was drawn is
-*exposed*, and ``hidden`` is the share that is not. ``alone_ms`` is what it takes where the prompt was computed before,
-and hardly anything can hide it. Cold prompts, and prompts computed before, take turns.
+*exposed*, and ``hidden`` is the share that is not. ``alone_ms`` is the transfer time where the prompt was computed
+before: it has the machine to itself. Cold prompts, and prompts computed before, take turns.
 
 The bytes that both engines count must be those of the model's arithmetic, layers x 2 x KV heads x head width x itemsize
 for each token the decode engine lacked; the exit status is 1 if they are not. See README.md beside this file.
@@ -315,7 +315,7 @@ def _summary(rounds: Sequence[dict[str, Transferred]]) -> dict[str, Any]:
         "hidden": statistics.median(one.hidden for one in cold),
         "on_way_ms": statistics.median(one.on_way_ms for one in cold),
         "exposed_ms": statistics.median(one.exposed_ms for one in cold),
-        "alone_ms": statistics.median(made["alone"].exposed_ms for made in rounds),
+        "alone_ms": statistics.median(made["alone"].on_way_ms for made in rounds),
         "rounds": [{kind: asdict(one) for kind, one in made.items()} for made in rounds],
     }
 
