@@ -94,8 +94,8 @@ class Chaos:
     async def run(
         self, trials: Sequence[Trial], *, within_s: float = float("inf"), until_failure: bool = False
     ) -> list[Outcome]:
-        """Begins no trial after ``within_s``. With ``until_failure`` the first that fails is the last of all, and nobody
-        waits for the cluster to recover.
+        """Begins no trial after ``within_s``. With ``until_failure`` the first that fails is the last, and nobody waits
+        for the cluster to recover.
         """
         outcomes: list[Outcome] = []
         until = time.monotonic() + within_s
