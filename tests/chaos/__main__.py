@@ -60,8 +60,9 @@ def _run(options: argparse.Namespace) -> list[Outcome]:
         try:
             cluster.wait_ready()
             chaos = Chaos(cluster, known, lambda line: print(line, flush=True), keep)
-            outcomes = asyncio.run(chaos.run(trials, within_s=options.within_s))
-            cluster.stop()
+            mutant = bool(options.mutant)  # which may leave anything behind once it was seen
+            outcomes = asyncio.run(chaos.run(trials, within_s=options.within_s, until_failure=mutant))
+            (cluster.stop if passed(outcomes) or not mutant else cluster.kill)()
         except BaseException:
             cluster.kill()
             raise

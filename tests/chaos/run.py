@@ -16,7 +16,7 @@ from cluster.client import AsyncClient, ClientError
 from ernie_serving.v1 import inference_pb2
 from tests.chaos.calls import Expected
 from tests.chaos.plan import Fault, Trial, Victim
-from tests.chaos.report import Outcome
+from tests.chaos.report import Outcome, passed
 from tests.chaos.victims import OTHER_ROLE, Processes
 from tests.cluster.launcher import LaunchedCluster
 
@@ -91,8 +91,12 @@ class Chaos:
         self._say = say
         self._keep = keep
 
-    async def run(self, trials: Sequence[Trial], *, within_s: float = float("inf")) -> list[Outcome]:
-        """Begins no trial after ``within_s``."""
+    async def run(
+        self, trials: Sequence[Trial], *, within_s: float = float("inf"), until_failure: bool = False
+    ) -> list[Outcome]:
+        """Begins no trial after ``within_s``. With ``until_failure`` the first that fails is the last, and nobody waits
+        for the cluster to recover.
+        """
         outcomes: list[Outcome] = []
         until = time.monotonic() + within_s
         async with (
@@ -111,6 +115,8 @@ class Chaos:
                 outcomes.append(outcome)
                 self._keep(outcome)
                 self._say(_line(outcome, replies, waited_s))
+                if until_failure and not passed([outcome]):
+                    return outcomes
                 if len(outcomes) % CLEAN_EVERY == 0:
                     await self._wait_clean(processes)
             await self._wait_clean(processes)
