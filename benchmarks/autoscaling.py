@@ -1,7 +1,8 @@
 """How long pools take to follow a step of load: to decide, and to have the replicas. See README.md beside this file.
 
 A cluster of small random weights on this machine's CPUs, every pool with one replica and bounds that a few requests
-exceed. First long replies are asked for, then questions about pictures, then nothing, then once more something.
+exceed. First long replies are asked for, then questions about large pictures, whose files take long to read, then about
+small ones that are enlarged, whose patches take long to encode, then nothing, then once more something.
 """
 
 from __future__ import annotations
@@ -59,7 +60,9 @@ CONFIG: dict[str, Any] = {
         },
     ],
 }
-PICTURE = (896, 896)
+SIDE = 896
+"""Of a picture as it is encoded, in pixels."""
+FILE_SIDES = {"pictures": SIDE, "enlarged": 56}
 POLL_S = 0.1
 DOWN_LIMIT_S = 120.0
 
@@ -126,28 +129,29 @@ class Watch:
         }
 
 
-def picture(seed: int) -> str:
+def picture(seed: int, side: int) -> str:
     rng = np.random.default_rng(seed)
     coarse = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8))
     buffer = io.BytesIO()
-    coarse.resize(PICTURE, Image.Resampling.BILINEAR).save(buffer, "PNG")
+    coarse.resize((side, side), Image.Resampling.BILINEAR).save(buffer, "PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def bodies(kind: str, client: int, pictures: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
+def bodies(client: int, pictures: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
     number = 0
     while True:
         number += 1
         text: Any = f"client {client} asks question {number}: " + "what is this? " * 4
-        if kind == "pictures":
+        if pictures:
             url = {"url": pictures[(client + number) % len(pictures)]}
             text = [{"type": "image_url", "image_url": url}, {"type": "text", "text": text}]
         yield {
             "messages": [{"role": "user", "content": text}],
             "stream": True,
-            "max_tokens": 4 if kind == "pictures" else 200,
+            "max_tokens": 4 if pictures else 200,
             "ignore_eos": True,
             "cache_salt": f"{client}.{number}",
+            "mm_processor_kwargs": {"image_min_pixels": SIDE * SIDE},
         }
 
 
@@ -167,7 +171,7 @@ async def ask(client: httpx.AsyncClient, body: dict[str, Any]) -> str:
     return "" if response.status_code == 200 and tokens == 1 else f"{response.status_code}, {tokens} ends"
 
 
-async def load(url: str, kind: str, clients: int, seconds: float, pictures: Sequence[str]) -> tuple[int, list[str]]:
+async def load(url: str, clients: int, seconds: float, pictures: Sequence[str]) -> tuple[int, list[str]]:
     """Requests that ended and what went wrong, of so many clients that ask one after the other."""
     end = time.monotonic() + seconds
     wrong: list[str] = []
@@ -176,7 +180,7 @@ async def load(url: str, kind: str, clients: int, seconds: float, pictures: Sequ
     async def one(number: int) -> None:
         nonlocal count
         async with httpx.AsyncClient(base_url=url, timeout=300, trust_env=False) as client:
-            for body in bodies(kind, number, pictures):
+            for body in bodies(number, pictures):
                 if time.monotonic() > end:
                     return
                 error = await ask(client, body)
@@ -192,10 +196,11 @@ async def measure(url: str, options: argparse.Namespace) -> dict[str, Any]:
     watching = asyncio.create_task(watch.run())
     await watch.until(lambda: bool(watch.now))
     found: dict[str, Any] = {}
-    pictures = [picture(number) for number in range(2 * options.clients)]
-    for kind in ("replies", "pictures"):
+    for kind in ("replies", *FILE_SIDES):
+        asked = range(2 * options.clients if kind in FILE_SIDES else 0)
+        pictures = [picture(number, FILE_SIDES[kind]) for number in asked]
         watch.begin()
-        count, wrong = await load(url, kind, options.clients, options.seconds, pictures)
+        count, wrong = await load(url, options.clients, options.seconds, pictures)
         found[kind] = {"requests": count, "failed": wrong, "pools": watch.told()}
     watch.begin()
     await watch.until(lambda: all(pool["replicas"] == pool["min"] for pool in watch.now.values()))
@@ -203,7 +208,7 @@ async def measure(url: str, options: argparse.Namespace) -> dict[str, Any]:
     watch.begin()
     async with httpx.AsyncClient(base_url=url, timeout=300, trust_env=False) as client:
         began = time.monotonic()
-        error = await ask(client, next(bodies("replies", 999)))
+        error = await ask(client, next(bodies(999)))
     found["first"] = {
         "requests": 1,
         "failed": [error] if error else [],
