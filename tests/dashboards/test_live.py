@@ -33,7 +33,13 @@ CLUSTER: dict[str, Any] = {
     "router": {"max_active": 12, "alone_tokens": 0},
     "slo": {"ttft_s": 0.5, "tpot_s": 0.02},
     "engines": [
-        {"name": "single", "roles": {"prefill": 1, "decode": 2}, "kv_cache_gib": 0.02, "max_num_seqs": 16},
+        {
+            "name": "single",
+            "roles": {"prefill": 1, "decode": 2},
+            "kv_cache_gib": 0.02,
+            "max_num_seqs": 16,
+            "autoscaling": {"min_replicas": 3, "max_replicas": 4, "kv_use": 0.001, "upscale_delay_s": 0.0},
+        },
         {
             "name": "group",
             "roles": {"colocated": 1},
@@ -43,15 +49,11 @@ CLUSTER: dict[str, Any] = {
             "rebalance_steps": 20,
         },
     ],
-    "vision_encoder": {
-        "embedding_bytes": 64 << 20,
-        "cache_bytes": 32 << 20,
-        "autoscaling": {"max_replicas": 2, "queued_patches": 1, "upscale_delay_s": 0.0, "downscale_delay_s": 5.0},
-    },
+    "vision_encoder": {"embedding_bytes": 64 << 20, "cache_bytes": 32 << 20},
     "preprocessor": {"patch_bytes": 128 << 20},
 }
-"""Engines that pass KV on, and one of several ranks: without those there is nothing to say of experts. Vision encoders
-become two as soon as there is anything to encode.
+"""Engines that pass KV on, which become one more as soon as any KV is used, and one of several ranks: without those
+there is nothing to say of experts.
 """
 CALM_S = 8.0
 LOAD_S = 14.0
@@ -104,7 +106,7 @@ async def hard_times(cluster: LaunchedCluster) -> None:
     victim = next(engine for engine in status(cluster)["engines"] if engine["role"] == "prefill")
     kill_engine(cluster, victim["address"])
     await loaded
-    await asyncio.to_thread(wait_for_engines, cluster, 4)
+    await asyncio.to_thread(wait_for_engines, cluster, 5)
     await load.run(CALM_S)
     print(dict(load.ended))
 

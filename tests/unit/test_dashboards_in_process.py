@@ -98,10 +98,10 @@ async def test_no_panel_is_empty_and_every_alert_is_evaluated(tmp_path: Path, mo
             while not await asyncio.to_thread(found.instant, "ernie_ready"):
                 await asyncio.sleep(0.1)
             await requests_for(cluster, PHASE_S, numbers)
-            mover = next(engine for engine in cluster.engines if engine.info.role is DECODE)
-            await cluster.planner.order_role(mover.info.engine_id, PREFILL)
+            mover = next(engine for engine in cluster.engines if engine._info.role is DECODE)
+            await cluster.planner.order_role(mover._info.engine_id, PREFILL)
             await requests_for(cluster, PHASE_S, numbers)
-            lost = next(engine for engine in cluster.engines if engine.info.role is PREFILL)
+            lost = next(engine for engine in cluster.engines if engine._info.role is PREFILL)
             going = asyncio.create_task(requests_for(cluster, PHASE_S, numbers))
             await asyncio.sleep(0.2)
             await cluster.kill(lost)
