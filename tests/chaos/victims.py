@@ -81,7 +81,9 @@ class Processes:
             with contextlib.suppress(psutil.Error):
                 for connection in psutil.Process(pid).net_connections(kind="tcp"):
                     if connection.status == psutil.CONN_LISTEN:
-                        listening[f"{connection.laddr.ip}:{connection.laddr.port}"] = pid
+                        # gRPC listens on IPv6 sockets, for IPv4 as well.
+                        ip = connection.laddr.ip.removeprefix("::ffff:")
+                        listening[f"{ip}:{connection.laddr.port}"] = pid
         found: dict[Victim, dict[str, int]] = {victim: {} for victim in Victim}
         for victim, address in _addresses(status):
             pid = listening.get(address)
