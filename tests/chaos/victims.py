@@ -81,10 +81,12 @@ class Processes:
             with contextlib.suppress(psutil.Error):
                 for connection in psutil.Process(pid).net_connections(kind="tcp"):
                     if connection.status == psutil.CONN_LISTEN:
-                        listening[connection.laddr.port] = pid
+                        # gRPC listens on IPv6 sockets, for IPv4 as well.
+                        ip = connection.laddr.ip.removeprefix("::ffff:")
+                        listening[f"{ip}:{connection.laddr.port}"] = pid
         found: dict[Victim, dict[str, int]] = {victim: {} for victim in Victim}
         for victim, address in _addresses(status):
-            pid = listening.get(int(address.rpartition(":")[2]))
+            pid = listening.get(address)
             if pid is not None:
                 found[victim][address] = pid
                 group = self._engines[address]["group"] if address in self._engines else None
