@@ -1,6 +1,7 @@
 """A program: several Ray nodes on this machine with one application, as several machines have after ``serve deploy``.
 
-The head has no room for engines. ``nodes`` in the description lists the others: what ``Cluster.add_node`` takes.
+The head, which ``ON_HEAD`` labels, has no room for engines. ``nodes`` in the description lists the others: what
+``Cluster.add_node`` takes.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from cluster.config import parse, read_file
 from cluster.processes import MARK
 
 HEAD_CPUS = 4
+ON_HEAD = {"holds": "others"}
 OBJECT_STORE_BYTES = 128 << 20
 JOIN_LIMIT_S = 120.0
 
@@ -44,7 +46,7 @@ def main() -> None:
     values = read_file(options.config)
     nodes = values.pop("nodes")
     config = parse(values, str(options.config))
-    head = {"num_cpus": HEAD_CPUS, "include_dashboard": False, "temp_dir": folder}
+    head = {"num_cpus": HEAD_CPUS, "labels": ON_HEAD, "include_dashboard": False, "temp_dir": folder}
     cluster = Cluster(initialize_head=True, head_node_args=head | {"object_store_memory": OBJECT_STORE_BYTES})
     try:
         for node in nodes:

@@ -18,6 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from cluster.metrics.definitions import METRICS, Source
 from tests.cluster.conftest import DEFAULTS, Clusters
 from tests.cluster.launcher import LaunchedCluster
+from tests.cluster.nodes import ON_HEAD
 from tests.tiny_model import tiny_checkpoint
 
 ENGINE = {"roles": {"prefill": 1, "decode": 1}, "kv_cache_gib": 0.02, "max_num_seqs": 16, "rebalance_steps": 20}
@@ -36,7 +37,9 @@ def groups(clusters: Clusters, tmp_path_factory: pytest.TempPathFactory) -> Iter
     clusters.stop()
     config = DEFAULTS | {
         "model": str(tiny_checkpoint()),
-        "router": {"alone_tokens": 0},
+        "router": {"alone_tokens": 0, "node_labels": ON_HEAD},
+        # Anywhere else they could leave no node with room for a packed group.
+        **{name: DEFAULTS[name] | {"node_labels": ON_HEAD} for name in ("preprocessor", "vision_encoder")},
         "engines": [PACKED, SPREAD],
         "nodes": NODES,
     }
