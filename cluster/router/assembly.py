@@ -93,7 +93,7 @@ class RouterParts:
                 preprocessor,
                 leases,
                 budget,
-                pool_size=lambda: len(fleet.snapshot.preprocessors),
+                places=lambda: [entry.address for entry in fleet.snapshot.preprocessors],
                 hedge_after_s=config.preprocessor.hedge_after_s,
                 timeout_s=config.preprocessor.timeout_s,
             ),

@@ -62,7 +62,7 @@ class PreprocessStage:
     whichever replica Serve picks then.
 
     Args:
-        pool_size: how many preprocessors there are now; one alone would only do the same work twice at once.
+        places: addresses of the preprocessors there are now; one alone would only do the same work twice at once.
         hedge_after_s: silence after which the same is asked once more, if the budget has a retry to spare.
         timeout_s: after this the call counts as lost.
     """
@@ -73,14 +73,14 @@ class PreprocessStage:
         leases: LeaseKeeper,
         budget: RetryBudget,
         *,
-        pool_size: Callable[[], int],
+        places: Callable[[], Sequence[str]],
         hedge_after_s: float,
         timeout_s: float,
     ) -> None:
         self._handle = handle
         self._leases = leases
         self._budget = budget
-        self._pool_size = pool_size
+        self._places = places
         self._hedge_after_s = hedge_after_s
         self._timeout_s = timeout_s
         self._late: set[asyncio.Task[None]] = set()
@@ -113,7 +113,7 @@ class PreprocessStage:
         """The first call that is answered; of calls that are lost, the last. Adds the hedge to ``calls``."""
         (first,) = calls
         done, _ = await asyncio.wait([first.answer], timeout=self._hedge_after_s)
-        if not done and self._pool_size() > 1 and self._budget.try_spend():
+        if not done and len(self._places()) > 1 and self._budget.try_spend():
             log.warning("no preprocessor answered %s yet: asking once more", first.request.lease)
             calls.append(_Call(self._handle, replace(first.request, lease=f"{first.request.lease}+")))
         waiting = list(calls)
@@ -131,12 +131,21 @@ class PreprocessStage:
         task.add_done_callback(self._late.discard)
 
     async def _release_late(self, call: _Call) -> None:
-        """A cancelled call may still have been answered: its patches go back at once."""
-        with contextlib.suppress(ServingError, asyncio.CancelledError):
+        """A cancelled call may still have been answered: its patches go back at once. Where the answer is lost, nobody
+        knows which preprocessor gave it.
+        """
+        places: Sequence[str] = ()
+        try:
             reply = await call.answer
             if _keeps(call.request, reply):
-                self._leases.hold(reply.media_address, call.request.lease)
-                self._leases.release(reply.media_address, call.request.lease)
+                places = (reply.media_address,)
+        except (asyncio.CancelledError, StageLost):
+            places = self._places()
+        except ServingError:
+            pass
+        for address in places:
+            self._leases.hold(address, call.request.lease)
+            self._leases.release(address, call.request.lease)
 
 
 def _keeps(request: PreprocessRequest, reply: PreprocessReply) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -80,11 +80,11 @@ def stage_of(
     hedge_after_s: float = 5.0,
     timeout_s: float = 10.0,
     burst: float = 8,
-    pool_size: int = 2,
+    places: Sequence[str] = ("pre:1", "pre:2"),
 ) -> PreprocessStage:
     budget = RetryBudget(share=0.0, burst=burst, clock=lambda: 0.0)
     bounds = {"hedge_after_s": hedge_after_s, "timeout_s": timeout_s}
-    return PreprocessStage(Handle(pool), leases, budget, pool_size=lambda: pool_size, **bounds)
+    return PreprocessStage(Handle(pool), leases, budget, places=lambda: places, **bounds)
 
 
 def request(**fields: Any) -> PreprocessRequest:
@@ -122,6 +122,25 @@ async def eventually(condition: Any) -> None:
             await asyncio.sleep(0.005)
 
 
+async def test_patches_go_back_wherever_the_answer_was_lost() -> None:
+    class Obedient(Preprocessor):
+        async def preprocess(self, request: PreprocessRequest) -> PreprocessReply:
+            self.called.set()
+            await self.go.wait()
+            return REPLY
+
+    places, preprocessor = Places(), Obedient()
+    preprocessor.go.clear()
+    leases = LeaseKeeper(places)
+    run = asyncio.create_task(stage_of(preprocessor, leases).run(request()))
+    await preprocessor.called.wait()
+    run.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await run
+    await eventually(lambda: len(places.released) == 2)
+    assert places.released == [("pre:1", "r-1#1"), ("pre:2", "r-1#1")] and leases.count == 0
+
+
 async def test_a_hedge_takes_over_and_the_late_answer_is_released() -> None:
     places, slow, quick = Places(), Preprocessor(), Preprocessor(ELSEWHERE)
     slow.go.clear()
@@ -138,7 +157,7 @@ async def test_a_preprocessor_alone_is_not_asked_twice() -> None:
     places, only = Places(), Preprocessor()
     only.go.clear()
     pool = Pool(only)
-    stage = stage_of(pool, LeaseKeeper(places), hedge_after_s=0.01, pool_size=1)
+    stage = stage_of(pool, LeaseKeeper(places), hedge_after_s=0.01, places=["pre:1"])
     run = asyncio.create_task(stage.run(request()))
     await asyncio.sleep(0.1)
     only.go.set()
