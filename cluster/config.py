@@ -19,6 +19,7 @@ from actors.processing.parser_names import ReasoningParserName, ToolCallParserNa
 from actors.types import EngineRole, MediaOptions
 from cluster.config_base import Amount, Count, Gpus, Port, Seconds, Section
 from cluster.config_scaling import (
+    Autoscaling,
     EngineAutoscaling,
     PreprocessorAutoscaling,
     RoleMoves,
@@ -89,10 +90,25 @@ class RouterPool(Pool):
         return self
 
 
-class PreprocessorPool(Pool):
-    """Preprocessors: media and text to token ids and patches, on CPUs."""
+class EqualPool(Pool):
+    """Replicas that all do the same, as many as are said or as the load asks for."""
 
     replicas: Count = 1
+    autoscaling: Autoscaling | None = None
+
+    @model_validator(mode="after")
+    def _initial(self) -> Self:
+        check_initial(self.replicas, self.autoscaling, "replicas")
+        return self
+
+    @property
+    def most_replicas(self) -> int:
+        return self.replicas if self.autoscaling is None else self.autoscaling.max_replicas
+
+
+class PreprocessorPool(EqualPool):
+    """Preprocessors: media and text to token ids and patches, on CPUs."""
+
     autoscaling: PreprocessorAutoscaling | None = None
     num_cpus: Amount = 1.0
     concurrency: Count = 2
@@ -110,20 +126,10 @@ class PreprocessorPool(Pool):
     media: MediaOptions = MediaOptions()
     """How pictures and videos are prepared where requests do not say; what is unset is the checkpoint's."""
 
-    @model_validator(mode="after")
-    def _initial(self) -> Self:
-        check_initial(self.replicas, self.autoscaling, "replicas")
-        return self
 
-    @property
-    def most_replicas(self) -> int:
-        return self.replicas if self.autoscaling is None else self.autoscaling.max_replicas
-
-
-class VisionEncoderPool(Pool):
+class VisionEncoderPool(EqualPool):
     """Vision encoders: patches to embeddings."""
 
-    replicas: Count = 1
     autoscaling: VisionEncoderAutoscaling | None = None
     num_cpus: Amount = 1.0
     num_gpus: Gpus | None = None
@@ -135,15 +141,6 @@ class VisionEncoderPool(Pool):
     """Embeddings kept, leased and cached together."""
     cache_bytes: Annotated[int, Field(ge=0)] = 1 << 30
     """How much of it embeddings nobody leases may take."""
-
-    @model_validator(mode="after")
-    def _initial(self) -> Self:
-        check_initial(self.replicas, self.autoscaling, "replicas")
-        return self
-
-    @property
-    def most_replicas(self) -> int:
-        return self.replicas if self.autoscaling is None else self.autoscaling.max_replicas
 
 
 class Roles(Section):

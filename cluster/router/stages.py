@@ -140,7 +140,7 @@ class PreprocessStage:
             if _keeps(call.request, reply):
                 places = (reply.media_address,)
         except (asyncio.CancelledError, StageLost):
-            places = self._places()
+            places = self._places() if call.request.keep_patches else ()
         except ServingError:
             pass
         for address in places:

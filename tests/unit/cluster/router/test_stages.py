@@ -99,15 +99,20 @@ async def test_only_patches_that_are_kept_are_held(kept: bool, count: int) -> No
     assert leases.count == count
 
 
-async def test_patches_of_a_late_answer_are_released() -> None:
-    places, preprocessor = Places(), Preprocessor()
+async def leave_during(preprocessor: Preprocessor, leases: LeaseKeeper) -> None:
+    """A request that is cancelled while the preprocessor works on it."""
     preprocessor.go.clear()
-    leases = LeaseKeeper(places)
     run = asyncio.create_task(stage_of(preprocessor, leases).run(request()))
     await preprocessor.called.wait()
     run.cancel()
     with pytest.raises(asyncio.CancelledError):
         await run
+
+
+async def test_patches_of_a_late_answer_are_released() -> None:
+    places, preprocessor = Places(), Preprocessor()
+    leases = LeaseKeeper(places)
+    await leave_during(preprocessor, leases)
     preprocessor.go.set()
     await eventually(lambda: places.released)
     assert places.released == [("pre:1", "r-1#1")] and leases.count == 0
@@ -130,13 +135,8 @@ async def test_patches_go_back_wherever_the_answer_was_lost() -> None:
             return REPLY
 
     places, preprocessor = Places(), Obedient()
-    preprocessor.go.clear()
     leases = LeaseKeeper(places)
-    run = asyncio.create_task(stage_of(preprocessor, leases).run(request()))
-    await preprocessor.called.wait()
-    run.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await run
+    await leave_during(preprocessor, leases)
     await eventually(lambda: len(places.released) == 2)
     assert places.released == [("pre:1", "r-1#1"), ("pre:2", "r-1#1")] and leases.count == 0
 
