@@ -285,15 +285,20 @@ class Planner:
                     await self._changed.wait()
         return self._snapshot()
 
+    @property
+    def _version(self) -> int:
+        return self._registry.version + self._decisions.count
+
     def _snapshot(self) -> Snapshot:
         seen = self._registry.snapshot()
-        version = seen.version + self._decisions.count
-        return replace(seen, version=version, pools=self._scaler.pools(), decisions=self._decisions.kept)
+        return replace(seen, version=self._version, pools=self._scaler.pools(), decisions=self._decisions.kept)
 
     def _notify(self, lost: Container[str] = ()) -> None:
         """Tells whoever waits if anything changed, and notes who came and went. ``lost``: incarnations that did not say
         goodbye.
         """
+        if self._version == self._told.version:
+            return  # as after most renewals, which bring loads alone
         known = self._told.members()
         members = self._registry.snapshot().members()
         for incarnation, (pool, name) in members.items():
@@ -302,11 +307,9 @@ class Planner:
         for incarnation, (pool, name) in known.items():
             if incarnation not in members:
                 self._note_fleet(pool, name, "lost" if incarnation in lost else "left")
-        now = self._snapshot()
-        if now.version != self._told.version:
-            self._told = now
-            self._changed.set()
-            self._changed = asyncio.Event()
+        self._told = self._snapshot()
+        self._changed.set()
+        self._changed = asyncio.Event()
 
     def _note_fleet(self, pool: str, name: str, change: str) -> None:
         self._decisions.note(DecisionKind.FLEET, pool=pool, subject=name, change=change)
