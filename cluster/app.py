@@ -18,6 +18,7 @@ from actors.config import EngineReplicaConfig, PreprocessorConfig, VisionEncoder
 from actors.engine_replica import SUCCESSOR_S
 from cluster.builtin import locate
 from cluster.config import (
+    BATCHED_TOKENS,
     BLOCK_SIZE,
     PLANNERS,
     PREPROCESSORS,
@@ -182,7 +183,7 @@ def engine_config(config: ClusterConfig, pool: EnginePool) -> EngineReplicaConfi
         max_model_len=config.max_model_len,
         block_size=pool.block_size or BLOCK_SIZE,
         max_num_seqs=pool.max_num_seqs,
-        max_batched_tokens=pool.max_batched_tokens,
+        max_batched_tokens=pool.max_batched_tokens or BATCHED_TOKENS,
         max_waiting=pool.max_waiting,
         media_window_bytes=pool.media_window_bytes,
         media_cache_bytes=pool.media_cache_bytes,

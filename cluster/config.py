@@ -49,6 +49,8 @@ ENCODER_GPU_SHARE = 0.25
 BLOCK_SIZE = 16
 GPU_BLOCK_SIZE = 256
 """FlashAttention 2, which torch brings, reads pages of a multiple of this by block table."""
+BATCHED_TOKENS = 1024
+GPU_BATCHED_TOKENS = 2048
 
 
 class Pool(Section):
@@ -190,7 +192,8 @@ class EnginePool(Pool):
     experts: Literal["loop", "grouped", "native"] | None = None
     cuda_graphs: bool | None = None
     max_num_seqs: Count = 64
-    max_batched_tokens: Count = 2048
+    max_batched_tokens: Count | None = None
+    """Tokens of a step, which nothing interrupts, not even a cancellation; unset is 2048, and 1024 on CPUs."""
     max_waiting: Count = 256
     """Sequences that wait in an engine; the next is refused as overload."""
     media_window_bytes: Count = 64_000_000
@@ -209,7 +212,7 @@ class EnginePool(Pool):
 
     @model_validator(mode="after")
     def _decoding_fits(self) -> Self:
-        if self.max_num_seqs > self.max_batched_tokens:
+        if self.max_batched_tokens is not None and self.max_num_seqs > self.max_batched_tokens:
             raise ValueError(
                 f"max_num_seqs {self.max_num_seqs} is over max_batched_tokens {self.max_batched_tokens}: "
                 "prompts would never advance beside decoding"
@@ -455,5 +458,6 @@ def _settled_pool(pool: EnginePool, gpus: int) -> EnginePool:
     num_gpus = pool.num_gpus
     if num_gpus is None:
         num_gpus = 1.0 if gpus else 0.0
+    batched = pool.max_batched_tokens or max(pool.max_num_seqs, GPU_BATCHED_TOKENS if num_gpus else BATCHED_TOKENS)
     block_size = pool.block_size or (GPU_BLOCK_SIZE if gpus else BLOCK_SIZE)
-    return pool.model_copy(update={"num_gpus": num_gpus, "block_size": block_size})
+    return pool.model_copy(update={"num_gpus": num_gpus, "block_size": block_size, "max_batched_tokens": batched})
