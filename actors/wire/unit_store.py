@@ -135,6 +135,8 @@ class UnitStore(Generic[UnitT]):
         self._clock = clock
         self._units: dict[bytes, _Unit[UnitT]] = {}
         self._leases: dict[str, Lease] = {}
+        self._released: OrderedDict[str, float] = OrderedDict()
+        """Names that were released before they were known here, and until when they are remembered."""
         self._cache: OrderedDict[bytes, int] = OrderedDict()
         self._cached_bytes = 0
         self.counters = StoreCounters()
@@ -186,11 +188,13 @@ class UnitStore(Generic[UnitT]):
     def open(self, name: str) -> Iterator[Lease]:
         """Starts a lease or extends a running one; it cannot expire (but can be released) while open.
 
-        Afterwards a lease that holds nothing ends at once.
+        Afterwards a lease that holds nothing ends at once. One whose release came first has ended from the start.
         """
-        lease = self._leases.get(name)
-        if lease is None:
-            lease = self._leases[name] = Lease(name, 0.0)
+        lease = self._leases.get(name) or Lease(name, 0.0)
+        if self._released.pop(name, 0.0) > self._clock():
+            lease.ended = True
+        else:
+            self._leases[name] = lease
         lease.users += 1
         try:
             yield lease
@@ -265,17 +269,22 @@ class UnitStore(Generic[UnitT]):
         return unknown
 
     def release(self, names: Iterable[str]) -> None:
-        """Ends leases; unknown ones are no error."""
+        """Ends leases. One that is unknown may be on its way here: it then holds nothing when it comes."""
         for name in names:
             lease = self._leases.get(name)
             if lease is not None:
                 self._end(lease)
+            else:
+                self._released[name] = self._clock() + self._ttl
+                self._released.move_to_end(name)
 
     def expire(self) -> None:
         """Ends leases that were not renewed in time; the owner calls this regularly."""
         now = self._clock()
         for lease in [lease for lease in self._leases.values() if not lease.users and lease.expires_at <= now]:
             self._end(lease)
+        while self._released and next(iter(self._released.values())) <= now:
+            self._released.popitem(last=False)
 
     def stats(self) -> StoreStats:
         return StoreStats(

@@ -96,7 +96,9 @@ class PreprocessStage:
         winner: _Call | None = None
         try:
             async with asyncio.timeout(self._timeout_s):
-                winner = await self._first_answer(calls)
+                first = await self._first_answer(calls)
+            reply = first.answer.result()
+            winner = first
         except TimeoutError:
             log.warning("no preprocessor answered %s within %g s", request.lease, self._timeout_s)
             raise StageLost("a preprocessor") from None
@@ -104,7 +106,6 @@ class PreprocessStage:
             for call in calls:
                 if call is not winner:
                     self._give_up(call)
-        reply = winner.answer.result()
         if _keeps(winner.request, reply):
             self._leases.hold(reply.media_address, winner.request.lease)
         return Preprocessed(reply=reply, lease=winner.request.lease, calls=len(calls))

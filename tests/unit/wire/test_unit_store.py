@@ -110,6 +110,18 @@ async def test_a_unit_made_after_the_release_of_its_lease_is_not_kept(store: Uni
     assert store.get(b"a") is None and store.stats().byte_count == 0
 
 
+async def test_a_lease_whose_release_overtook_it_holds_nothing(store: UnitStore[Patches]) -> None:
+    store.release(["one", "two"])
+    with store.open("one") as lease:
+        assert lease.ended and store.stats().leases == 0
+    await put(store, "one", a=10)
+    assert store.get(b"a") is not None  # a second call of that name is no late one
+    clock.now += 5.1
+    store.expire()
+    await put(store, "two", b=10)
+    assert store.get(b"b") is not None and not store._released
+
+
 async def test_a_request_larger_than_the_budget_names_the_limit(store: UnitStore[Patches]) -> None:
     with store.open("one") as lease, pytest.raises(MediaTooLarge, match=r"patch_bytes of 0\.0 MB"):
         await store.reserve(lease, 101)

@@ -141,6 +141,28 @@ async def test_patches_go_back_wherever_the_answer_was_lost() -> None:
     assert places.released == [("pre:1", "r-1#1"), ("pre:2", "r-1#1")] and leases.count == 0
 
 
+@pytest.mark.parametrize(
+    ("lost", "told"),
+    [
+        (asyncio.CancelledError, asyncio.CancelledError),  # Serve ends all calls that were made for a client who left
+        (ray.exceptions.ActorDiedError, StageLost),
+    ],
+)
+async def test_patches_of_a_call_that_ends_by_itself_go_back(
+    lost: type[BaseException], told: type[BaseException]
+) -> None:
+    class Lost(Preprocessor):
+        async def preprocess(self, request: PreprocessRequest) -> PreprocessReply:
+            raise lost
+
+    places = Places()
+    leases = LeaseKeeper(places)
+    with pytest.raises(told):
+        await stage_of(Lost(), leases).run(request())
+    await eventually(lambda: len(places.released) == 2)
+    assert places.released == [("pre:1", "r-1#1"), ("pre:2", "r-1#1")] and leases.count == 0
+
+
 async def test_a_hedge_takes_over_and_the_late_answer_is_released() -> None:
     places, slow, quick = Places(), Preprocessor(), Preprocessor(ELSEWHERE)
     slow.go.clear()
