@@ -1,10 +1,10 @@
 """How long a cancelled request still holds anything, anywhere.
 
 A cluster of one preprocessor, one encoder, one prefill and one decode engine (nano) gets requests with pictures, one at
-a time. Each is cancelled at a random moment, by turns by leaving and by CancelGeneration, and the whole cluster is
-audited until no part holds anything for a request: patches, embeddings, leases, queues, KV blocks, reservations. The
-time counts from the cancellation to the arrival of the audit that found nothing, so an audit's own time is in it. The
-stage is the one the router tells of afterwards. Trials go on until every stage was met often enough.
+a time. Each is cancelled at a random moment of a stage, by turns by leaving and by CancelGeneration, and the whole
+cluster is audited until no part holds anything for a request: patches, embeddings, leases, queues, KV blocks,
+reservations. The time counts from the cancellation to the arrival of the audit that found nothing, so an audit's own
+time is in it. The stage is the one the router tells of afterwards. Trials go on until every stage was met often enough.
 
     python benchmarks/cancel_to_free.py --json
 """
@@ -18,8 +18,10 @@ import io
 import itertools
 import json
 import random
+import statistics
 import sys
 import time
+from collections import deque
 from contextlib import aclosing
 
 import httpx
@@ -36,10 +38,16 @@ from ernie_serving.v1 import inference_pb2
 TIMEOUT_S = 60.0
 CLEAN_LIMIT_S = 10.0
 GOAL_MS = 250.0
+ORDER = {stage: place for place, stage in enumerate(Stage)}
 STAGES = (Stage.PREPROCESS, Stage.ENCODE, Stage.PREFILL, Stage.TRANSFER, Stage.DECODE)
 PICTURES = 3
 WORDS = 600
 TOKENS = 400
+LATELY = 9
+DECODE_S = 0.2
+"""Of the decoding that a request is cancelled in."""
+SLACK_S = 0.01
+"""A request comes to the router a little later than it was sent, and stages last longer or shorter than usual."""
 
 
 def question(number: int, draw: random.Random) -> inference_pb2.GenerateRequest:
@@ -64,26 +72,26 @@ class Trials:
         self._http = http
         self._draw = random.Random(seed)
         self._count = 0
-        self._seen: dict[str, list[float]] = {}
-        """By stage, the moments at which requests were met in it."""
-        self.first_token_s = 0.0
-        """What a request takes until its first token, as last seen."""
+        self._lasted_s: dict[Stage, deque[float]] = {}
+        """How long requests were in each stage lately."""
 
     async def run_whole(self) -> None:
-        began = time.perf_counter()
-        async with aclosing(self._client.stream_generate(self._next(), timeout_s=TIMEOUT_S)) as events:
+        """Learns how long the stages before the first token take."""
+        request = self._next()
+        async with aclosing(self._client.stream_generate(request, timeout_s=TIMEOUT_S)) as events:
             async for event in events:
                 if event.WhichOneof("event") == "delta":
                     break
-        self.first_token_s = time.perf_counter() - began
         await self._wait_clean()
+        assert await self._ended_in(request) is not None
 
-    async def cancel_one(self) -> tuple[str, float]:
-        """The stage it was cancelled in, and the seconds until nothing was held."""
+    async def cancel_one(self, wanted: Stage) -> tuple[str, float]:
+        """The stage it was cancelled in, which may be another one than was aimed at, and the seconds until nothing was
+        held.
+        """
         request = self._next()
         asking = asyncio.create_task(self._ask(request))
-        delay_s = self._moment()
-        await asyncio.sleep(delay_s)
+        await asyncio.sleep(self._moment_in(wanted))
         began = time.perf_counter()
         try:
             if self._count % 2:
@@ -96,22 +104,25 @@ class Trials:
         took = time.perf_counter() - began
         with contextlib.suppress(asyncio.CancelledError, client_errors.CancelledError):
             await asking
+        return await self._ended_in(request) or "not admitted", took
+
+    async def _ended_in(self, request: inference_pb2.GenerateRequest) -> str | None:
+        """The stage; None if the router never saw the request."""
         reply = await self._http.get(f"/requests/{request.request_id}/explain")
         if reply.status_code == httpx.codes.NOT_FOUND:
-            return "not admitted", took
-        notes = reply.raise_for_status().json()["notes"]
-        stage = next((note["stage"] for note in notes if note["what"] == "cancelled"), "over")
-        self._seen.setdefault(stage, []).append(delay_s)
-        return stage, took
+            return None
+        story = reply.raise_for_status().json()
+        ended_in: str = next((note["stage"] for note in story["notes"] if note["what"] == "cancelled"), "over")
+        for stage, seconds in story["exposed_s"].items():
+            if stage != ended_in:
+                self._lasted_s.setdefault(Stage(stage), deque(maxlen=LATELY)).append(seconds)
+        return ended_in
 
-    def _moment(self) -> float:
-        """Anywhere in a request's life until a little behind its first token; every other time where the stage that was
-        met least often has been met before.
-        """
-        rare = min((times for stage, times in self._seen.items() if stage in STAGES), key=len, default=None)
-        if rare is None or self._count % 4 < 2:
-            return self._draw.random() * 1.2 * self.first_token_s
-        return self._draw.choice(rare) * self._draw.uniform(0.9, 1.1)
+    def _moment_in(self, wanted: Stage) -> float:
+        """Seconds after the start of a request at which it should be in that stage: they follow each other in order."""
+        typical = {stage: statistics.median(times) for stage, times in self._lasted_s.items()}
+        before = sum(seconds for stage, seconds in typical.items() if ORDER[stage] < ORDER[wanted])
+        return before + self._draw.random() * typical.get(wanted, DECODE_S) + self._draw.uniform(0.0, SLACK_S)
 
     def _next(self) -> inference_pb2.GenerateRequest:
         self._count += 1
@@ -140,6 +151,7 @@ class Trials:
 async def measure(url: str, address: str, *, each: int, limit_s: float, seed: int) -> dict[str, object]:
     found: dict[str, list[float]] = {}
     audits: list[float] = []
+    draw = random.Random(seed)
     async with (
         AsyncClient(address) as client,
         httpx.AsyncClient(base_url=url, timeout=CLEAN_LIMIT_S, trust_env=False) as http,
@@ -151,14 +163,14 @@ async def measure(url: str, address: str, *, each: int, limit_s: float, seed: in
         for number in itertools.count():
             if time.monotonic() > end or all(len(found.get(stage, [])) >= each for stage in STAGES):
                 break
-            stage, took = await trials.cancel_one()
+            wanted = min(STAGES, key=lambda stage: len(found.get(stage, []))) if number % 2 else draw.choice(STAGES)
+            stage, took = await trials.cancel_one(wanted)
             found.setdefault(stage, []).append(took)
             began = time.perf_counter()
             await http.get("/status", params={"audit": "true"})
             audits.append(time.perf_counter() - began)
             if number % 50 == 49:
                 print({stage: len(times) for stage, times in found.items()}, file=sys.stderr)
-                await trials.run_whole()
     counted = [took for stage in STAGES for took in found.get(stage, [])]
     return {
         "trials": len(counted),
