@@ -1,6 +1,6 @@
 """The on-premises cluster file, run by the commands of deploy/README.md against machines made of namespaces.
 
-Takes minutes, so only ``make test-ray-up`` runs it. The tests are one story and run in order.
+Takes minutes: ``make test-ray-up`` runs it, ``make test`` does not. The tests are one story and run in order.
 """
 
 from __future__ import annotations
