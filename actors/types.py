@@ -212,6 +212,10 @@ class Message:
     tool_call_id: str | None = None
     name: str | None = None
 
+    @property
+    def has_media(self) -> bool:
+        return any(not isinstance(part, TextPart) for part in self.parts)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PreprocessRequest:

@@ -79,7 +79,7 @@ def preprocess_request(
         thinking=call.thinking,
         tools=tuple(map(template_form, call.offered_tools)),
         max_prompt_tokens=context_limit - 1,
-        keep_patches=keep_patches,
+        keep_patches=keep_patches and any(message.has_media for message in call.messages),
         media_options=call.media_options,
     )
 

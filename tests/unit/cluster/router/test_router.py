@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from contextlib import aclosing
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
@@ -21,10 +22,10 @@ from actors.errors import (
     ServingError,
     Unavailable,
 )
-from actors.types import AttemptMode, EngineRole, FinishReason, MilestoneKind, Stage
+from actors.types import AttemptMode, EngineRole, FinishReason, MilestoneKind, Stage, TextPart
 from cluster.generation import Delta, Finished, GenerateCall, PromptTokens, Started
 from cluster.registry import Snapshot
-from cluster.router.prompt import STAGE_DEATHS
+from cluster.router.prompt import STAGE_DEATHS, preprocess_request
 from tests.unit.cluster.router.world import CALL, END, IMAGE, endings, eventually, text_of, world
 
 
@@ -345,3 +346,11 @@ async def test_token_ids_are_told_only_on_request() -> None:
             deltas = [event for event in await task if isinstance(event, Delta)]
             assert "".join(delta.text for delta in deltas) == "ab"
             assert [token for delta in deltas for token in delta.token_ids] == ([0, 1] if wanted else [])
+
+
+def test_patches_are_kept_for_calls_with_media_only() -> None:
+    text = replace(CALL, messages=(replace(CALL.messages[0], parts=(TextPart(text="hi"),)),))
+    asked = partial(preprocess_request, lease="r-1#1", context_limit=9)
+    assert asked(CALL).keep_patches
+    assert not asked(CALL, keep_patches=False).keep_patches
+    assert not asked(text).keep_patches

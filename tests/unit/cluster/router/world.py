@@ -17,7 +17,9 @@ from actors.types import (
     EngineRole,
     FinishReason,
     Grid,
+    ImagePart,
     MediaKind,
+    MediaSource,
     MediaSpan,
     Message,
     MessageRole,
@@ -51,7 +53,9 @@ from cluster.router.suspects import Suspects
 from ernie_serving.internal.v1 import engine_link_pb2, engine_link_pb2_grpc
 from tests.doubles import ByteVocabulary
 
-CALL = GenerateCall(messages=(Message(role=MessageRole.USER, parts=(TextPart(text="hi"),)),), max_tokens=8)
+PICTURE = ImagePart(source=MediaSource(content=b""))
+"""Its patches are there where a test gives the stages media."""
+CALL = GenerateCall(messages=(Message(role=MessageRole.USER, parts=(TextPart(text="hi"), PICTURE)),), max_tokens=8)
 IMAGE = PromptMedia(kind=MediaKind.IMAGE, offset=1, grid=Grid(1, 2, 2), content_keys=(b"c" * 32,))
 END = 2
 
