@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from actors.errors import ServingError
 from actors.types import FinishReason, MediaOptions, Message, Structure, ThinkingMode, Timings, ToolCallDelta
 
 
@@ -246,6 +247,9 @@ class GenerationService(Protocol):
         """Yields Started, PromptScored if asked for, per choice Deltas and ChoiceFinished, and Finished. Closing the
         iterator cancels the request everywhere.
         """
+
+    def note_refused(self, error: ServingError) -> None:
+        """A request that its facade refuses: it counts like one that ``generate`` refuses."""
 
     async def cancel(self, request_id: str) -> None:
         """Ends a request by assigned id or alias; no effect when already over; NotFound when never seen."""

@@ -63,7 +63,7 @@ class InferenceServicer:
     async def _generate(
         self, request: inference_pb2.GenerateRequest, context: ServeContext
     ) -> inference_pb2.GenerateResponse:
-        call = generate_call(request)
+        call = self._read(request)
         events: list[Event] = []
         reader, link = self._begin(call, context)
         async with reader:
@@ -81,9 +81,7 @@ class InferenceServicer:
     ) -> AsyncIterator[inference_pb2.StreamGenerateResponse]:
         """Generates a reply and streams it."""
         try:
-            if not request.HasField("request"):
-                raise InvalidRequest("request is required", field="request")
-            call = generate_call(request.request)
+            call = self._read(request.request if request.HasField("request") else None)
             reader, link = self._begin(call, grpc_context)
             async with reader:
                 event = None
@@ -95,6 +93,15 @@ class InferenceServicer:
         except Exception as error:
             _report(error, grpc_context)
         yield inference_pb2.StreamGenerateResponse()
+
+    def _read(self, request: inference_pb2.GenerateRequest | None) -> GenerateCall:
+        try:
+            if request is None:
+                raise InvalidRequest("request is required", field="request")
+            return generate_call(request)
+        except ServingError as error:
+            self.router.note_refused(error)
+            raise
 
     def _begin(self, call: GenerateCall, context: ServeContext) -> tuple[EventReader[Event], TraceLink]:
         texts = ((name, value) for name, value in context.invocation_metadata() or () if isinstance(value, str))

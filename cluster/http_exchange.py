@@ -78,7 +78,11 @@ async def answer_exchange(
     trace = trace_id(request)
 
     async def answer() -> Response:
-        exchange = read(await read_body(request))
+        try:
+            exchange = read(await read_body(request))
+        except ServingError as error:
+            service.note_refused(error)
+            raise
         gone = asyncio.ensure_future(_disconnected(request.receive))
         try:
             reader = EventReader(exchange.events(service), gone=gone, last=exchange.is_last)

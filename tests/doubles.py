@@ -12,7 +12,7 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2_grpc  # type: ignore[import-untyped]
 
-from actors.errors import NotFound
+from actors.errors import NotFound, ServingError
 from actors.types import FinishReason, Stage, Timings
 from cluster.generation import (
     ChoiceFinished,
@@ -117,6 +117,7 @@ class ScriptedService:
     tokenized: list[GenerateCall] = field(default_factory=list)
     vocabulary: Vocabulary = field(default_factory=lambda: ByteVocabulary())
     cancelled: list[str] = field(default_factory=list)
+    refused: list[str] = field(default_factory=list)
     ended: asyncio.Queue[str] = field(default_factory=asyncio.Queue)
     """One entry a request: "finished" or "closed"."""
     paused: asyncio.Event = field(default_factory=asyncio.Event)
@@ -137,6 +138,9 @@ class ScriptedService:
                     yield step
         finally:
             self.ended.put_nowait("finished" if finished else "closed")
+
+    def note_refused(self, error: ServingError) -> None:
+        self.refused.append(error.reason)
 
     async def cancel(self, request_id: str) -> None:
         if request_id not in self.known:

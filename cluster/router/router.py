@@ -91,7 +91,7 @@ class Router:
         try:
             self._check_admissible(call)
         except ServingError as error:
-            self._services.recorder.refused(error.reason)
+            self.note_refused(error)
             raise
         self._services.budget.admit()
         self._count += 1
@@ -112,6 +112,10 @@ class Router:
             task = run.start()
             task.add_done_callback(lambda _: self._end(request_id, call.request_id))
         return run, task
+
+    def note_refused(self, error: ServingError) -> None:
+        """See ``GenerationService``."""
+        self._services.recorder.refused(error.reason)
 
     def _check_admissible(self, call: GenerateCall) -> None:
         self._check_open()

@@ -110,6 +110,7 @@ async def test_refused_fields_are_named_in_the_protos_terms() -> None:
                     pass
             assert error_info(caught.value).metadata["field"] == field
     assert service.calls == []
+    assert service.refused == ["INVALID_FIELD"] * 3
 
 
 @pytest.mark.parametrize("at", [0, 2])

@@ -201,6 +201,15 @@ async def test_errors_before_the_reply(
     }
 
 
+@pytest.mark.parametrize("route", ["/v1/chat/completions", "/v1/completions", "/v1/responses"])
+async def test_bodies_that_cannot_be_read_count_as_refused(route: str) -> None:
+    service = ScriptedService()
+    async with plain(service) as client:
+        replies = [await client.post(route, content=body) for body in ('{"temperature": 9}', "no JSON")]
+    assert [reply.status_code for reply in replies] == [400, 400]
+    assert len(service.refused) == 2 and not service.calls
+
+
 async def test_an_engines_refusal_has_its_own_status() -> None:
     script = (STARTED, Overloaded("full", retry_after_s=1.0))
     async with plain(ScriptedService(script=script)) as client:
