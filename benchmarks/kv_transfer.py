@@ -99,9 +99,9 @@ class Notes:
             self.computed.append(Noted(chunk.key.request_id, chunk.index, time.monotonic()))
             push(chunk)
 
-        def noting_place(pair: ReceivingPair, entry: Any, tokens: tuple[int, int], sent: Any) -> None:
+        def noting_place(pair: ReceivingPair, entry: Any, chunk: Any, sent: Any) -> None:
             self.verified.append(Noted(entry.key.request_id, sent.chunk, time.monotonic()))
-            place(pair, entry, tokens, sent)
+            place(pair, entry, chunk, sent)
 
         replica.push = noting_push  # type: ignore[method-assign]
         ReceivingPair._place = noting_place  # type: ignore[method-assign]

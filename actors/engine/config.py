@@ -32,13 +32,22 @@ class EngineConfig:
     """Decode: how long a reservation may wait for blocks before it is refused with NO_BLOCKS."""
     submit_wait_s: float = 1.0
     """Decode: how long a reservation that overtook its Submit waits for it."""
+    parted_tokens: int = 512
+    """Prefill: chunks of so many tokens are handed over in parts of the layers while the rest is computed."""
     ended_memory_s: float = 30.0
     """How long keys of ended and cancelled attempts are remembered and refused."""
     retry_after_s: float = 1.0
     """Delay told to callers who found the engine full."""
 
     def __post_init__(self) -> None:
-        for name in ("max_model_len", "block_size", "max_num_seqs", "max_batched_tokens", "max_waiting"):
+        for name in (
+            "max_model_len",
+            "block_size",
+            "max_num_seqs",
+            "max_batched_tokens",
+            "max_waiting",
+            "parted_tokens",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)} must be at least 1")
         for name in (

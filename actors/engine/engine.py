@@ -26,7 +26,7 @@ from actors.engine.constraints.compiler import ConstraintCompiler
 from actors.engine.events import EngineSink
 from actors.engine.keys import KeyRegistry
 from actors.engine.load import measure
-from actors.engine.plan import StepPlan
+from actors.engine.plan import LayerPart, StepPlan
 from actors.engine.scheduling.block_hash import BlockHasher
 from actors.engine.scheduling.block_pool import BlockPool
 from actors.engine.scheduling.reservations import Reservation, Reservations
@@ -348,9 +348,9 @@ class Engine:
             self._sink.on_tokens(outcome.tokens)
         self._tell()
 
-    def _hand_over(self) -> None:
+    def _hand_over(self, part: LayerPart) -> None:
         assert self._plan is not None, "no step is under way"
-        self._scheduler.hand_over(self._plan)
+        self._scheduler.hand_over(self._plan, part)
         self._tell()
 
     def _end_all(self, error: ServingError) -> None:

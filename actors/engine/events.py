@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+from actors.engine.plan import ALL_LAYERS, LayerPart
 from actors.errors import ServingError
 from actors.types import MilestoneKind, PromptLogprobs, SequenceKey, TokenEvent
 
@@ -52,7 +53,9 @@ class ReserveNeeded:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ComputedChunk:
-    """Prefill: KV of tokens first_token .. first_token + token_count is in the blocks, ready to be sent."""
+    """Prefill: KV of tokens first_token .. first_token + token_count, in a part of the layers, is in the blocks and
+    ready to be sent.
+    """
 
     key: SequenceKey
     rank: int
@@ -61,6 +64,7 @@ class ComputedChunk:
     """Counts from 0."""
     first_token: int
     token_count: int
+    part: LayerPart = ALL_LAYERS
     block_table: tuple[int, ...]
     """Of the whole prompt, for ``KvCache.read_tokens``."""
     last: bool

@@ -13,6 +13,25 @@ from itertools import chain
 from actors.types import Grid, SamplingParams, TokenLogprobs
 
 
+@dataclass(frozen=True, slots=True)
+class LayerPart:
+    """One of ``count`` runs of a model's layers, as equal as can be. Part 0 is computed first."""
+
+    index: int
+    count: int
+
+    @property
+    def is_last(self) -> bool:
+        return self.index == self.count - 1
+
+    def layers(self, total: int) -> range:
+        """Its layers, of a model of ``total``: at least one where there are as many as parts."""
+        return range(self.index * total // self.count, (self.index + 1) * total // self.count)
+
+
+ALL_LAYERS = LayerPart(0, 1)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NewSequence:
     """Everything a runner needs of a sequence, told once, before its first slice."""

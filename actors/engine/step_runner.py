@@ -8,7 +8,7 @@ from typing import Protocol
 from torch import Tensor
 
 from actors.engine.constraints.constraint import TokenConstraint
-from actors.engine.plan import StepPlan, StepResult
+from actors.engine.plan import LayerPart, StepPlan, StepResult
 from actors.types import EngineRole
 
 
@@ -20,9 +20,9 @@ class StepRunner(Protocol):
         """KV blocks of each rank."""
         ...
 
-    kv_written: Callable[[], None]
-    """Set by whoever runs steps. Called in the midst of a step with prompts, once the keys and values of all its tokens
-    are in the cache; not where ranks would have to be asked for that.
+    kv_written: Callable[[LayerPart], None]
+    """Set by whoever runs steps. Called in the midst of a step with prompts, part after part of the layers, as soon as
+    the keys and values of all its tokens are in the cache; for none where ranks would have to be asked for that.
     """
 
     def watch(self, on_lost: Callable[[Exception], None]) -> None:

@@ -41,11 +41,21 @@ class SendingEnd(Protocol):
     def staging_in_use(self) -> bool: ...
 
     def send(
-        self, name: str, address: str, *, block_table: Sequence[int], first: int, tokens: int, guard: BlockGuard
+        self,
+        name: str,
+        address: str,
+        *,
+        block_table: Sequence[int],
+        first: int,
+        tokens: int,
+        layers: range,
+        guard: BlockGuard,
     ) -> Work[Received]:
         """Sends a chunk through the generation of that name, met at ``address`` when it is new. See ``send_chunk``."""
 
-    def stage(self, *, block_table: Sequence[int], first: int, tokens: int, guard: BlockGuard) -> Future[Received]:
+    def stage(
+        self, *, block_table: Sequence[int], first: int, tokens: int, layers: range, guard: BlockGuard
+    ) -> Future[Received]:
         """Gathers a chunk, to be read in pieces. See ``stage_chunk``; staged until ``forget``."""
 
     def piece(self, offset: int, size: int) -> Future[bytes]:
@@ -64,11 +74,13 @@ class ReceivingEnd(Protocol):
     @property
     def staging_in_use(self) -> bool: ...
 
-    def receive(self, name: str, tokens: int) -> Work[Received]:
+    def receive(self, name: str, tokens: int, layers: range) -> Work[Received]:
         """Receives a chunk through the generation of that name, met at the rank's own address when it is new."""
 
-    def put(self, tokens: int, offset: int, content: bytes) -> Future[None]:
-        """A piece of a chunk of so many tokens; pieces come in order, the first has offset 0 and begins it."""
+    def put(self, tokens: int, layers: range, offset: int, content: bytes) -> Future[None]:
+        """A piece of a chunk of so many tokens and those layers; pieces come in order, and the first, which has offset
+        0, begins it.
+        """
 
     def filled(self) -> Future[Received]:
         """All pieces are in."""

@@ -109,7 +109,15 @@ class SendingThread(_DataThread):
     """Implements ``SendingEnd``."""
 
     def send(
-        self, name: str, address: str, *, block_table: Sequence[int], first: int, tokens: int, guard: BlockGuard
+        self,
+        name: str,
+        address: str,
+        *,
+        block_table: Sequence[int],
+        first: int,
+        tokens: int,
+        layers: range,
+        guard: BlockGuard,
     ) -> ThreadWork[Received]:
         stop = threading.Event()
 
@@ -123,6 +131,7 @@ class SendingThread(_DataThread):
                     block_table=block_table,
                     first=first,
                     tokens=tokens,
+                    layers=layers,
                     guard=guard,
                 )
             except TransportError:
@@ -132,11 +141,19 @@ class SendingThread(_DataThread):
 
         return ThreadWork(self._thread.submit(work), stop)
 
-    def stage(self, *, block_table: Sequence[int], first: int, tokens: int, guard: BlockGuard) -> Future[Received]:
+    def stage(
+        self, *, block_table: Sequence[int], first: int, tokens: int, layers: range, guard: BlockGuard
+    ) -> Future[Received]:
         def work() -> Received:
             started = time.perf_counter()
             checksums = stage_chunk(
-                self._staging, self._cache, block_table=block_table, first=first, tokens=tokens, guard=guard
+                self._staging,
+                self._cache,
+                block_table=block_table,
+                first=first,
+                tokens=tokens,
+                layers=layers,
+                guard=guard,
             )
             return Received(checksums, time.perf_counter() - started)
 
@@ -155,17 +172,20 @@ class ReceivingThread(_DataThread):
     def __init__(self, name: str, cache: KvCache, geometry: KvGeometry, meeting: Meeting) -> None:
         super().__init__(name, cache, geometry, meeting)
         self._messages: list[Tensor] = []
+        self._layers = range(0)
+        """Of the messages."""
         self._seconds = 0.0
         """What pieces took so far."""
 
-    def receive(self, name: str, tokens: int) -> ThreadWork[Received]:
+    def receive(self, name: str, tokens: int, layers: range) -> ThreadWork[Received]:
         stop = threading.Event()
 
         def work() -> Received:
             started = time.perf_counter()
             try:
                 transport = self._enter(name, lambda: self._meeting.listen(name, stop))
-                self._messages, checksums = receive_chunk(transport, self._staging, tokens)
+                self._messages, checksums = receive_chunk(transport, self._staging, tokens, layers)
+                self._layers = layers
             except TransportError:
                 self._leave()
                 raise
@@ -173,11 +193,12 @@ class ReceivingThread(_DataThread):
 
         return ThreadWork(self._thread.submit(work), stop)
 
-    def put(self, tokens: int, offset: int, content: bytes) -> Future[None]:
+    def put(self, tokens: int, layers: range, offset: int, content: bytes) -> Future[None]:
         def work() -> None:
             started = time.perf_counter()
             if offset == 0:
-                self._messages, self._seconds = self._staging.take(tokens), 0.0
+                self._messages, self._seconds = self._staging.take(tokens, layers), 0.0
+                self._layers = layers
             self._staging.put(offset, content)
             self._seconds += time.perf_counter() - started
 
@@ -190,7 +211,7 @@ class ReceivingThread(_DataThread):
         def work() -> float:
             started = time.perf_counter()
             try:
-                scatter_chunk(self._cache, self._messages, block_table, first, guard)
+                scatter_chunk(self._cache, self._messages, self._layers, block_table, first, guard)
             finally:
                 self.forget()
             return time.perf_counter() - started
@@ -198,5 +219,5 @@ class ReceivingThread(_DataThread):
         return self._thread.submit(work)
 
     def forget(self) -> None:
-        self._messages = []
+        self._messages, self._layers = [], range(0)
         self._staging.release()

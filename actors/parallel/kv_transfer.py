@@ -2,11 +2,12 @@
 
 Legend: T tokens of a chunk, H key-value heads, d head width.
 
-A *chunk* is the tokens one step computed of a sequence. A *message* is one layer of a chunk, ``kv_T2Hd`` as bytes, so
-a chunk costs ``T * layers * 2 * H * d * itemsize`` bytes on the wire. Messages are gathered into (and scattered out
-of) a staging buffer, so that neither the checksum nor the wire ever sees live cache memory. Order is strict and there
-are no tags: one thread per end and pair; both ends complete the list of messages once the receiver accepted a chunk.
-Where the data path does not work, the bytes of the staging buffer travel otherwise, in *pieces*.
+A *chunk* is the tokens one step computed of a sequence, in all layers or some that follow each other. A *message* is
+one layer of a chunk, ``kv_T2Hd`` as bytes, so a chunk costs ``T * layers * 2 * H * d * itemsize`` bytes on the wire.
+Messages are gathered into (and scattered out of) a staging buffer, so that neither the checksum nor the wire ever
+sees live cache memory. Order is strict and there are no tags: one thread per end and pair; both ends complete the
+list of messages once the receiver accepted a chunk. Where the data path does not work, the bytes of the staging
+buffer travel otherwise, in *pieces*.
 
 A *generation* is one build of the data path of a pair. Any failure on the data path ends the generation for both
 ends; chunks without an acknowledgement go again through the next one.
@@ -65,9 +66,9 @@ class KvGeometry:
         """Bytes of one layer of a chunk of ``tokens``."""
         return tokens * 2 * self.num_kv_heads * self.head_dim * self.dtype.itemsize
 
-    def chunk_bytes(self, tokens: int) -> int:
-        """Bytes of a chunk of ``tokens`` on the wire."""
-        return self.num_layers * self.message_bytes(tokens)
+    def chunk_bytes(self, tokens: int, layers: range | None = None) -> int:
+        """Bytes of a chunk of ``tokens`` on the wire, of all layers unless given."""
+        return (self.num_layers if layers is None else len(layers)) * self.message_bytes(tokens)
 
 
 class KvCache(Protocol):
@@ -167,19 +168,19 @@ class Staging:
         self._buffer = torch.empty(0, dtype=torch.uint8, device=geometry.device)
         self.in_use = False
 
-    def take(self, tokens: int) -> list[Tensor]:
-        """One ``kv_T2Hd`` per layer. They overlap those of the last ``take``, which must have been released."""
+    def take(self, tokens: int, layers: range) -> list[Tensor]:
+        """One ``kv_T2Hd`` for each layer. They overlap those of the last ``take``, which must have been released."""
         if self.in_use:
             raise ValueError("staging buffer is in use")
         geometry = self._geometry
-        size = geometry.message_bytes(tokens)
-        if self._buffer.numel() < geometry.chunk_bytes(tokens):
-            self._buffer = torch.empty(geometry.chunk_bytes(tokens), dtype=torch.uint8, device=geometry.device)
+        size, whole = geometry.message_bytes(tokens), geometry.chunk_bytes(tokens, layers)
+        if self._buffer.numel() < whole:
+            self._buffer = torch.empty(whole, dtype=torch.uint8, device=geometry.device)
         self.in_use = True
         shape = (tokens, 2, geometry.num_kv_heads, geometry.head_dim)
         return [
-            self._buffer[layer * size : (layer + 1) * size].view(geometry.dtype).view(shape)
-            for layer in range(geometry.num_layers)
+            self._buffer[place * size : (place + 1) * size].view(geometry.dtype).view(shape)
+            for place in range(len(layers))
         ]
 
     def piece(self, offset: int, size: int) -> bytes:
@@ -219,6 +220,7 @@ def send_chunk(
     block_table: Sequence[int],
     first: int,
     tokens: int,
+    layers: range,
     guard: BlockGuard,
 ) -> list[int]:
     """Gathers and sends a chunk layer by layer, one on the wire while the next is gathered.
@@ -228,7 +230,7 @@ def send_chunk(
     """
     checksums: list[int] = []
     try:
-        transport.send(_gathered(staging, cache, block_table, first, tokens, guard, checksums))
+        transport.send(_gathered(staging, cache, block_table, first, tokens, layers, guard, checksums))
     except BaseException:
         staging.discard()
         raise
@@ -238,12 +240,19 @@ def send_chunk(
 
 @torch.inference_mode()
 def stage_chunk(
-    staging: Staging, cache: KvCache, *, block_table: Sequence[int], first: int, tokens: int, guard: BlockGuard
+    staging: Staging,
+    cache: KvCache,
+    *,
+    block_table: Sequence[int],
+    first: int,
+    tokens: int,
+    layers: range,
+    guard: BlockGuard,
 ) -> list[int]:
     """Gathers a chunk into ``staging``, which stays taken. Returns the CRC-32 of each message. ``guard`` as above."""
     checksums: list[int] = []
     try:
-        for _message in _gathered(staging, cache, block_table, first, tokens, guard, checksums):
+        for _message in _gathered(staging, cache, block_table, first, tokens, layers, guard, checksums):
             pass
     except BaseException:
         staging.discard()
@@ -257,10 +266,11 @@ def _gathered(
     block_table: Sequence[int],
     first: int,
     tokens: int,
+    layers: range,
     guard: BlockGuard,
     checksums: list[int],
 ) -> Iterator[Tensor]:
-    for layer, kv_T2Hd in enumerate(staging.take(tokens)):
+    for layer, kv_T2Hd in zip(layers, staging.take(tokens, layers), strict=True):
 
         def copy(layer: int = layer, into: Tensor = kv_T2Hd) -> None:
             into.copy_(cache.read_tokens(layer, block_table, first, tokens))
@@ -272,9 +282,9 @@ def _gathered(
 
 
 @torch.inference_mode()
-def receive_chunk(transport: Transport, staging: Staging, tokens: int) -> tuple[list[Tensor], list[int]]:
+def receive_chunk(transport: Transport, staging: Staging, tokens: int, layers: range) -> tuple[list[Tensor], list[int]]:
     """Receives a chunk into ``staging``, which stays taken. Returns its messages and the CRC-32 of each."""
-    messages = staging.take(tokens)
+    messages = staging.take(tokens, layers)
     checksums = [0] * len(messages)
 
     def arrived(position: int) -> None:
@@ -290,10 +300,15 @@ def receive_chunk(transport: Transport, staging: Staging, tokens: int) -> tuple[
 
 @torch.inference_mode()
 def scatter_chunk(
-    cache: KvCache, messages: Sequence[Tensor], block_table: Sequence[int], first: int, guard: BlockGuard
+    cache: KvCache,
+    messages: Sequence[Tensor],
+    layers: range,
+    block_table: Sequence[int],
+    first: int,
+    guard: BlockGuard,
 ) -> bool:
     """Writes verified messages to their places. False when the sequence gave its blocks up before the end."""
-    for layer, kv_T2Hd in enumerate(messages):
+    for layer, kv_T2Hd in zip(layers, messages, strict=True):
 
         def copy(layer: int = layer, kv_T2Hd: Tensor = kv_T2Hd) -> None:
             cache.write_tokens(layer, block_table, first, kv_T2Hd)

@@ -24,7 +24,7 @@ from actors.types import (
 from actors.wire.status import KINDS
 from ernie_serving.internal.v1 import common_pb2, engine_link_pb2
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 """First field of every hello between our own parts; a mismatch is refused."""
 
 ROLES = {

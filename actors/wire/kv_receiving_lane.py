@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from actors.errors import ServingError, Unavailable
 from actors.parallel.kv_ends import Received, Work
@@ -18,6 +18,20 @@ from actors.wire.tensors import CHUNK_BYTES
 from ernie_serving.internal.v1 import kv_control_pb2 as pb
 
 log = logging.getLogger(__name__)
+
+
+class Placed(NamedTuple):
+    """What a chunk was: tokens from ``first`` on, in some layers."""
+
+    first: int
+    tokens: int
+    layers: range
+
+    @classmethod
+    def of(cls, offer: pb.Offer) -> Placed:
+        """Layers follow each other, or the offer is refused."""
+        first_layer = offer.messages[0].layer if offer.messages else 0
+        return cls(offer.first_token, offer.token_count, range(first_layer, first_layer + len(offer.messages)))
 
 
 class Holder(Protocol):
@@ -40,8 +54,8 @@ class Incoming:
     """Leading tokens that are not sent: their KV is here."""
     own_blocks: list[int] | None = None
     """Of the tokens that are; None before the reservation. Held blocks are shared, so nothing here can name them."""
-    placed: dict[int, tuple[int, int]] = field(default_factory=dict)
-    """First token and count of each verified chunk, by index."""
+    placed: dict[int, Placed] = field(default_factory=dict)
+    """Each verified chunk, by index."""
     last: pb.Sent | None = None
     busy_s: float = 0.0
 
@@ -50,14 +64,14 @@ class Incoming:
         """All chunks up to the last are in place."""
         return self.last is not None and len(self.placed) > self.last.chunk
 
-    @property
-    def covered(self) -> bool:
-        """The chunks are the tokens of the prompt that are not held, each once."""
+    def covers(self, layer: int) -> bool:
+        """In that layer the chunks are the tokens of the prompt that are not held, each once."""
         end = self.held_tokens
-        for first, count in sorted(self.placed.values()):
-            if first != end:
-                return False
-            end += count
+        for chunk in sorted(self.placed.values(), key=lambda chunk: chunk.first):
+            if layer in chunk.layers:
+                if chunk.first != end:
+                    return False
+                end += chunk.tokens
         return end == self.token_count
 
 
@@ -91,10 +105,10 @@ class ReceivingLane:
         say: Callable[[pb.TransferResponse], None],
         wanted: Callable[[pb.Offer], Incoming | None],
         still_wanted: Callable[[Incoming], bool],
-        place: Callable[[Incoming, tuple[int, int], pb.Sent], None],
+        place: Callable[[Incoming, Placed, pb.Sent], None],
     ) -> None:
         """``rank``: this engine's. ``wanted``: the sequence of an offer, if it is still received and the offer fits.
-        ``place``: a chunk, its first token and their count, is verified and written.
+        ``place``: a chunk is verified and written.
         """
         self._parts = parts
         self._peer = peer
@@ -163,7 +177,8 @@ class ReceivingLane:
             self._generation = 0
             await asyncio.wrap_future(self._end.leave())
             return
-        counters, size = self._parts.counters, self._parts.geometry.chunk_bytes(offer.token_count)
+        counters, chunk = self._parts.counters, Placed.of(offer)
+        size = self._parts.geometry.chunk_bytes(chunk.tokens, chunk.layers)
         counters.received_bytes += size
         counters.streamed_bytes += size if offer.streamed else 0
         if not self._still_wanted(entry):
@@ -179,7 +194,7 @@ class ReceivingLane:
         if self._still_wanted(entry):
             entry.busy_s += received.seconds + scatter_s
             counters.seconds += received.seconds + scatter_s
-            self._place(entry, (offer.first_token, offer.token_count), sent)
+            self._place(entry, chunk, sent)
 
     def _accept(self, entry: Incoming, offer: pb.Offer, generation: int) -> _Exchange:
         self._exchange = _Exchange(entry.key, offer.chunk, generation)
@@ -194,7 +209,7 @@ class ReceivingLane:
             self._parts.counters.generations += 1
         exchange = self._accept(entry, offer, self._generation)
         name = pair_name(self._peer, self._parts.incarnation, exchange.generation)
-        exchange.work = self._end.receive(name, offer.token_count)
+        exchange.work = self._end.receive(name, offer.token_count, Placed.of(offer).layers)
         try:
             return await asyncio.wrap_future(exchange.work.future)
         except TransportError as error:
@@ -213,7 +228,8 @@ class ReceivingLane:
     async def _collect(self, entry: Incoming, offer: pb.Offer) -> Received | None:
         """Over the control stream, piece by piece. None if the sender gave the sequence up meanwhile."""
         exchange = self._accept(entry, offer, self._next_generation())
-        size, offset = self._parts.geometry.chunk_bytes(offer.token_count), 0
+        layers = Placed.of(offer).layers
+        size, offset = self._parts.geometry.chunk_bytes(offer.token_count, layers), 0
         while offset < size:
             piece = await exchange.pieces.get()
             if piece is None:
@@ -221,7 +237,7 @@ class ReceivingLane:
                 return None
             if piece.offset != offset or not 0 < len(piece.content) <= min(CHUNK_BYTES, size - offset):
                 raise Unavailable(f"bytes {piece.offset} + {len(piece.content)} of {size} at {offset}", reason=PROTOCOL)
-            await asyncio.wrap_future(self._end.put(offer.token_count, offset, piece.content))
+            await asyncio.wrap_future(self._end.put(offer.token_count, layers, offset, piece.content))
             offset += len(piece.content)
             self._say(pb.TransferResponse(taken=pb.Taken(key=offer.key, chunk=offer.chunk)))
         return await asyncio.wrap_future(self._end.filled())

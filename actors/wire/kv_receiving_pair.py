@@ -31,7 +31,7 @@ from actors.wire.kv_control import (
     identity_from_proto,
     read_message,
 )
-from actors.wire.kv_receiving_lane import Incoming, ReceivingLane
+from actors.wire.kv_receiving_lane import Incoming, Placed, ReceivingLane
 from ernie_serving.internal.v1 import kv_control_pb2 as pb
 
 log = logging.getLogger(__name__)
@@ -135,7 +135,7 @@ class ReceivingPair:
             case "sent" if not request.sent.checksums:
                 entry = self._own(convert.key_from_proto(request.sent.key))
                 if entry is not None:
-                    self._place(entry, (entry.token_count, 0), request.sent)
+                    self._place(entry, Placed(entry.token_count, 0, range(0)), request.sent)
             case "sent":
                 self._hear(request.sent)
             case "send_failed":
@@ -244,8 +244,8 @@ class ReceivingPair:
         return entry
 
     def _problem(self, entry: Incoming, offer: pb.Offer) -> str | None:
-        size = self._parts.geometry.message_bytes(offer.token_count)
-        expected = [(layer, size) for layer in range(self._parts.geometry.num_layers)]
+        geometry, layers = self._parts.geometry, Placed.of(offer).layers
+        expected = [(layer, geometry.message_bytes(offer.token_count)) for layer in layers]
         if entry.own_blocks is None:
             return "it came before its reservation"
         if offer.rank >= MAX_RANKS:
@@ -256,16 +256,17 @@ class ReceivingPair:
             return f"tokens {offer.first_token} + {offer.token_count} of {entry.token_count}"
         if offer.chunk in entry.placed:
             return f"chunk {offer.chunk} is in place"
-        if [(message.layer, message.byte_count) for message in offer.messages] != expected:
-            return "its messages are not the layers of this cache"
+        told = [(message.layer, message.byte_count) for message in offer.messages]
+        if not layers or layers.stop > geometry.num_layers or told != expected:
+            return "its messages are not layers of this cache"
         return None
 
-    def _place(self, entry: Incoming, tokens: tuple[int, int], sent: pb.Sent) -> None:
-        """A chunk is verified and written, first token and count, or has none."""
-        entry.placed[sent.chunk] = tokens
+    def _place(self, entry: Incoming, chunk: Placed, sent: pb.Sent) -> None:
+        """A chunk is verified and written, or has no tokens."""
+        entry.placed[sent.chunk] = chunk
         if sent.last:
             entry.last = sent
-        if entry.complete and not entry.covered:
+        if entry.complete and not all(map(entry.covers, range(self._parts.geometry.num_layers))):
             log.error("chunks of %s are not its tokens %d .. %d", entry.key, entry.held_tokens, entry.token_count)
             self.give_up(entry, InternalError("a KV transfer failed", reason=PROTOCOL), tell_peer=PROTOCOL)
             return

@@ -188,6 +188,7 @@ class SendingLane:
             block_table=computed.block_table,
             first=computed.first_token,
             tokens=computed.token_count,
+            layers=self._layers(chunk),
             guard=entry.guard,
         )
         try:
@@ -213,10 +214,11 @@ class SendingLane:
                     block_table=computed.block_table,
                     first=computed.first_token,
                     tokens=computed.token_count,
+                    layers=self._layers(chunk),
                     guard=entry.guard,
                 )
             )
-            size = self._parts.geometry.chunk_bytes(computed.token_count)
+            size = self._size(chunk)
             for offset in range(0, size, CHUNK_BYTES):
                 if not self._wanted(entry):
                     self._say_failed(chunk)
@@ -228,6 +230,12 @@ class SendingLane:
             return staged
         finally:
             self._end.forget()
+
+    def _layers(self, chunk: Chunk) -> range:
+        return chunk.computed.part.layers(self._parts.geometry.num_layers)
+
+    def _size(self, chunk: Chunk) -> int:
+        return self._parts.geometry.chunk_bytes(chunk.computed.token_count, self._layers(chunk))
 
     def _say_failed(self, chunk: Chunk) -> None:
         key, index = convert.key_to_proto(chunk.computed.key), chunk.computed.index
@@ -241,19 +249,20 @@ class SendingLane:
     def _offer(self, chunk: Chunk) -> pb.Offer:
         computed = chunk.computed
         size = self._parts.geometry.message_bytes(computed.token_count)
+        layers = self._layers(chunk)
         return pb.Offer(
             key=convert.key_to_proto(computed.key),
             chunk=computed.index,
             first_token=computed.first_token,
             token_count=computed.token_count,
-            messages=[pb.LayerMessage(layer=n, byte_count=size) for n in range(self._parts.geometry.num_layers)],
+            messages=[pb.LayerMessage(layer=layer, byte_count=size) for layer in layers],
             rank=computed.rank,
             streamed=chunk.streamed,
         )
 
     def _count(self, chunk: Chunk, busy_s: float) -> None:
         counters = self._parts.counters
-        size = self._parts.geometry.chunk_bytes(chunk.computed.token_count)
+        size = self._size(chunk)
         chunk.entry.busy_s += busy_s
         counters.seconds += busy_s
         counters.sent_bytes += size

@@ -26,13 +26,17 @@ from actors.engine.execution.kv_cache import KvCache
 from actors.engine.execution.residents import Known, Residents
 from actors.engine.execution.step_batch import Chunk, StepBatch, StepLayout, build_batch
 from actors.engine.execution.vision_tail import FillBank, VisionTail
-from actors.engine.plan import RankPlan, StepResult, StepShape
+from actors.engine.plan import LayerPart, RankPlan, StepResult, StepShape
 from actors.engine.sampling.sampler import Sampler
 from actors.ernie.attention import Attention
 from actors.ernie.config import ErnieConfig, Rules
 from actors.ernie.text import LanguageModel
 from actors.types import EngineRole, TokenLogprobs
 
+KV_PARTS = 4
+"""Of the layers: their keys and values may leave one after the other. More parts hide more of a transfer, and each
+costs the two engines four messages.
+"""
 PROMPT_LOGPROB_ROWS = 256
 """Rows of logits at once: a row of a large vocabulary has 400 KB."""
 
@@ -76,7 +80,7 @@ class Runner:
         self.sampler = Sampler(
             config.im_patch_id, vocab_size=config.text.vocab_size, eos_token_ids=config.eos_token_ids
         )
-        self.kv_written: Callable[[], None] = _nothing
+        self.kv_written: Callable[[LayerPart], None] = _nothing
         """See ``StepRunner``, of the tokens of this rank."""
         self._residents = Residents(config, rules)
         self._embeddings = EmbeddingStore()
@@ -152,7 +156,7 @@ class Runner:
                 self._embeddings.place(x_TD, known, chunk)
         positions_3T, attention = self._to_device(batch.positions_3T), self._attention(batch.layout)
         if not shape.decodes:
-            attention = _Watched(attention, len(self.model.layers) - 1, self.kv_written)
+            attention = _Watched(attention, len(self.model.layers), self.kv_written)
         return self.model.forward(x_TD, positions_3T, self._vision(batch, shape), attention)
 
     def _vision(self, batch: StepBatch, shape: StepShape) -> Tensor | None:
@@ -215,18 +219,20 @@ class Runner:
 
 
 class _Watched:
-    """Attention that tells when keys and values of the last layer, and so those of all, are kept."""
+    """Attention that tells when keys and values are kept, part after part of the layers."""
 
-    def __init__(self, inner: Attention, last_layer: int, kv_written: Callable[[], None]) -> None:
+    def __init__(self, inner: Attention, layer_count: int, kv_written: Callable[[LayerPart], None]) -> None:
         self._inner = inner
-        self._last_layer = last_layer
         self._kv_written = kv_written
+        count = min(KV_PARTS, layer_count)
+        parts = [LayerPart(index, count) for index in range(count)]
+        self._ends = {part.layers(layer_count)[-1]: part for part in parts}
 
     def attend(self, layer: int, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor) -> Tensor:
         out_THd = self._inner.attend(layer, q_THd, k_TKd, v_TKd)
-        if layer == self._last_layer:
-            self._kv_written()
+        if layer in self._ends:
+            self._kv_written(self._ends[layer])
         return out_THd
 
 
-def _nothing() -> None: ...
+def _nothing(part: LayerPart) -> None: ...

@@ -22,7 +22,7 @@ from actors.engine.group.followers import Followers
 from actors.engine.group.kv_remote import RemoteKvRank
 from actors.engine.group.messages import Embedding, Part
 from actors.engine.group.remote_constraints import RemoteConstraints
-from actors.engine.plan import StepPlan, StepResult
+from actors.engine.plan import LayerPart, StepPlan, StepResult
 from actors.parallel.world import WorldError
 from actors.reports import GroupReport
 from actors.types import EngineRole
@@ -71,7 +71,7 @@ class GroupRunner:
         self.counters = GroupCounters(
             rank_s=[0.0] * len(counts), balance=None if balancer is None else balancer.counters
         )
-        self._kv_written: Callable[[], None] = lambda: None
+        self._kv_written: Callable[[LayerPart], None] = lambda _part: None
         self._numbers = 0
         self._homes: dict[int, _Home] = {}
         self._early: dict[int, TokenConstraint] = {}
@@ -79,12 +79,12 @@ class GroupRunner:
         self._remote = RemoteConstraints(mask_words(runner.config.text.vocab_size))
 
     @property
-    def kv_written(self) -> Callable[[], None]:
+    def kv_written(self) -> Callable[[LayerPart], None]:
         """Only called with one rank: the leader does not know how far the others are in a step."""
         return self._kv_written
 
     @kv_written.setter
-    def kv_written(self, told: Callable[[], None]) -> None:
+    def kv_written(self, told: Callable[[LayerPart], None]) -> None:
         self._kv_written = told
         if self._followers is None:
             self._runner.kv_written = told

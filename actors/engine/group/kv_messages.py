@@ -36,6 +36,7 @@ class SendChunk:
     block_table: tuple[int, ...]
     first: int
     tokens: int
+    layers: range
     guard: int | None
     """Number of the guard of the blocks; None if it is shut: what is sent was promised, and nobody will use it."""
 
@@ -49,6 +50,7 @@ class StageChunk:
     block_table: tuple[int, ...]
     first: int
     tokens: int
+    layers: range
     guard: int | None
     """As above."""
 
@@ -70,6 +72,7 @@ class PutPiece:
     number: int
     end: int
     tokens: int
+    layers: range
     offset: int
     content: bytes
 
@@ -90,6 +93,7 @@ class ReceiveChunk:
     end: int
     name: str
     tokens: int
+    layers: range
 
 
 @dataclass(frozen=True, slots=True)

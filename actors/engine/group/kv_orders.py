@@ -68,6 +68,7 @@ class KvOrders:
                     block_table=order.block_table,
                     first=order.first,
                     tokens=order.tokens,
+                    layers=order.layers,
                     guard=self._guard(order.guard),
                 )
                 self._follow(order.number, sent.future, sent.stop)
@@ -76,17 +77,18 @@ class KvOrders:
                     block_table=order.block_table,
                     first=order.first,
                     tokens=order.tokens,
+                    layers=order.layers,
                     guard=self._guard(order.guard),
                 )
                 self._follow(order.number, staged)
             case ReadPiece(number, end, offset, size):
                 self._follow(number, self._sending(end).piece(offset, size))
-            case PutPiece(number, end, tokens, offset, content):
-                self._follow(number, self._receiving(end).put(tokens, offset, content))
+            case PutPiece(number, end, tokens, layers, offset, content):
+                self._follow(number, self._receiving(end).put(tokens, layers, offset, content))
             case AskFilled(number, end):
                 self._follow(number, self._receiving(end).filled())
-            case ReceiveChunk(number, end, name, tokens):
-                received = self._receiving(end).receive(name, tokens)
+            case ReceiveChunk(number, end, name, tokens, layers):
+                received = self._receiving(end).receive(name, tokens, layers)
                 self._follow(number, received.future, received.stop)
             case ScatterChunk(number, end, block_table, first, guard):
                 self._follow(number, self._receiving(end).scatter(block_table, first, self._guard(guard)))

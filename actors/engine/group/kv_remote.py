@@ -169,10 +169,18 @@ class RemoteSendingEnd(_RemoteEnd):
         super().__init__(rank, peer, sends=True)
 
     def send(
-        self, name: str, address: str, *, block_table: Sequence[int], first: int, tokens: int, guard: BlockGuard
+        self,
+        name: str,
+        address: str,
+        *,
+        block_table: Sequence[int],
+        first: int,
+        tokens: int,
+        layers: range,
+        guard: BlockGuard,
     ) -> Ordered[Received]:
         def order(number: int, guard_number: int | None) -> SendChunk:
-            return SendChunk(number, self._end, name, address, tuple(block_table), first, tokens, guard_number)
+            return SendChunk(number, self._end, name, address, tuple(block_table), first, tokens, layers, guard_number)
 
         self._staged = True
         work = self._rank.order_under(guard, lambda number: order(number, guard.number))
@@ -181,9 +189,11 @@ class RemoteSendingEnd(_RemoteEnd):
         work.future.add_done_callback(self._free)
         return work
 
-    def stage(self, *, block_table: Sequence[int], first: int, tokens: int, guard: BlockGuard) -> Future[Received]:
+    def stage(
+        self, *, block_table: Sequence[int], first: int, tokens: int, layers: range, guard: BlockGuard
+    ) -> Future[Received]:
         def order(number: int, guard_number: int | None) -> StageChunk:
-            return StageChunk(number, self._end, tuple(block_table), first, tokens, guard_number)
+            return StageChunk(number, self._end, tuple(block_table), first, tokens, layers, guard_number)
 
         self._staged = True
         work = self._rank.order_under(guard, lambda number: order(number, guard.number))
@@ -202,15 +212,15 @@ class RemoteReceivingEnd(_RemoteEnd):
     def __init__(self, rank: RemoteKvRank, peer: str) -> None:
         super().__init__(rank, peer, sends=False)
 
-    def receive(self, name: str, tokens: int) -> Ordered[Received]:
+    def receive(self, name: str, tokens: int, layers: range) -> Ordered[Received]:
         self._staged = True
-        work: Ordered[Received] = self._rank.order(lambda number: ReceiveChunk(number, self._end, name, tokens))
+        work: Ordered[Received] = self._rank.order(lambda number: ReceiveChunk(number, self._end, name, tokens, layers))
         work.future.add_done_callback(self._free_if_failed)
         return work
 
-    def put(self, tokens: int, offset: int, content: bytes) -> Future[None]:
+    def put(self, tokens: int, layers: range, offset: int, content: bytes) -> Future[None]:
         self._staged = True
-        return self._rank.order(lambda number: PutPiece(number, self._end, tokens, offset, content)).future
+        return self._rank.order(lambda number: PutPiece(number, self._end, tokens, layers, offset, content)).future
 
     def filled(self) -> Future[Received]:
         return self._rank.order(lambda number: AskFilled(number, self._end)).future

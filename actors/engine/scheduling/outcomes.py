@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from actors.engine.events import ComputedChunk
-from actors.engine.plan import Slice, StepResult
+from actors.engine.plan import ALL_LAYERS, LayerPart, Slice, StepResult
 from actors.engine.scheduling.sequence import Sequence
 from actors.types import PromptLogprobs, TokenEvent
 
@@ -18,14 +18,18 @@ class StepOutcome:
     prompt_logprobs: list[PromptLogprobs]
 
 
-def next_chunk(sequence: Sequence, end: int, token: int | None = None) -> ComputedChunk | None:
-    """What the decode engine lacks of the first ``end`` tokens, those found in the cache here as well; with ``token``
-    the last chunk, which has no tokens where they were handed over before. None if there is nothing to hand over.
+def next_chunk(
+    sequence: Sequence, end: int, token: int | None = None, part: LayerPart = ALL_LAYERS
+) -> ComputedChunk | None:
+    """What the decode engine lacks of the first ``end`` tokens in a part of the layers, those found in the cache here
+    as well; with ``token`` the last chunk, which has no tokens where they were handed over before. None if there is
+    nothing to hand over.
     """
     first = sequence.sent_tokens
     count = max(0, end - first)
-    if count == 0 and token is None:
+    if (count == 0 and token is None) or (part.count > 1 and part.index < sequence.sent_parts):
         return None
+    assert part.index == sequence.sent_parts, "a part of the layers was not handed over"
     assert sequence.rank is not None, "what is computed lies on a rank"
     chunk = ComputedChunk(
         key=sequence.key,
@@ -33,12 +37,14 @@ def next_chunk(sequence: Sequence, end: int, token: int | None = None) -> Comput
         index=sequence.chunk_count,
         first_token=first,
         token_count=count,
+        part=part,
         block_table=tuple(sequence.blocks),
         last=token is not None,
         first_output_id=token,
         finished=sequence.finished,
     )
-    sequence.sent_tokens += count
+    sequence.sent_tokens += count if part.is_last else 0
+    sequence.sent_parts = 0 if part.is_last else part.index + 1
     sequence.chunk_count += 1
     return chunk
 

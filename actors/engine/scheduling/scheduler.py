@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 from actors.engine import events as ev
 from actors.engine.config import EngineConfig
-from actors.engine.plan import NewSequence, RankPlan, Slice, StepPlan, StepResult, StepShape
+from actors.engine.plan import ALL_LAYERS, LayerPart, NewSequence, RankPlan, Slice, StepPlan, StepResult, StepShape
 from actors.engine.scheduling.admission import Admission
 from actors.engine.scheduling.block_pool import BlockPool, Changes
 from actors.engine.scheduling.fair_share import Want, share_budget
@@ -222,14 +222,21 @@ class Scheduler:
             parts.append(RankPlan(shape=shape, ended=ended, new=tuple(draft.new), slices=tuple(draft.slices)))
         return StepPlan(shape=shape, parts=tuple(parts))
 
-    def hand_over(self, plan: StepPlan) -> None:
-        """In the midst of a step: keys and values of its tokens are in the blocks, whatever else it has to compute.
-        Transfers need not wait for that.
+    def hand_over(self, plan: StepPlan, part: LayerPart) -> None:
+        """In the midst of a step: keys and values of its tokens are in the blocks, in a part of the layers and in those
+        before, whatever else it has to compute. Transfers need not wait for that. Few tokens go when all layers have
+        them: a part more is not worth its messages.
+
+        Either all parts of a step are told, in order, or none.
         """
-        for part in plan.slices:
-            sequence = self.roster.by_id[part.id]
+        for piece in plan.slices:
+            sequence = self.roster.by_id[piece.id]
             if sequence.mode is AttemptMode.PREFILL:
-                self._chunk(sequence, part.first + part.count)
+                end = piece.first + piece.count
+                if end - sequence.sent_tokens >= self.config.parted_tokens:
+                    self._chunk(sequence, end, part=part)
+                elif part.is_last:
+                    self._chunk(sequence, end)
 
     def apply(self, plan: StepPlan, result: StepResult, step_s: float) -> StepOutcome:
         """Takes the result of ``plan``: a token for each slice that samples. No command but
@@ -362,8 +369,8 @@ class Scheduler:
             key=sequence.key, index=index, token_id=token, finish=finish, busy_s=busy_s, logprobs=logprobs
         )
 
-    def _chunk(self, sequence: Sequence, end: int, token: int | None = None) -> None:
-        chunk = next_chunk(sequence, end, token)
+    def _chunk(self, sequence: Sequence, end: int, token: int | None = None, part: LayerPart = ALL_LAYERS) -> None:
+        chunk = next_chunk(sequence, end, token, part)
         if chunk is not None:
             self._events.append(chunk)
 

@@ -111,6 +111,8 @@ class Sequence:
     """PREFILL: and has them."""
     sent_tokens: int = 0
     """PREFILL: leading tokens that the decode engine held, or that were handed to the transfer."""
+    sent_parts: int = 0
+    """PREFILL: parts of the layers of the tokens behind those that were handed over likewise."""
     chunk_count: int = 0
     """PREFILL: chunks handed to the transfer."""
     reserve_expiry: float | None = None

@@ -51,7 +51,7 @@ class PrefillSide(Recorder):
         assert isinstance(receiver, DecodeSide) and self.engine is not None
         with receiver.tables_lock:
             table = receiver.tables.get(chunk.key)
-            for layer in range(self.cache.layout.num_layers):
+            for layer in chunk.part.layers(self.cache.layout.num_layers):
                 if table is None:
                     break
                 kv = self.cache.read_tokens(layer, chunk.block_table, chunk.first_token, chunk.token_count)
@@ -112,11 +112,13 @@ class Pair:
         self.decode.wait_released(*keys)
 
 
-def test_disaggregated_equals_colocated() -> None:
+@pytest.mark.parametrize("parted_tokens", [1, 512])
+def test_disaggregated_equals_colocated(parted_tokens: int) -> None:
+    """Each part of the layers is copied while the step computes those behind it."""
     wanted = mixed_requests()
     with Rig() as rig:
         want = rig.run(*wanted)
-    with Pair() as pair:
+    with Pair(parted_tokens=parted_tokens) as pair:
         names = [pair.submit(number, *one) for number, one in enumerate(wanted)]
         pair.wait_released(*names)
         for number, name in enumerate(names):
@@ -125,6 +127,8 @@ def test_disaggregated_equals_colocated() -> None:
             assert [token.index for token in pair.decode.sink.tokens[name]] == list(range(1, len(want[number])))
         assert not pair.prefill.sink.ended and not pair.decode.sink.ended
         assert len(pair.sender.chunks[names[-1]]) > 2
+        parts = {chunk.part.count for chunk in pair.sender.chunks[names[-1]] if chunk.token_count}
+        assert parts == ({pair.prefill.cache.layout.num_layers} if parted_tokens == 1 else {1})
         kinds = [kind for name, kind, _ in pair.decode.sink.milestones if name == names[0]]
         assert kinds == [MilestoneKind.RELEASED]
         kinds = [kind for name, kind, _ in pair.prefill.sink.milestones if name == names[0]]

@@ -29,6 +29,7 @@ from actors.parallel.torch_pairs import TorchMeeting
 from actors.reports import KvIdentity
 
 GEOMETRY = KvGeometry(num_layers=3, num_kv_heads=2, head_dim=4, dtype=torch.float32, device=torch.device("cpu"))
+ALL = range(GEOMETRY.num_layers)
 CONFIG = KvTransferConfig(data_timeout_s=10.0, join_timeout_s=10.0)
 
 
@@ -68,7 +69,7 @@ class Memory:
 
 
 def send(transport: Transport, cache: LineCache, staging: Staging, guard: BlockGuard) -> list[int]:
-    return send_chunk(transport, staging, cache, block_table=[9, 3, 7, 1], first=1, tokens=3, guard=guard)
+    return send_chunk(transport, staging, cache, block_table=[9, 3, 7, 1], first=1, tokens=3, layers=ALL, guard=guard)
 
 
 def test_gather_wire_scatter() -> None:
@@ -77,11 +78,24 @@ def test_gather_wire_scatter() -> None:
     sent = send(wire, source, outgoing, BlockGuard())
     assert not outgoing.in_use
     assert sum(message.numel() for message in wire.wire) == GEOMETRY.chunk_bytes(3) == 3 * 3 * 2 * 2 * 4 * 4
-    messages, received = receive_chunk(wire, incoming, 3)
+    messages, received = receive_chunk(wire, incoming, 3, ALL)
     assert sent == received == [zlib.crc32(source.data[layer, [3, 7, 1]].numpy().tobytes()) for layer in range(3)]
-    assert scatter_chunk(target, messages, [0, 20, 21, 22], 1, BlockGuard())
+    assert scatter_chunk(target, messages, ALL, [0, 20, 21, 22], 1, BlockGuard())
     assert torch.equal(target.data[:, [20, 21, 22]], source.data[:, [3, 7, 1]])
     assert not target.data[:, 0].any()
+
+
+def test_some_layers_alone() -> None:
+    source, target, wire = LineCache(seed=1), LineCache(), Memory()
+    outgoing, incoming, layers = Staging(GEOMETRY), Staging(GEOMETRY), range(1, 3)
+    table = [9, 3, 7, 1]
+    sent = send_chunk(wire, outgoing, source, block_table=table, first=1, tokens=3, layers=layers, guard=BlockGuard())
+    assert sum(message.numel() for message in wire.wire) == GEOMETRY.chunk_bytes(3, layers) == 2 * 3 * 2 * 2 * 4 * 4
+    messages, received = receive_chunk(wire, incoming, 3, layers)
+    assert sent == received
+    assert scatter_chunk(target, messages, layers, [0, 20, 21, 22], 1, BlockGuard())
+    assert torch.equal(target.data[1:, [20, 21, 22]], source.data[1:, [3, 7, 1]])
+    assert not target.data[0].any()
 
 
 def test_shut_guard_sends_the_rest_unread() -> None:
@@ -96,7 +110,7 @@ def test_shut_guard_stops_a_scatter() -> None:
     target, guard = LineCache(), BlockGuard()
     messages = [torch.ones(2, 2, 2, 4) for _ in range(3)]
     guard.shut()
-    assert not scatter_chunk(target, messages, [0, 1], 0, guard)
+    assert not scatter_chunk(target, messages, ALL, [0, 1], 0, guard)
     assert not target.data.any()
 
 
@@ -121,15 +135,15 @@ def test_guard_waits_for_the_copy_under_way() -> None:
 
 def test_staging_grows_and_is_taken_once() -> None:
     staging = Staging(GEOMETRY)
-    first = staging.take(2)
+    first = staging.take(2, ALL)
     assert [tuple(message.shape) for message in first] == [(2, 2, 2, 4)] * 3
     assert all(message.dtype == GEOMETRY.dtype for message in first)
     with pytest.raises(ValueError, match="in use"):
-        staging.take(1)
+        staging.take(1, ALL)
     staging.release()
-    assert staging.take(1)[0].data_ptr() == first[0].data_ptr()
+    assert staging.take(1, ALL)[0].data_ptr() == first[0].data_ptr()
     staging.discard()
-    assert staging.take(2)[0].data_ptr() != first[0].data_ptr()
+    assert staging.take(2, ALL)[0].data_ptr() != first[0].data_ptr()
 
 
 def test_failed_send_leaves_nothing_staged() -> None:

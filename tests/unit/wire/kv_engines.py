@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from actors.engine.events import ComputedChunk
+from actors.engine.plan import LayerPart
 from actors.engine.scheduling.reservations import Reservation
 from actors.errors import ServingError, Unavailable
 from actors.parallel.kv_threads import LocalKvRank
@@ -199,28 +200,39 @@ class PrefillSide:
     def reserve(self, key: SequenceKey, peer: DecodeSide, tokens: int, identity: KvIdentity = IDENTITY) -> None:
         self.sender.reserve(key, peer.address, peer.incarnation, tokens, identity)
 
-    def push(self, key: SequenceKey, table: Sequence[int], bounds: Sequence[int], only: int | None = None) -> None:
-        """Pushes chunks between consecutive ``bounds``; token 0 is 7."""
-        last = len(bounds) - 2
-        for index in range(last + 1) if only is None else [only]:
+    def push(
+        self,
+        key: SequenceKey,
+        table: Sequence[int],
+        bounds: Sequence[int],
+        only: int | None = None,
+        parts: int = 1,
+    ) -> None:
+        """Pushes chunks between consecutive ``bounds``, in so many parts of the layers; token 0 is 7."""
+        for index in range((len(bounds) - 1) * parts) if only is None else [only]:
+            place, part = divmod(index, parts)
+            last = index == (len(bounds) - 1) * parts - 1
             self.sender.push(
                 ComputedChunk(
                     key=key,
                     rank=0,
                     index=index,
-                    first_token=bounds[index],
-                    token_count=bounds[index + 1] - bounds[index],
+                    first_token=bounds[place],
+                    token_count=bounds[place + 1] - bounds[place],
+                    part=LayerPart(part, parts),
                     block_table=tuple(table),
-                    last=index == last,
-                    first_output_id=7 if index == last else None,
+                    last=last,
+                    first_output_id=7 if last else None,
                 )
             )
 
-    async def send(self, key: SequenceKey, peer: DecodeSide, table: Sequence[int], bounds: Sequence[int]) -> None:
+    async def send(
+        self, key: SequenceKey, peer: DecodeSide, table: Sequence[int], bounds: Sequence[int], parts: int = 1
+    ) -> None:
         """Reserves and pushes a whole sequence."""
         self.reserve(key, peer, bounds[-1])
         await self.engine.hears("reserved", key)
-        self.push(key, table, bounds)
+        self.push(key, table, bounds, parts=parts)
 
 
 @asynccontextmanager

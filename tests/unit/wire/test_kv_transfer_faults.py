@@ -82,6 +82,16 @@ class Flip(Through):
         self.inner.recv(buffers, corrupted)
 
 
+async def test_of_a_chunk_in_parts_the_corrupted_one_goes_again() -> None:
+    times = [1]
+    async with decode_side(wrap=lambda transport, _name: Flip(transport, times)) as decode, prefill_side() as prefill:
+        await prefill.send(KEY, decode, TABLE, BOUNDS, parts=2)
+        await decode.engine.hears("kv_arrived", KEY)
+        await prefill.engine.hears("transferred", KEY)
+        assert same_bytes(prefill.cache.of(TABLE, 8), decode.cache.of(decode.engine.tables[KEY], 8))
+        assert prefill.sender.counters.resent_bytes == prefill.geometry.chunk_bytes(4, range(1, 3))
+
+
 async def test_corrupted_chunk_goes_again() -> None:
     times = [3]
     async with decode_side(wrap=lambda transport, _name: Flip(transport, times)) as decode, prefill_side() as prefill:
@@ -288,6 +298,8 @@ async def test_silence_is_loss() -> None:
         {"token_count": 0},
         {"messages": []},
         {"messages": [pb.LayerMessage(layer=0, byte_count=1)]},
+        {"messages": [pb.LayerMessage(layer=layer, byte_count=4 * 2 * 2 * 8 * 4) for layer in (0, 2)]},
+        {"messages": [pb.LayerMessage(layer=layer, byte_count=4 * 2 * 2 * 8 * 4) for layer in (2, 3)]},
     ],
 )
 async def test_offers_that_do_not_fit_are_declined(change: dict[str, object]) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from actors.engine.events import ComputedChunk
+from actors.engine.plan import LayerPart
 from actors.parallel.kv_transfer import KvTransferConfig
 from actors.reports import KvIdentity
 from tests.unit.wire.kv_engines import (
@@ -41,6 +42,42 @@ async def test_chunks_arrive_byte_for_byte(dtype: torch.dtype) -> None:
         assert prefill.sender.counters.generations == decode.receiver.counters.generations == 1
         assert prefill.sender.counters.chunks == decode.receiver.counters.chunks == 3
         assert prefill.busy[key] > 0 and decode.busy[key] > 0
+
+
+@pytest.mark.parametrize("parts", [2, 3])
+async def test_layers_arrive_part_by_part(parts: int) -> None:
+    async with decode_side() as decode, prefill_side() as prefill:
+        key, table = key_of(1), [5, 2, 9, 0, 7]
+        await prefill.send(key, decode, table, [0, 7, 8, 18], parts)
+        assert await decode.engine.hears("kv_arrived", key) == ("kv_arrived", key, 7, False)
+        await prefill.engine.hears("transferred", key)
+        assert same_bytes(prefill.cache.of(table, 18), decode.cache.of(decode.engine.tables[key], 18))
+        whole = prefill.geometry.chunk_bytes(18)
+        assert prefill.sender.counters.sent_bytes == decode.receiver.counters.received_bytes == whole
+        assert prefill.sender.counters.chunks == decode.receiver.counters.chunks == 3 * parts
+
+
+async def test_layers_that_never_came_are_missed() -> None:
+    async with decode_side() as decode, prefill_side() as prefill:
+        key = key_of(1)
+        prefill.reserve(key, decode, 4)
+        await prefill.engine.hears("reserved", key)
+        prefill.sender.push(
+            ComputedChunk(
+                key=key,
+                rank=0,
+                index=0,
+                first_token=0,
+                token_count=4,
+                part=LayerPart(0, 3),
+                block_table=(1,),
+                last=True,
+                first_output_id=7,
+            )
+        )
+        assert (await decode.engine.hears("fail", key))[2] == "PROTOCOL"
+        await prefill.engine.hears("transferred", key)
+        assert not decode.engine.told("kv_arrived", key)
 
 
 async def test_reservation_says_what_is_held() -> None:

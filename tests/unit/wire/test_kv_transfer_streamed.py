@@ -63,9 +63,9 @@ class Shaky(Through):
         self.inner.recv(buffers, arrived)
 
 
-async def assert_arrives(prefill: PrefillSide, decode: DecodeSide, number: int = 1) -> None:
+async def assert_arrives(prefill: PrefillSide, decode: DecodeSide, number: int = 1, parts: int = 1) -> None:
     key = key_of(number)
-    await prefill.send(key, decode, TABLE, BOUNDS)
+    await prefill.send(key, decode, TABLE, BOUNDS, parts)
     assert await decode.engine.hears("kv_arrived", key) == ("kv_arrived", key, 7, False)
     await prefill.engine.hears("transferred", key)
     assert not prefill.engine.told("fail", key)

@@ -344,7 +344,7 @@ Global___LayerMessage: _TypeAlias = LayerMessage  # noqa: Y015
 
 @_typing.final
 class Offer(_message.Message):
-    """Announces a chunk: tokens [first_token, first_token + token_count) of a sequence."""
+    """Announces a chunk: tokens [first_token, first_token + token_count) of a sequence, in the layers of its messages."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -371,7 +371,7 @@ class Offer(_message.Message):
 
     @_builtins.property
     def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___LayerMessage]:
-        """In the order they are sent."""
+        """In the order they are sent. Their layers follow each other: all there are, or some of them."""
 
     def __init__(
         self,

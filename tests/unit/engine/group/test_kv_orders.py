@@ -21,6 +21,7 @@ from actors.parallel.kv_transfer import BlockGuard, KvGeometry, Transport, Trans
 
 PATIENCE_S = 30.0
 GEOMETRY = KvGeometry(num_layers=3, num_kv_heads=1, head_dim=4, dtype=torch.float64, device=torch.device("cpu"))
+ALL = range(GEOMETRY.num_layers)
 
 
 class Cache:
@@ -140,18 +141,20 @@ def two_ranks() -> Iterator[tuple[Far, Far]]:
             rank.orders.close()
 
 
-def test_a_chunk_goes_from_rank_to_rank() -> None:
+@pytest.mark.parametrize("layers", [ALL, range(1, 3)])
+def test_a_chunk_goes_from_rank_to_rank(layers: range) -> None:
     with two_ranks() as (source, target):
         source.cache.data.normal_()
         sends, receives = source.remote.sending_end("peer"), target.remote.receiving_end("peer")
         out, into = BlockGuard(), BlockGuard()
-        received = receives.receive("one", 4)
+        received = receives.receive("one", 4, layers)
         assert receives.staging_in_use
-        sent = sends.send("one", "here", block_table=[9, 8, 7, 6, 5], first=1, tokens=4, guard=out)
+        sent = sends.send("one", "here", block_table=[9, 8, 7, 6, 5], first=1, tokens=4, layers=layers, guard=out)
         assert sent.future.result(PATIENCE_S).checksums == received.future.result(PATIENCE_S).checksums
         assert not sends.staging_in_use and receives.staging_in_use
         assert receives.scatter([1, 2, 3, 4], 0, into).result(PATIENCE_S) > 0
-        assert torch.equal(target.cache.data[:, 1:5], source.cache.data[:, [8, 7, 6, 5]])
+        assert torch.equal(target.cache.data[layers, 1:5], source.cache.data[layers][:, [8, 7, 6, 5]])
+        assert all(target.cache.data[layer].any() == (layer in layers) for layer in ALL)
         target.settle()
         assert target.orders.held()["kv_guards"] == 1
         for guard in (out, into):
@@ -165,9 +168,11 @@ def test_what_was_received_can_be_forgotten_or_left() -> None:
     with two_ranks() as (source, target):
         sends, receives = source.remote.sending_end("peer"), target.remote.receiving_end("peer")
         for leave in (False, True, False):
-            received = receives.receive(f"{leave}", 1)
+            received = receives.receive(f"{leave}", 1, ALL)
             guard = BlockGuard()
-            sends.send(f"{leave}", "here", block_table=[1], first=0, tokens=1, guard=guard).future.result(PATIENCE_S)
+            sends.send(f"{leave}", "here", block_table=[1], first=0, tokens=1, layers=ALL, guard=guard).future.result(
+                PATIENCE_S
+            )
             guard.shut()
             received.future.result(PATIENCE_S)
             if leave:
@@ -183,8 +188,10 @@ def test_nothing_that_follows_a_shut_guard_meets_a_write() -> None:
         writing, go_on, late = threading.Event(), threading.Event(), []
         sends, receives = source.remote.sending_end("peer"), target.remote.receiving_end("peer")
         out, into = BlockGuard(), BlockGuard()
-        received = receives.receive("one", 2)
-        sends.send("one", "here", block_table=[1, 2], first=0, tokens=2, guard=out).future.result(PATIENCE_S)
+        received = receives.receive("one", 2, ALL)
+        sends.send("one", "here", block_table=[1, 2], first=0, tokens=2, layers=ALL, guard=out).future.result(
+            PATIENCE_S
+        )
         received.future.result(PATIENCE_S)
 
         def before_write() -> None:
@@ -212,9 +219,11 @@ def test_a_guard_that_is_shut_orders_no_copy() -> None:
         sends, receives = source.remote.sending_end("peer"), target.remote.receiving_end("peer")
         shut = BlockGuard()
         shut.shut()
-        received = receives.receive("one", 2)
+        received = receives.receive("one", 2, ALL)
         # What was promised goes out; nothing of the blocks is in it.
-        sent = sends.send("one", "here", block_table=[1, 2], first=0, tokens=2, guard=shut).future.result(PATIENCE_S)
+        sent = sends.send("one", "here", block_table=[1, 2], first=0, tokens=2, layers=ALL, guard=shut).future.result(
+            PATIENCE_S
+        )
         assert received.future.result(PATIENCE_S).checksums == sent.checksums
         target.cache.before_write = pytest.fail
         assert receives.scatter([5, 6], 0, shut).result(PATIENCE_S) == 0
@@ -224,7 +233,7 @@ def test_a_guard_that_is_shut_orders_no_copy() -> None:
 def test_waiting_for_a_peer_is_ended() -> None:
     with two_ranks() as (_, target):
         receives = target.remote.receiving_end("peer")
-        received = receives.receive("nobody comes", 1)
+        received = receives.receive("nobody comes", 1, ALL)
         received.stop()
         with pytest.raises(TransportError, match="stopped"):
             received.future.result(PATIENCE_S)
@@ -236,8 +245,8 @@ def test_a_defect_is_told_with_its_place_and_is_no_network_error() -> None:
     with two_ranks() as (source, target):
         sends, receives = source.remote.sending_end("peer"), target.remote.receiving_end("peer")
         guard, out = BlockGuard(), BlockGuard()
-        received = receives.receive("one", 1)
-        sends.send("one", "here", block_table=[1], first=0, tokens=1, guard=out).future.result(PATIENCE_S)
+        received = receives.receive("one", 1, ALL)
+        sends.send("one", "here", block_table=[1], first=0, tokens=1, layers=ALL, guard=out).future.result(PATIENCE_S)
         received.future.result(PATIENCE_S)
 
         def defect() -> None:
@@ -254,13 +263,13 @@ def test_a_defect_is_told_with_its_place_and_is_no_network_error() -> None:
 def test_a_lost_rank_holds_nobody_up() -> None:
     with two_ranks() as (source, target):
         sends, receives = source.remote.sending_end("peer"), target.remote.receiving_end("peer")
-        waiting = receives.receive("nobody comes", 1)
+        waiting = receives.receive("nobody comes", 1, ALL)
         target.lost = True
         target.remote.lose("rank 1 is lost: the connection was closed")
         source.lost = True
         guard = BlockGuard()
-        unsent = sends.send("one", "here", block_table=[1], first=0, tokens=1, guard=guard)
-        for work in (waiting, unsent, receives.receive("more", 1)):
+        unsent = sends.send("one", "here", block_table=[1], first=0, tokens=1, layers=ALL, guard=guard)
+        for work in (waiting, unsent, receives.receive("more", 1, ALL)):
             with pytest.raises(TransportError, match="rank 1 is lost"):
                 work.future.result(PATIENCE_S)
             work.stop()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from actors.engine import events as ev
+from actors.engine.plan import ALL_LAYERS
 from actors.engine.scheduling.sequence import Sequence
 from actors.types import AttemptMode, MilestoneKind, PromptLogprobs, TokenEvent
 
@@ -123,7 +124,10 @@ class Story:
         assert chunk.first_token == self.sent_to, "tokens skipped or sent twice"
         assert chunk.token_count or chunk.last, "an empty chunk"
         assert chunk.last == (chunk.first_output_id is not None)
-        self.sent_to += chunk.token_count
+        before = self.chunks[-1].part if self.chunks else ALL_LAYERS
+        assert chunk.part.index == (0 if before.is_last else before.index + 1), "layers skipped or sent twice"
+        assert chunk.part.is_last or not chunk.last
+        self.sent_to += chunk.token_count if chunk.part.is_last else 0
         total = len(self.request.prompt_ids) + len(self.request.output_ids)
         assert self.sent_to == total or not chunk.last
         self.chunks.append(chunk)

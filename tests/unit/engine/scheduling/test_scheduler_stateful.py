@@ -11,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from actors.engine import events as ev
 from actors.engine.config import EngineConfig
-from actors.engine.plan import StepPlan, StepResult
+from actors.engine.plan import LayerPart, StepPlan, StepResult
 from actors.engine.scheduling.block_pool import BlockPool
 from actors.engine.scheduling.rank_state import RankState
 from actors.engine.scheduling.scheduler import Scheduler
@@ -62,6 +62,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             reserve_wait_s=50.0,
             priority_step_s=3.0,
             prefix_caching=caching,
+            parted_tokens=3,
         )
         self.pools = [BlockPool(blocks + number) for number in range(ranks)]
         self.scheduler = Scheduler(self.config, self.pools, frozenset({EOS}), IMAGE)
@@ -317,8 +318,9 @@ class SchedulerMachine(RuleBasedStateMachine):
             return False
         self.check_shape(plan)
         result = self.run_ranks(plan, token)
-        if plan.shape.step % 2:  # Runners may tell of it before they are through, or not.
-            self.scheduler.hand_over(plan)
+        parts = plan.shape.step % 4  # Runners may tell of it before they are through, or not.
+        for index in range(parts):
+            self.scheduler.hand_over(plan, LayerPart(index, parts))
             self.listen()
         outcome = self.scheduler.apply(plan, result, 0.0)
         for piece in outcome.prompt_logprobs:

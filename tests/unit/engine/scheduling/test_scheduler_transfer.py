@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from actors.engine import events as ev
+from actors.engine.plan import ALL_LAYERS, LayerPart
 from actors.engine.scheduling.sequence import SequenceState
 from actors.errors import RequestCancelled, Unavailable
 from actors.types import FinishReason, MilestoneKind, SequenceKey, TokenEvent
@@ -57,7 +58,7 @@ def test_what_is_in_the_cache_is_handed_over_before_the_step_ends() -> None:
         plan = bench.plan()
         assert plan is not None
         for _ in range(2):  # what was told is not told again
-            bench.scheduler.hand_over(plan)
+            bench.scheduler.hand_over(plan, ALL_LAYERS)
         bench.collect()
         told.append(len(bench.of(ev.ComputedChunk)))
         bench.finish(plan, drawn(plan))
@@ -67,6 +68,31 @@ def test_what_is_in_the_cache_is_handed_over_before_the_step_ends() -> None:
     assert [chunk[3] for chunk in chunks] == [None, None, 9]
     bench.scheduler.transferred(key("a"))
     assert bench.of(ev.Ended) == []
+
+
+def test_long_chunks_are_handed_over_in_parts_of_the_layers() -> None:
+    bench = Bench(parted_tokens=8)
+    for name, tokens in (("a", 20), ("b", 4)):
+        bench.submit(name, tokens, PREFILL)
+    bench.plan()
+    for name in ("a", "b"):
+        bench.scheduler.reserved(key(name), 0)
+    while (plan := bench.plan()) is not None:
+        for index in range(3):
+            for _ in range(2):
+                bench.scheduler.hand_over(plan, LayerPart(index, 3))
+        bench.finish(plan, drawn(plan))
+    chunks = bench.of(ev.ComputedChunk)
+    told = [
+        [(c.index, c.first_token, c.token_count, c.part) for c in chunks if c.key == key(name)] for name in ("a", "b")
+    ]
+    thirds = [LayerPart(index, 3) for index in range(3)]
+    assert told[0] == [
+        *((index, 0, 12, part) for index, part in enumerate(thirds)),
+        *((3 + index, 12, 8, part) for index, part in enumerate(thirds)),
+        (6, 20, 0, ALL_LAYERS),
+    ]
+    assert told[1] == [(0, 0, 4, ALL_LAYERS), (1, 4, 0, ALL_LAYERS)]
 
 
 def test_tokens_the_peer_holds_are_not_sent() -> None:
