@@ -348,9 +348,9 @@ class Engine:
             self._sink.on_tokens(outcome.tokens)
         self._tell()
 
-    def _hand_over(self, part: LayerPart) -> None:
+    def _hand_over(self, rank: int, part: LayerPart) -> None:
         assert self._plan is not None, "no step is under way"
-        self._scheduler.hand_over(self._plan, part)
+        self._scheduler.hand_over(self._plan, rank, part)
         self._tell()
 
     def _end_all(self, error: ServingError) -> None:

@@ -20,9 +20,9 @@ class StepRunner(Protocol):
         """KV blocks of each rank."""
         ...
 
-    kv_written: Callable[[LayerPart], None]
-    """Set by whoever runs steps. Called in the midst of a step with prompts, part after part of the layers, as soon as
-    the keys and values of all its tokens are in the cache; for none where ranks would have to be asked for that.
+    kv_written: Callable[[int, LayerPart], None]
+    """Set by whoever runs steps. Called in the midst of a step with prompts, for each rank part by part of the layers,
+    when it is known that the keys and values of all its tokens are in the rank's cache; or for none of a rank's parts.
     """
 
     def watch(self, on_lost: Callable[[Exception], None]) -> None:

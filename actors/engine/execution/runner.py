@@ -80,8 +80,8 @@ class Runner:
         self.sampler = Sampler(
             config.im_patch_id, vocab_size=config.text.vocab_size, eos_token_ids=config.eos_token_ids
         )
-        self.kv_written: Callable[[LayerPart], None] = _nothing
-        """See ``StepRunner``, of the tokens of this rank."""
+        self.kv_written: Callable[[LayerPart], None] | None = None
+        """See ``StepRunner``, of the tokens of this rank. None where nobody wants to know."""
         self._residents = Residents(config, rules)
         self._embeddings = EmbeddingStore()
 
@@ -155,7 +155,7 @@ class Runner:
             if known.new.spans:
                 self._embeddings.place(x_TD, known, chunk)
         positions_3T, attention = self._to_device(batch.positions_3T), self._attention(batch.layout)
-        if not shape.decodes:
+        if not shape.decodes and self.kv_written is not None:
             attention = _Watched(attention, len(self.model.layers), self.kv_written)
         return self.model.forward(x_TD, positions_3T, self._vision(batch, shape), attention)
 
@@ -233,6 +233,3 @@ class _Watched:
         if layer in self._ends:
             self._kv_written(self._ends[layer])
         return out_THd
-
-
-def _nothing(part: LayerPart) -> None: ...

@@ -28,7 +28,9 @@ from actors.engine.group.messages import (
     RoleSet,
     SetRole,
     ToRank,
+    Written,
 )
+from actors.engine.plan import LayerPart
 from actors.parallel.kv_transfer import TransportError
 from actors.parallel.world import WorldError
 from actors.types import EngineRole
@@ -53,6 +55,7 @@ class Followers:
         self._loading: dict[int, Loading] = {}
         self._ready: dict[int, Ready] = {}
         self._done: dict[int, Done] = {}
+        self._written: list[tuple[int, LayerPart]] = []
         self._roles_set: dict[int, int] = {}
         self._lost: RankLost | None = None
         self._on_lost: Callable[[Exception], None] | None = None
@@ -171,6 +174,14 @@ class Followers:
         with self._changed:
             self._own_done = True
 
+    def take_written(self) -> list[tuple[int, LayerPart]]:
+        """What ranks have said since the last time of the step under way: their number, and the layers whose keys and
+        values they have.
+        """
+        with self._changed:
+            written, self._written = self._written, []
+        return written
+
     def gather(self, number: int) -> list[Done]:
         """The results of parts of that number, by rank. Ends the step. Raises RankLost."""
         with self._changed:
@@ -240,6 +251,9 @@ class Followers:
                 with self._changed:
                     self._roles_set[rank] = block_count
                     self._changed.notify_all()
+            case Written(layers):
+                with self._changed:
+                    self._written.append((rank, layers))
             case Done():
                 with self._changed:
                     self._done[rank] = message

@@ -71,7 +71,7 @@ class GroupRunner:
         self.counters = GroupCounters(
             rank_s=[0.0] * len(counts), balance=None if balancer is None else balancer.counters
         )
-        self._kv_written: Callable[[LayerPart], None] = lambda _part: None
+        self._kv_written: Callable[[int, LayerPart], None] = lambda _rank, _part: None
         self._numbers = 0
         self._homes: dict[int, _Home] = {}
         self._early: dict[int, TokenConstraint] = {}
@@ -79,15 +79,22 @@ class GroupRunner:
         self._remote = RemoteConstraints(mask_words(runner.config.text.vocab_size))
 
     @property
-    def kv_written(self) -> Callable[[LayerPart], None]:
-        """Only called with one rank: the leader does not know how far the others are in a step."""
+    def kv_written(self) -> Callable[[int, LayerPart], None]:
+        """Of other ranks, called when the leader's own part of the step gives it a moment."""
         return self._kv_written
 
     @kv_written.setter
-    def kv_written(self, told: Callable[[LayerPart], None]) -> None:
+    def kv_written(self, told: Callable[[int, LayerPart], None]) -> None:
         self._kv_written = told
-        if self._followers is None:
-            self._runner.kv_written = told
+        self._runner.kv_written = self._own_kv_written
+
+    def _own_kv_written(self, part: LayerPart) -> None:
+        self._kv_written(0, part)
+        self._tell_kv_written()
+
+    def _tell_kv_written(self) -> None:
+        for rank, part in () if self._followers is None else self._followers.take_written():
+            self._kv_written(rank, part)
 
     def report(self) -> GroupReport | None:
         """None with one rank. Any thread."""
@@ -188,7 +195,9 @@ class GroupRunner:
             raise
         self._followers.own_part_done()
         computed = time.perf_counter()
+        self._tell_kv_written()
         done = self._followers.gather(self._numbers)
+        self._tell_kv_written()
         result = StepResult.gathered((own, *(one.result for one in done)))
         self._remote.accept(result.tokens)
         self.counters.steps += 1

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from actors.engine.group.kv_messages import KvAnswer, KvOrder
-from actors.engine.plan import RankPlan, StepResult
+from actors.engine.plan import LayerPart, RankPlan, StepResult
 from actors.parallel.layout import ExpertPlacement
 from actors.types import EngineRole
 
@@ -56,6 +56,13 @@ class Part:
     plan: RankPlan
     masks: Mapping[int, bytes | None]
     """By sequence that samples and is bound by a constraint: the packed row of ids that may come, None for all."""
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """Rank, in the midst of a part with prompts: keys and values of its tokens are in the cache, in those layers."""
+
+    layers: LayerPart
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,4 +149,4 @@ class Embedding:
 
 
 ToRank = Part | Embedding | TakeLoad | MoveExperts | SetRole | AskHeld | KvOrder | End | Tick
-FromRank = Hello | Loading | Ready | Done | Held | RoleSet | KvAnswer | Failed | Tick
+FromRank = Hello | Loading | Ready | Written | Done | Held | RoleSet | KvAnswer | Failed | Tick

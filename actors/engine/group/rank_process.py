@@ -31,9 +31,10 @@ from actors.engine.group.messages import (
     SetRole,
     TakeLoad,
     ToRank,
+    Written,
 )
 from actors.engine.group.remote_constraints import SentConstraint
-from actors.engine.plan import StepResult
+from actors.engine.plan import LayerPart, StepResult
 from actors.ernie.weights import Progress
 from actors.parallel.kv_threads import LocalKvRank
 from actors.parallel.world import WorldError
@@ -111,9 +112,15 @@ def _failed(error: BaseException) -> Failed:
 
 def _compute(runner: Runner, orders: KvOrders, inbox: queue.SimpleQueue[ToRank], channel: RankChannel) -> None:
     constraints: dict[int, SentConstraint] = {}
+
+    def tell_written(layers: LayerPart) -> None:
+        channel.send(Written(layers))
+
     while True:
         match inbox.get():
             case Part() as part:
+                has_prompts = any(piece.count > 1 for piece in part.plan.slices)
+                runner.kv_written = tell_written if has_prompts else None
                 started = time.perf_counter()
                 result = _run(runner, part, constraints)
                 channel.send(Done(part.number, result, time.perf_counter() - started))

@@ -222,14 +222,14 @@ class Scheduler:
             parts.append(RankPlan(shape=shape, ended=ended, new=tuple(draft.new), slices=tuple(draft.slices)))
         return StepPlan(shape=shape, parts=tuple(parts))
 
-    def hand_over(self, plan: StepPlan, part: LayerPart) -> None:
-        """In the midst of a step: keys and values of its tokens are in the blocks, in a part of the layers and in those
-        before, whatever else it has to compute. Transfers need not wait for that. Few tokens go when all layers have
-        them: a part more is not worth its messages.
+    def hand_over(self, plan: StepPlan, rank: int, part: LayerPart) -> None:
+        """In the midst of a step: keys and values of a rank's tokens are in its blocks, in a part of the layers and in
+        those before, whatever else there is to compute. Transfers need not wait for that. Few tokens go when all
+        layers have them: a part more is not worth its messages.
 
-        Either all parts of a step are told, in order, or none.
+        Either all parts of a rank's step are told, in order, or none.
         """
-        for piece in plan.slices:
+        for piece in plan.parts[rank].slices:
             sequence = self.roster.by_id[piece.id]
             if sequence.mode is AttemptMode.PREFILL:
                 end = piece.first + piece.count

@@ -57,12 +57,15 @@ def lived_on(rig: Rig) -> set[int]:
     return rig.group.lived_on if isinstance(rig.group, WatchedGroup) else {0}
 
 
-@pytest.mark.parametrize(("prefill", "decode"), [(1, 2), (2, 1), (2, 2), (2, 4), (4, 2)])
+@pytest.mark.parametrize(
+    ("prefill", "decode", "parted_tokens"),
+    [(1, 2, 512), (2, 1, 1), (2, 2, 512), (2, 2, 1), (2, 4, 512), (4, 2, 1)],
+)
 def test_any_sizes_give_the_tokens_of_one_engine(
-    groups: Groups, one_rank: list[list[int]], prefill: int, decode: int
+    groups: Groups, one_rank: list[list[int]], prefill: int, decode: int, parted_tokens: int
 ) -> None:
     """Text, images and videos, greedy and drawn. Every rank here meets every rank there."""
-    with EnginePair(*sides(groups, prefill, decode)) as pair:
+    with EnginePair(*sides(groups, prefill, decode, parted_tokens=parted_tokens)) as pair:
         assert pair.run(*chats()) == one_rank
         assert lived_on(pair.prefill.rig) == set(range(prefill))
         assert lived_on(pair.decode.rig) == set(range(decode))
@@ -70,7 +73,9 @@ def test_any_sizes_give_the_tokens_of_one_engine(
         assert {here for _, here in pair.lanes} == set(range(decode))
         counters = pair.prefill.sender.counters
         chunks = [chunk for one in pair.prefill.sink.chunks.values() for chunk in one]
-        tokens = sum(chunk.token_count for chunk in chunks)
+        tokens = sum(chunk.token_count for chunk in chunks if chunk.part.is_last)
+        parted = {chunk.rank for chunk in chunks if chunk.part.count > 1}
+        assert parted == (set(range(prefill)) if parted_tokens == 1 else set())
         assert counters.sent_bytes == tokens * pair.prefill.sender._parts.geometry.chunk_bytes(1)
         assert pair.decode.receiver.counters.received_bytes == counters.sent_bytes
         assert counters.chunks == len(chunks) and counters.generations == len(pair.lanes)

@@ -318,10 +318,11 @@ class SchedulerMachine(RuleBasedStateMachine):
             return False
         self.check_shape(plan)
         result = self.run_ranks(plan, token)
-        parts = plan.shape.step % 4  # Runners may tell of it before they are through, or not.
-        for index in range(parts):
-            self.scheduler.hand_over(plan, LayerPart(index, parts))
-            self.listen()
+        for rank in range(len(plan.parts)):
+            parts = (plan.shape.step + rank) % 4  # Ranks may tell of it before they are through, or not.
+            for index in range(parts):
+                self.scheduler.hand_over(plan, rank, LayerPart(index, parts))
+                self.listen()
         outcome = self.scheduler.apply(plan, result, 0.0)
         for piece in outcome.prompt_logprobs:
             self.stories[piece.key].hear_scores(piece)

@@ -58,7 +58,7 @@ def test_what_is_in_the_cache_is_handed_over_before_the_step_ends() -> None:
         plan = bench.plan()
         assert plan is not None
         for _ in range(2):  # what was told is not told again
-            bench.scheduler.hand_over(plan, ALL_LAYERS)
+            bench.scheduler.hand_over(plan, 0, ALL_LAYERS)
         bench.collect()
         told.append(len(bench.of(ev.ComputedChunk)))
         bench.finish(plan, drawn(plan))
@@ -80,7 +80,7 @@ def test_long_chunks_are_handed_over_in_parts_of_the_layers() -> None:
     while (plan := bench.plan()) is not None:
         for index in range(3):
             for _ in range(2):
-                bench.scheduler.hand_over(plan, LayerPart(index, 3))
+                bench.scheduler.hand_over(plan, 0, LayerPart(index, 3))
         bench.finish(plan, drawn(plan))
     chunks = bench.of(ev.ComputedChunk)
     told = [
