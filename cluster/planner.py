@@ -12,7 +12,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Container, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import ray
 from ray import serve
@@ -63,13 +63,6 @@ def take_term(application: str) -> int:
     return term
 
 
-@dataclass(frozen=True, slots=True)
-class _Ordered:
-    order: RoleOrder
-    shifts: bool
-    """How many engines are wanted of each role changes once it is done."""
-
-
 class Planner:
     """One replica. Every method is quick and runs on the replica's event loop."""
 
@@ -80,8 +73,8 @@ class Planner:
             pool.name: RoleMover(pool.move_roles, config.slo) for pool in config.pools if pool.move_roles is not None
         }
         self._repair = Repair()
-        self._orders: dict[str, _Ordered] = {}
-        """By incarnation, of engines that have not done it yet."""
+        self._orders: dict[str, RoleOrder] = {}
+        """By incarnation, of engines of which it is not known yet that they have done it."""
         self._leaving: set[str] = set()
         """Incarnations of engines that were asked to end."""
         if term is None:
@@ -105,7 +98,7 @@ class Planner:
         """From now on it knows who is there, and decides. Engines keep the roles they have."""
         self._scaler.begin()
         for pool, configured in self._configured.items():
-            present, target = self._registry.present(pool), self._scaler.target(pool)
+            present, target = self._registry.present(pool, {}), self._scaler.target(pool)
             self._wanted[pool] = split_roles(configured, present, target)
         self._begun.set()
 
@@ -118,9 +111,14 @@ class Planner:
         await self._begun.wait()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(LEASE_S + EXPIRY_PERIOD_S):
-                while not self._registry.has_vacancy(pool, self._wanted[pool]):
+                while not self._registry.has_vacancy(pool, self._wanted[pool], self._becoming):
                     await self._changed.wait()
-        return self._registry.assign(incarnation, pool, self._wanted[pool], time.monotonic())
+        return self._registry.assign(incarnation, pool, self._wanted[pool], self._becoming, time.monotonic())
+
+    @property
+    def _becoming(self) -> dict[str, EngineRole]:
+        """Roles of engines that change theirs, by incarnation."""
+        return {incarnation: order.role for incarnation, order in self._orders.items()}
 
     async def still_loading(
         self, incarnation: str, pool: str, role: EngineRole, ranks: tuple[tuple[int, int], ...]
@@ -135,23 +133,16 @@ class Planner:
         entry = EngineEntry(info=info, pool=pool, ready=ready, load=load, group=group)
         self._registry.renew_engine(entry, time.monotonic())
         self._notify()
-        ordered = self._orders.get(info.incarnation)
-        if ordered is None:
-            return None
-        if ordered.order.epoch != info.epoch:
-            self._done(ordered, info, pool)
-            return None
-        return ordered.order
+        order = self._orders.get(info.incarnation)
+        if order is not None and order.epoch != info.epoch:
+            order = None
+            self._done(info, pool)
+        return order
 
-    def _done(self, ordered: _Ordered, info: EngineInfo, pool: str) -> None:
-        del self._orders[info.incarnation]
-        self.counters.role_changes[pool, ordered.order.former, ordered.order.role] += 1
+    def _done(self, info: EngineInfo, pool: str) -> None:
+        order = self._orders.pop(info.incarnation)
+        self.counters.role_changes[pool, order.former, order.role] += 1
         log.info("engine %s is %s now", info.engine_id, info.role)
-        # Whoever replaces an engine of the pool takes the role that is short from now on, and not before: until it has
-        # moved, it counts as what it was.
-        if ordered.shifts:
-            self._wanted[pool] += Counter({ordered.order.role: 1})
-            self._wanted[pool] -= Counter({ordered.order.former: 1})
 
     async def order_role(self, name: str, role: EngineRole) -> str:
         """An engine, by its id or a part of it, is to take a role. Returns its id; the change itself takes a while.
@@ -171,12 +162,17 @@ class Planner:
         return [one for one in (*self._orders, *self._leaving) if one != but]
 
     def _order(self, move: Move, away: Sequence[str], *, shifts: bool = True) -> None:
-        """``shifts``: how many engines are wanted of each role changes with it."""
+        """``shifts``: how many engines are wanted of each role changes with it, whatever becomes of the engine: what
+        replaces one that dies meanwhile takes the role that was ordered.
+        """
         entry, role, why = move.mover, move.role, move.why
         info = entry.info
         alone = check_move(self._registry.snapshot().engines, entry, role, away)
         order = RoleOrder(term=self._term, epoch=info.epoch, former=info.role, role=role, substitutes=alone)
-        self._orders[info.incarnation] = _Ordered(order, shifts)
+        self._orders[info.incarnation] = order
+        if shifts:
+            self._wanted[entry.pool] += Counter({role: 1})
+            self._wanted[entry.pool] -= Counter({info.role: 1})
         self.counters.role_decisions[entry.pool, info.role, role] += 1
         self._decisions.note(
             DecisionKind.ROLE,

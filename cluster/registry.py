@@ -220,23 +220,35 @@ class Registry:
     def version(self) -> int:
         return self._version
 
-    def has_vacancy(self, pool: str, wanted: Mapping[EngineRole, int]) -> bool:
-        """True when some role of the pool is below its wanted count, counting engines that still load."""
-        present = self.present(pool)
+    def has_vacancy(self, pool: str, wanted: Mapping[EngineRole, int], becoming: Mapping[str, EngineRole]) -> bool:
+        """True when some role of the pool is below its wanted count, counting engines that still load. ``becoming``:
+        see ``present``.
+        """
+        present = self.present(pool, becoming)
         return any(present[role] < count for role, count in wanted.items())
 
-    def assign(self, incarnation: str, pool: str, wanted: Mapping[EngineRole, int], now: float) -> EngineRole:
-        """Gives a starting engine its role; it holds it from now on, ready or not."""
+    def assign(
+        self,
+        incarnation: str,
+        pool: str,
+        wanted: Mapping[EngineRole, int],
+        becoming: Mapping[str, EngineRole],
+        now: float,
+    ) -> EngineRole:
+        """Gives a starting engine its role; it holds it from now on, ready or not. ``becoming``: see ``present``."""
         if incarnation in self._loading:
             return self._loading[incarnation].role
-        role = next_role(wanted, self.present(pool))
+        role = next_role(wanted, self.present(pool, becoming))
         self._loading[incarnation] = LoadingEntry(pool=pool, role=role)
         self._expiry[incarnation] = now + LEASE_S
         return role
 
-    def present(self, pool: str) -> Counter[EngineRole]:
-        """Engines of a pool by role, those that load included."""
-        present = Counter(entry.info.role for entry in self._engines.values() if entry.pool == pool)
+    def present(self, pool: str, becoming: Mapping[str, EngineRole]) -> Counter[EngineRole]:
+        """Engines of a pool by role, those that load included. ``becoming``: roles, by incarnation, of those that
+        change theirs, who count as what they will be.
+        """
+        own = [entry.info for entry in self._engines.values() if entry.pool == pool]
+        present = Counter(becoming.get(info.incarnation, info.role) for info in own)
         present.update(entry.role for entry in self._loading.values() if entry.pool == pool)
         return present
 

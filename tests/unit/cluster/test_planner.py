@@ -105,6 +105,30 @@ async def test_an_engine_counts_as_what_it_was_until_it_has_moved(monkeypatch: p
         assert await made.assign_role("e", "pool") is EngineRole.PREFILL
 
 
+async def test_an_engine_that_is_lost_with_an_order_leaves_its_role_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It had done what was ordered, or was about to, when it froze: nobody heard. It comes back, or is replaced."""
+    config = ClusterConfig(model="m", engines=(EnginePool(name="pool", roles=Roles(prefill=1, decode=2)),))
+    async with planner(monkeypatch, 1, config) as made:
+        infos = {name: engine(name, EngineRole.DECODE).info for name in "bc"}
+        infos["a"] = engine("a", EngineRole.PREFILL).info
+
+        async def renew(*names: str) -> None:
+            for name in names:
+                await made.renew_engine(infos[name], "pool", True, IDLE)
+
+        await renew(*"abc")
+        await made.order_role("engine-b", EngineRole.PREFILL)
+        while "b" in made._orders:
+            await renew("a", "c")
+            await asyncio.sleep(0.05)
+        assert await made.assign_role("d", "pool") is EngineRole.PREFILL
+        infos["b"] = replace(infos["b"], role=EngineRole.PREFILL, epoch=2)
+        await renew(*"abc")
+        for now in range(100):
+            made._decide_once(float(now))
+        assert not made._orders
+
+
 async def test_the_planner_remembers_who_came_and_went_and_what_it_decided(monkeypatch: pytest.MonkeyPatch) -> None:
     async with planner(monkeypatch) as made:
         first, second = engine("a", EngineRole.PREFILL).info, engine("b", EngineRole.DECODE).info
@@ -189,7 +213,7 @@ async def test_roles_follow_counts(monkeypatch: pytest.MonkeyPatch) -> None:
         # Serve ends the only one that prefills.
         assert not await made.may_leave("a")
         (incarnation,) = made._orders
-        assert made._orders[incarnation].order.role is EngineRole.PREFILL
+        assert made._orders[incarnation].role is EngineRole.PREFILL
         assert not await made.may_leave("a"), "not before the other one has moved"
         infos[incarnation] = replace(infos[incarnation], role=EngineRole.PREFILL, epoch=2)
         await renew(IDLE)

@@ -52,17 +52,17 @@ def test_a_pool_that_wants_nothing_is_an_error() -> None:
 def test_starting_engines_hold_their_role_before_they_are_ready() -> None:
     registry = Registry(term=1)
     wanted = {P: 1, D: 1}
-    assert registry.assign("a", "pool", wanted, now=0.0) is P
-    assert registry.assign("b", "pool", wanted, now=0.0) is D
-    assert registry.assign("a", "pool", wanted, now=1.0) is P
+    assert registry.assign("a", "pool", wanted, {}, now=0.0) is P
+    assert registry.assign("b", "pool", wanted, {}, now=0.0) is D
+    assert registry.assign("a", "pool", wanted, {}, now=1.0) is P
     registry.renew_engine(engine("a", P), now=1.0)
-    assert registry.assign("c", "other", wanted, now=1.0) is P
+    assert registry.assign("c", "other", wanted, {}, now=1.0) is P
 
 
 def test_a_registry_learns_of_engines_that_another_one_let_start() -> None:
     registry = Registry(term=2)
     registry.renew_loading("a", LoadingEntry(pool="pool", role=D), now=0.0)
-    assert registry.assign("b", "pool", {P: 1, D: 1}, now=0.0) is P
+    assert registry.assign("b", "pool", {P: 1, D: 1}, {}, now=0.0) is P
     registry.renew_engine(engine("a", D), now=1.0)
     registry.renew_loading("a", LoadingEntry(pool="pool", role=D), now=1.0)
     assert not registry.snapshot().loading[1:]
@@ -71,14 +71,14 @@ def test_a_registry_learns_of_engines_that_another_one_let_start() -> None:
 def test_a_vacancy_is_a_role_below_its_count_loading_engines_included() -> None:
     registry = Registry(term=1)
     wanted = {P: 1, D: 1}
-    registry.assign("a", "pool", wanted, now=0.0)
-    assert registry.has_vacancy("pool", wanted)
+    registry.assign("a", "pool", wanted, {}, now=0.0)
+    assert registry.has_vacancy("pool", wanted, {})
     registry.renew_engine(engine("b", D), now=0.0)
-    assert not registry.has_vacancy("pool", wanted)
+    assert not registry.has_vacancy("pool", wanted, {})
     before = registry.version
     registry.renew_engine(engine("b", D), now=2.0)
     registry.expire(now=LEASE_S)
-    assert registry.has_vacancy("pool", wanted) and registry.version > before
+    assert registry.has_vacancy("pool", wanted, {}) and registry.version > before
 
 
 def test_a_lost_engines_role_is_given_to_its_replacement() -> None:
@@ -87,18 +87,18 @@ def test_a_lost_engines_role_is_given_to_its_replacement() -> None:
     registry.renew_engine(engine("a", P), now=0.0)
     registry.renew_engine(engine("b", D), now=2.0)
     assert registry.expire(now=LEASE_S) == ["a"]
-    assert registry.assign("c", "pool", wanted, now=LEASE_S) is P
+    assert registry.assign("c", "pool", wanted, {}, now=LEASE_S) is P
 
 
 def test_a_starting_engine_that_goes_silent_gives_its_role_back() -> None:
     registry = Registry(term=1)
     wanted = {P: 1, D: 1}
-    registry.assign("a", "pool", wanted, now=0.0)
+    registry.assign("a", "pool", wanted, {}, now=0.0)
     registry.renew_loading("a", LoadingEntry(pool="pool", role=P, ranks=((3, 9),)), now=1.0)
     assert [(entry.role, entry.ranks) for entry in registry.snapshot().loading] == [(P, ((3, 9),))]
     assert registry.expire(now=LEASE_S) == []
     assert registry.expire(now=LEASE_S + 1.0) == ["a"]
-    assert registry.assign("b", "pool", wanted, now=LEASE_S + 1.0) is P
+    assert registry.assign("b", "pool", wanted, {}, now=LEASE_S + 1.0) is P
 
 
 def test_the_version_follows_membership_and_readiness_but_not_renewals() -> None:
