@@ -13,10 +13,9 @@ import time
 from collections import Counter
 from collections.abc import Container, Sequence
 from dataclasses import replace
+from typing import Protocol
 
-import ray
 from ray import serve
-from ray.experimental import internal_kv
 
 from actors.reports import EncoderInfo, EngineInfo, GroupReport, LoadReport, RoleOrder
 from actors.types import EngineRole
@@ -25,6 +24,7 @@ from cluster.config import ClusterConfig
 from cluster.decisions import DecisionKind, DecisionLog
 from cluster.logs import log_as_serve_does
 from cluster.metrics.planner import PlannerCounters, planner_sheet
+from cluster.planner_memory import Mix, PlannerMemory
 from cluster.registry import (
     LEASE_S,
     EncoderEntry,
@@ -47,26 +47,22 @@ log = logging.getLogger(__name__)
 EXPIRY_PERIOD_S = LEASE_S / 6
 DECIDE_PERIOD_S = 1.0
 
-_TERM_NAMESPACE = b"ernie-serving"
 
+class Memory(Protocol):
+    """See ``PlannerMemory``."""
 
-def take_term(application: str) -> int:
-    """Claims the next planner term of an application in the GCS key-value store. Terms start at 1 and only grow."""
-    term = 1
-    while internal_kv._internal_kv_put(
-        f"planner-term/{ray.get_runtime_context().get_job_id()}/{application}/{term}".encode(),
-        b"",
-        overwrite=False,
-        namespace=_TERM_NAMESPACE,
-    ):
-        term += 1
-    return term
+    async def load(self, configured: Mix) -> dict[str, Counter[EngineRole]]: ...
+
+    def keep(self, configured: Mix, wanted: Mix) -> None: ...
 
 
 class Planner:
     """One replica. Every method is quick and runs on the replica's event loop."""
 
-    async def __init__(self, config: ClusterConfig, term: int | None = None) -> None:  # type: ignore[misc]  # Serve awaits it
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self, config: ClusterConfig, term: int | None = None, memory: Memory | None = None
+    ) -> None:
+        """Serve names neither ``term`` nor ``memory``."""
         self._wanted = {pool.name: Counter(pool.role_counts()) for pool in config.pools}
         self._configured = {pool.name: pool.role_counts() for pool in config.pools}
         self._movers = {
@@ -79,8 +75,11 @@ class Planner:
         """Incarnations of engines that were asked to end."""
         if term is None:
             log_as_serve_does()
-            term = take_term(serve.get_replica_context().app_name)
+            memory = kept = PlannerMemory(serve.get_replica_context().app_name)
+            term = kept.take_term()
         self._term = term
+        self._memory = memory
+        self._kept = {} if memory is None else await memory.load(self._configured)
         self._registry = Registry(self._term)
         self.counters = PlannerCounters()
         self._decisions = DecisionLog(time.time)
@@ -95,12 +94,20 @@ class Planner:
         log.info("planner term %d", self._term)
 
     def _begin(self) -> None:
-        """From now on it knows who is there, and decides. Engines keep the roles they have."""
+        """From now on it knows who is there, and decides. Of engines that are there, what another planner wanted is
+        wanted still; where that is not known, they keep the roles they have.
+        """
         self._scaler.begin()
         for pool, configured in self._configured.items():
-            present, target = self._registry.present(pool, {}), self._scaler.target(pool)
-            self._wanted[pool] = split_roles(configured, present, target)
+            present = self._registry.present(pool, {})
+            known = self._kept.get(pool, present) if present else present
+            self._wanted[pool] = split_roles(configured, known, self._scaler.target(pool))
+        self._keep()
         self._begun.set()
+
+    def _keep(self) -> None:
+        if self._memory is not None:
+            self._memory.keep(self._configured, self._wanted)
 
     async def assign_role(self, incarnation: str, pool: str) -> EngineRole:
         """Answers a starting engine.
@@ -173,6 +180,7 @@ class Planner:
         if shifts:
             self._wanted[entry.pool] += Counter({role: 1})
             self._wanted[entry.pool] -= Counter({info.role: 1})
+            self._keep()
         self.counters.role_decisions[entry.pool, info.role, role] += 1
         self._decisions.note(
             DecisionKind.ROLE,
@@ -207,6 +215,7 @@ class Planner:
     def _scale(self, scaling: Scaling) -> None:
         if scaling.role is not None:
             self._wanted[scaling.pool][scaling.role] += scaling.target - scaling.former
+            self._keep()
         self.counters.scalings[scaling.pool, "up" if scaling.target > scaling.former else "down"] += 1
         change = f"{scaling.former} -> {scaling.target}"
         self._decisions.note(

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -14,6 +16,7 @@ from cluster import registry as registry_module
 from cluster.config import ClusterConfig, EnginePool, PreprocessorPool, Roles, parse
 from cluster.config_scaling import PreprocessorAutoscaling
 from cluster.planner import Planner
+from cluster.planner_memory import Mix, read, write
 from tests.unit.cluster.test_registry import engine
 
 CONFIG = ClusterConfig(model="m", engines=(EnginePool(name="pool", roles=Roles(prefill=1, decode=1)),))
@@ -21,7 +24,7 @@ CONFIG = ClusterConfig(model="m", engines=(EnginePool(name="pool", roles=Roles(p
 
 @asynccontextmanager
 async def planner(
-    monkeypatch: pytest.MonkeyPatch, term: int = 1, config: ClusterConfig | None = None
+    monkeypatch: pytest.MonkeyPatch, term: int = 1, config: ClusterConfig | None = None, memory: Any = None
 ) -> AsyncIterator[Planner]:
     """With leases of 0.3 s. It decides when a test says so."""
     monkeypatch.setattr(registry_module, "LEASE_S", 0.3)
@@ -29,7 +32,7 @@ async def planner(
     monkeypatch.setattr(planner_module, "EXPIRY_PERIOD_S", 0.05)
     monkeypatch.setattr(planner_module, "DECIDE_PERIOD_S", 1000.0)
     made = Planner.__new__(Planner)
-    await made.__init__(config or CONFIG, term)  # type: ignore[misc]
+    await made.__init__(config or CONFIG, term, memory)  # type: ignore[misc]
     yield made
     made.close()
 
@@ -172,6 +175,52 @@ async def test_a_later_planner_wants_the_roles_that_engines_have(monkeypatch: py
                 asked = asyncio.create_task(made.assign_role("d", "pool"))
             await asyncio.sleep(0.05)
         assert asked.result() is EngineRole.DECODE
+
+
+class Kept:
+    """A memory."""
+
+    def __init__(self) -> None:
+        self.written: bytes | None = None
+
+    async def load(self, configured: Mix) -> dict[str, Counter[EngineRole]]:
+        return read(self.written, configured)
+
+    def keep(self, configured: Mix, wanted: Mix) -> None:
+        self.written = write(configured, wanted)
+
+
+@pytest.mark.parametrize(("ordered", "becomes"), [(False, EngineRole.DECODE), (True, None)])
+async def test_a_later_planner_tells_accidents_from_wishes(
+    monkeypatch: pytest.MonkeyPatch, ordered: bool, becomes: EngineRole | None
+) -> None:
+    """Both engines prefill when the planner ends. By accident one more than wanted; or since somebody ordered it."""
+    memory = Kept()
+    config = ClusterConfig(
+        model="m",
+        engines=(EnginePool(name="pool", roles=Roles(prefill=1, decode=1)), EnginePool(roles=Roles(colocated=1))),
+    )
+    infos = [engine(name, EngineRole.PREFILL).info for name in "ab"]
+    async with planner(monkeypatch, 1, config, memory) as first:
+        await first.renew_engine(engine("both", EngineRole.COLOCATED).info, "engine", True, IDLE)
+        await first.renew_engine(infos[0], "pool", True, IDLE)
+        await first.renew_engine(replace(infos[1], role=EngineRole.DECODE), "pool", True, IDLE)
+        if ordered:
+            await first.order_role("engine-b", EngineRole.PREFILL)
+    async with planner(monkeypatch, 2, config, memory) as second:
+        for info in infos:
+            await second.renew_engine(info, "pool", True, IDLE)
+        await second.renew_engine(engine("both", EngineRole.COLOCATED).info, "engine", True, IDLE)
+        second._begin()
+        second._decide_once(0.0)
+        assert [order.role for order in second._orders.values()] == ([] if becomes is None else [becomes])
+
+
+def test_what_was_wanted_under_another_configuration_is_nothing() -> None:
+    wanted = {"pool": {EngineRole.PREFILL: 2, EngineRole.DECODE: 0}}
+    kept = write({"pool": {EngineRole.PREFILL: 1, EngineRole.DECODE: 1}}, wanted)
+    assert read(kept, {"pool": {EngineRole.DECODE: 1, EngineRole.PREFILL: 1}}) == {"pool": {EngineRole.PREFILL: 2}}
+    assert read(kept, {"pool": {EngineRole.PREFILL: 2}}) == read(None, {}) == {}
 
 
 SCALED = parse(
