@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -227,7 +228,13 @@ def test_an_interrupt_ends_the_request_too() -> None:
         command = [sys.executable, "-m", "cluster.cli", "chat", "hi", "--address", address]
         path = os.pathsep.join([str(root), str(root / "proto")])
         asking = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path}
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": path},
+            # What is started in the background of a script inherits that it ignores the signal.
+            preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
         )
         assert asking.stdout is not None and asking.stdout.read(len("Thinking")) == "Thinking"
         asking.send_signal(signal.SIGINT)
