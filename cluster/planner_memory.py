@@ -31,7 +31,6 @@ class PlannerMemory:
     def __init__(self, application: str) -> None:
         self._name = f"{ray.get_runtime_context().get_job_id()}/{application}"
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="planner-memory")
-        self._kept = b""
 
     def take_term(self) -> int:
         """Claims the next planner term. Terms start at 1 and only grow."""
@@ -51,10 +50,7 @@ class PlannerMemory:
 
     def keep(self, configured: Mix, wanted: Mix) -> None:
         """Does not wait. Where the store is away, the planner that follows goes by what engines have."""
-        written = write(configured, wanted)
-        if written != self._kept:
-            self._kept = written
-            self._thread.submit(self._put, written)
+        self._thread.submit(self._put, write(configured, wanted))
 
     @property
     def _key(self) -> bytes:

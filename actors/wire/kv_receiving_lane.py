@@ -169,7 +169,9 @@ class ReceivingLane:
 
     async def _take(self, entry: Incoming, offer: pb.Offer) -> None:
         """Sees one accepted chunk through; whatever becomes of the sequence, the bytes are received."""
-        received = await (self._collect(entry, offer) if offer.streamed else self._receive(entry, offer))
+        chunk = Placed.of(offer)
+        receive = self._collect if offer.streamed else self._receive
+        received = await receive(entry, offer, chunk)
         if received is None or self._exchange is None:
             return
         sent = await self._exchange.sent
@@ -177,7 +179,7 @@ class ReceivingLane:
             self._generation = 0
             await asyncio.wrap_future(self._end.leave())
             return
-        counters, chunk = self._parts.counters, Placed.of(offer)
+        counters = self._parts.counters
         size = self._parts.geometry.chunk_bytes(chunk.tokens, chunk.layers)
         counters.received_bytes += size
         counters.streamed_bytes += size if offer.streamed else 0
@@ -202,14 +204,14 @@ class ReceivingLane:
         self._say(pb.TransferResponse(accept=accept))
         return self._exchange
 
-    async def _receive(self, entry: Incoming, offer: pb.Offer) -> Received | None:
+    async def _receive(self, entry: Incoming, offer: pb.Offer, chunk: Placed) -> Received | None:
         """By the data path. None if that broke."""
         if self._generation == 0:
             self._generation = self._next_generation()
             self._parts.counters.generations += 1
         exchange = self._accept(entry, offer, self._generation)
         name = pair_name(self._peer, self._parts.incarnation, exchange.generation)
-        exchange.work = self._end.receive(name, offer.token_count, Placed.of(offer).layers)
+        exchange.work = self._end.receive(name, chunk.tokens, chunk.layers)
         try:
             return await asyncio.wrap_future(exchange.work.future)
         except TransportError as error:
@@ -225,11 +227,10 @@ class ReceivingLane:
                 self._nack(offer, exchange.generation, BROKEN)
             return None
 
-    async def _collect(self, entry: Incoming, offer: pb.Offer) -> Received | None:
+    async def _collect(self, entry: Incoming, offer: pb.Offer, chunk: Placed) -> Received | None:
         """Over the control stream, piece by piece. None if the sender gave the sequence up meanwhile."""
         exchange = self._accept(entry, offer, self._next_generation())
-        layers = Placed.of(offer).layers
-        size, offset = self._parts.geometry.chunk_bytes(offer.token_count, layers), 0
+        size, offset = self._parts.geometry.chunk_bytes(chunk.tokens, chunk.layers), 0
         while offset < size:
             piece = await exchange.pieces.get()
             if piece is None:
@@ -237,7 +238,7 @@ class ReceivingLane:
                 return None
             if piece.offset != offset or not 0 < len(piece.content) <= min(CHUNK_BYTES, size - offset):
                 raise Unavailable(f"bytes {piece.offset} + {len(piece.content)} of {size} at {offset}", reason=PROTOCOL)
-            await asyncio.wrap_future(self._end.put(offer.token_count, layers, offset, piece.content))
+            await asyncio.wrap_future(self._end.put(chunk.tokens, chunk.layers, offset, piece.content))
             offset += len(piece.content)
             self._say(pb.TransferResponse(taken=pb.Taken(key=offer.key, chunk=offer.chunk)))
         return await asyncio.wrap_future(self._end.filled())

@@ -26,12 +26,14 @@ from tests.unit.wire.kv_engines import (
 from tests.unit.wire.media_places import wait_until
 
 
+@pytest.mark.parametrize("parts", [1, 2, 3])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-async def test_chunks_arrive_byte_for_byte(dtype: torch.dtype) -> None:
+async def test_chunks_arrive_byte_for_byte(dtype: torch.dtype, parts: int) -> None:
+    """Of all layers, and part after part of them."""
     geometry = geometry_of(dtype)
     async with decode_side(geometry=geometry) as decode, prefill_side(geometry=geometry) as prefill:
         key, table = key_of(1), [5, 2, 9, 0, 7]
-        await prefill.send(key, decode, table, [0, 7, 8, 18])
+        await prefill.send(key, decode, table, [0, 7, 8, 18], parts)
         assert await decode.engine.hears("kv_arrived", key) == ("kv_arrived", key, 7, False)
         await prefill.engine.hears("transferred", key)
         assert same_bytes(prefill.cache.of(table, 18), decode.cache.of(decode.engine.tables[key], 18))
@@ -40,21 +42,8 @@ async def test_chunks_arrive_byte_for_byte(dtype: torch.dtype) -> None:
         assert decode.receiver.counters.received_bytes == wire_bytes
         assert prefill.sender.counters.resent_bytes == 0
         assert prefill.sender.counters.generations == decode.receiver.counters.generations == 1
-        assert prefill.sender.counters.chunks == decode.receiver.counters.chunks == 3
-        assert prefill.busy[key] > 0 and decode.busy[key] > 0
-
-
-@pytest.mark.parametrize("parts", [2, 3])
-async def test_layers_arrive_part_by_part(parts: int) -> None:
-    async with decode_side() as decode, prefill_side() as prefill:
-        key, table = key_of(1), [5, 2, 9, 0, 7]
-        await prefill.send(key, decode, table, [0, 7, 8, 18], parts)
-        assert await decode.engine.hears("kv_arrived", key) == ("kv_arrived", key, 7, False)
-        await prefill.engine.hears("transferred", key)
-        assert same_bytes(prefill.cache.of(table, 18), decode.cache.of(decode.engine.tables[key], 18))
-        whole = prefill.geometry.chunk_bytes(18)
-        assert prefill.sender.counters.sent_bytes == decode.receiver.counters.received_bytes == whole
         assert prefill.sender.counters.chunks == decode.receiver.counters.chunks == 3 * parts
+        assert prefill.busy[key] > 0 and decode.busy[key] > 0
 
 
 async def test_layers_that_never_came_are_missed() -> None:

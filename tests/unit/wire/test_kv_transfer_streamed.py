@@ -80,16 +80,17 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> int:
 
 
 @pytest.mark.parametrize("side", ["prefill", "decode"])
+@pytest.mark.parametrize("parts", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 async def test_chunks_arrive_over_the_stream(
-    side: str, dtype: torch.dtype, small_pieces: int, caplog: pytest.LogCaptureFixture
+    side: str, dtype: torch.dtype, parts: int, small_pieces: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     geometry, broken = geometry_of(dtype), {"wrap": Path()}
     there: dict[str, Any] = broken if side == "prefill" else {}
     here: dict[str, Any] = broken if side == "decode" else {}
     async with decode_side(geometry=geometry, **here) as decode, prefill_side(geometry=geometry, **there) as prefill:
-        await assert_arrives(prefill, decode)
-        await assert_arrives(prefill, decode, number=2)
+        await assert_arrives(prefill, decode, parts=parts)
+        await assert_arrives(prefill, decode, number=2, parts=parts)
         size = 4 * geometry.chunk_bytes(4)
         for counters in (prefill.sender.counters, decode.receiver.counters):
             assert (counters.streamed_bytes, counters.generations, counters.failures) == (size, 2, 0)
