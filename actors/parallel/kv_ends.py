@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
-from actors.parallel.kv_transfer import BlockGuard
+from actors.parallel.kv_transfer import BlockGuard, ChunkPlace
 
 _T = TypeVar("_T")
 
@@ -40,22 +40,10 @@ class SendingEnd(Protocol):
     @property
     def staging_in_use(self) -> bool: ...
 
-    def send(
-        self,
-        name: str,
-        address: str,
-        *,
-        block_table: Sequence[int],
-        first: int,
-        tokens: int,
-        layers: range,
-        guard: BlockGuard,
-    ) -> Work[Received]:
+    def send(self, name: str, address: str, place: ChunkPlace, guard: BlockGuard) -> Work[Received]:
         """Sends a chunk through the generation of that name, met at ``address`` when it is new. See ``send_chunk``."""
 
-    def stage(
-        self, *, block_table: Sequence[int], first: int, tokens: int, layers: range, guard: BlockGuard
-    ) -> Future[Received]:
+    def stage(self, place: ChunkPlace, guard: BlockGuard) -> Future[Received]:
         """Gathers a chunk, to be read in pieces. See ``stage_chunk``; staged until ``forget``."""
 
     def piece(self, offset: int, size: int) -> Future[bytes]:

@@ -18,6 +18,7 @@ from torch import Tensor
 from actors.parallel.kv_ends import Received
 from actors.parallel.kv_transfer import (
     BlockGuard,
+    ChunkPlace,
     KvCache,
     KvGeometry,
     Meeting,
@@ -108,17 +109,7 @@ class _DataThread:
 class SendingThread(_DataThread):
     """Implements ``SendingEnd``."""
 
-    def send(
-        self,
-        name: str,
-        address: str,
-        *,
-        block_table: Sequence[int],
-        first: int,
-        tokens: int,
-        layers: range,
-        guard: BlockGuard,
-    ) -> ThreadWork[Received]:
+    def send(self, name: str, address: str, place: ChunkPlace, guard: BlockGuard) -> ThreadWork[Received]:
         stop = threading.Event()
 
         def work() -> Received:
@@ -128,11 +119,8 @@ class SendingThread(_DataThread):
                     self._enter(name, lambda: self._meeting.connect(address, name, stop)),
                     self._staging,
                     self._cache,
-                    block_table=block_table,
-                    first=first,
-                    tokens=tokens,
-                    layers=layers,
-                    guard=guard,
+                    place,
+                    guard,
                 )
             except TransportError:
                 self._leave()
@@ -141,20 +129,10 @@ class SendingThread(_DataThread):
 
         return ThreadWork(self._thread.submit(work), stop)
 
-    def stage(
-        self, *, block_table: Sequence[int], first: int, tokens: int, layers: range, guard: BlockGuard
-    ) -> Future[Received]:
+    def stage(self, place: ChunkPlace, guard: BlockGuard) -> Future[Received]:
         def work() -> Received:
             started = time.perf_counter()
-            checksums = stage_chunk(
-                self._staging,
-                self._cache,
-                block_table=block_table,
-                first=first,
-                tokens=tokens,
-                layers=layers,
-                guard=guard,
-            )
+            checksums = stage_chunk(self._staging, self._cache, place, guard)
             return Received(checksums, time.perf_counter() - started)
 
         return self._thread.submit(work)

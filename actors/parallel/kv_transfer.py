@@ -20,7 +20,7 @@ import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -69,6 +69,16 @@ class KvGeometry:
     def chunk_bytes(self, tokens: int, layers: range | None = None) -> int:
         """Bytes of a chunk of ``tokens`` on the wire, of all layers unless given."""
         return (self.num_layers if layers is None else len(layers)) * self.message_bytes(tokens)
+
+
+class ChunkPlace(NamedTuple):
+    """Where a chunk lies in the cache of a rank: ``tokens`` tokens of a sequence from ``first`` on, in some layers."""
+
+    block_table: Sequence[int]
+    """Of the sequence."""
+    first: int
+    tokens: int
+    layers: range
 
 
 class KvCache(Protocol):
@@ -213,15 +223,7 @@ def checksum(tensor: Tensor) -> int:
 
 @torch.inference_mode()
 def send_chunk(
-    transport: Transport,
-    staging: Staging,
-    cache: KvCache,
-    *,
-    block_table: Sequence[int],
-    first: int,
-    tokens: int,
-    layers: range,
-    guard: BlockGuard,
+    transport: Transport, staging: Staging, cache: KvCache, place: ChunkPlace, guard: BlockGuard
 ) -> list[int]:
     """Gathers and sends a chunk layer by layer, one on the wire while the next is gathered.
 
@@ -230,7 +232,7 @@ def send_chunk(
     """
     checksums: list[int] = []
     try:
-        transport.send(_gathered(staging, cache, block_table, first, tokens, layers, guard, checksums))
+        transport.send(_gathered(staging, cache, place, guard, checksums))
     except BaseException:
         staging.discard()
         raise
@@ -239,20 +241,11 @@ def send_chunk(
 
 
 @torch.inference_mode()
-def stage_chunk(
-    staging: Staging,
-    cache: KvCache,
-    *,
-    block_table: Sequence[int],
-    first: int,
-    tokens: int,
-    layers: range,
-    guard: BlockGuard,
-) -> list[int]:
+def stage_chunk(staging: Staging, cache: KvCache, place: ChunkPlace, guard: BlockGuard) -> list[int]:
     """Gathers a chunk into ``staging``, which stays taken. Returns the CRC-32 of each message. ``guard`` as above."""
     checksums: list[int] = []
     try:
-        for _message in _gathered(staging, cache, block_table, first, tokens, layers, guard, checksums):
+        for _message in _gathered(staging, cache, place, guard, checksums):
             pass
     except BaseException:
         staging.discard()
@@ -261,15 +254,9 @@ def stage_chunk(
 
 
 def _gathered(
-    staging: Staging,
-    cache: KvCache,
-    block_table: Sequence[int],
-    first: int,
-    tokens: int,
-    layers: range,
-    guard: BlockGuard,
-    checksums: list[int],
+    staging: Staging, cache: KvCache, place: ChunkPlace, guard: BlockGuard, checksums: list[int]
 ) -> Iterator[Tensor]:
+    block_table, first, tokens, layers = place
     for layer, kv_T2Hd in zip(layers, staging.take(tokens, layers), strict=True):
 
         def copy(layer: int = layer, into: Tensor = kv_T2Hd) -> None:

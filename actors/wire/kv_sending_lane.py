@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from actors.engine.events import ComputedChunk
 from actors.parallel.kv_ends import Received, Work
-from actors.parallel.kv_transfer import BlockGuard, TransportError, pair_name
+from actors.parallel.kv_transfer import BlockGuard, ChunkPlace, TransportError, pair_name
 from actors.types import SequenceKey
 from actors.wire import convert
 from actors.wire.kv_control import PairParts
@@ -185,11 +185,8 @@ class SendingLane:
         chunk.work = self._end.send(
             pair_name(self._parts.incarnation, self._peer, chunk.generation),
             entry.rendezvous,
-            block_table=computed.block_table,
-            first=computed.first_token,
-            tokens=computed.token_count,
-            layers=self._layers(chunk),
-            guard=entry.guard,
+            self._place(chunk),
+            entry.guard,
         )
         try:
             sent = await asyncio.wrap_future(chunk.work.future)
@@ -207,17 +204,9 @@ class SendingLane:
 
     async def _stream(self, chunk: Chunk) -> Received | None:
         """Over the control stream, piece by piece. None if the sequence was given up meanwhile."""
-        computed, entry = chunk.computed, chunk.entry
+        entry = chunk.entry
         try:
-            staged = await asyncio.wrap_future(
-                self._end.stage(
-                    block_table=computed.block_table,
-                    first=computed.first_token,
-                    tokens=computed.token_count,
-                    layers=self._layers(chunk),
-                    guard=entry.guard,
-                )
-            )
+            staged = await asyncio.wrap_future(self._end.stage(self._place(chunk), entry.guard))
             size = self._size(chunk)
             for offset in range(0, size, CHUNK_BYTES):
                 if not self._wanted(entry):
@@ -233,6 +222,10 @@ class SendingLane:
 
     def _layers(self, chunk: Chunk) -> range:
         return chunk.computed.part.layers(self._parts.geometry.num_layers)
+
+    def _place(self, chunk: Chunk) -> ChunkPlace:
+        computed = chunk.computed
+        return ChunkPlace(computed.block_table, computed.first_token, computed.token_count, self._layers(chunk))
 
     def _size(self, chunk: Chunk) -> int:
         return self._parts.geometry.chunk_bytes(chunk.computed.token_count, self._layers(chunk))

@@ -7,6 +7,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from actors.parallel.kv_transfer import ChunkPlace
+
 
 @dataclass(frozen=True, slots=True)
 class MakeEnd:
@@ -33,10 +35,7 @@ class SendChunk:
     end: int
     name: str
     address: str
-    block_table: tuple[int, ...]
-    first: int
-    tokens: int
-    layers: range
+    place: ChunkPlace
     guard: int | None
     """Number of the guard of the blocks; None if it is shut: what is sent was promised, and nobody will use it."""
 
@@ -47,10 +46,7 @@ class StageChunk:
 
     number: int
     end: int
-    block_table: tuple[int, ...]
-    first: int
-    tokens: int
-    layers: range
+    place: ChunkPlace
     guard: int | None
     """As above."""
 

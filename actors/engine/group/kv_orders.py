@@ -62,24 +62,11 @@ class KvOrders:
             case CloseEnd(number, end):
                 self._follow(number, self._ends.pop(end).close())
             case SendChunk():
-                sent = self._sending(order.end).send(
-                    order.name,
-                    order.address,
-                    block_table=order.block_table,
-                    first=order.first,
-                    tokens=order.tokens,
-                    layers=order.layers,
-                    guard=self._guard(order.guard),
-                )
+                guard = self._guard(order.guard)
+                sent = self._sending(order.end).send(order.name, order.address, order.place, guard)
                 self._follow(order.number, sent.future, sent.stop)
             case StageChunk():
-                staged = self._sending(order.end).stage(
-                    block_table=order.block_table,
-                    first=order.first,
-                    tokens=order.tokens,
-                    layers=order.layers,
-                    guard=self._guard(order.guard),
-                )
+                staged = self._sending(order.end).stage(order.place, self._guard(order.guard))
                 self._follow(order.number, staged)
             case ReadPiece(number, end, offset, size):
                 self._follow(number, self._sending(end).piece(offset, size))

@@ -33,7 +33,7 @@ from actors.engine.group.kv_messages import (
     StopWork,
 )
 from actors.parallel.kv_ends import Received
-from actors.parallel.kv_transfer import BlockGuard, TransportError
+from actors.parallel.kv_transfer import BlockGuard, ChunkPlace, TransportError
 
 _T = TypeVar("_T")
 
@@ -168,19 +168,9 @@ class RemoteSendingEnd(_RemoteEnd):
     def __init__(self, rank: RemoteKvRank, peer: str) -> None:
         super().__init__(rank, peer, sends=True)
 
-    def send(
-        self,
-        name: str,
-        address: str,
-        *,
-        block_table: Sequence[int],
-        first: int,
-        tokens: int,
-        layers: range,
-        guard: BlockGuard,
-    ) -> Ordered[Received]:
+    def send(self, name: str, address: str, place: ChunkPlace, guard: BlockGuard) -> Ordered[Received]:
         def order(number: int, guard_number: int | None) -> SendChunk:
-            return SendChunk(number, self._end, name, address, tuple(block_table), first, tokens, layers, guard_number)
+            return SendChunk(number, self._end, name, address, place, guard_number)
 
         self._staged = True
         work = self._rank.order_under(guard, lambda number: order(number, guard.number))
@@ -189,11 +179,9 @@ class RemoteSendingEnd(_RemoteEnd):
         work.future.add_done_callback(self._free)
         return work
 
-    def stage(
-        self, *, block_table: Sequence[int], first: int, tokens: int, layers: range, guard: BlockGuard
-    ) -> Future[Received]:
+    def stage(self, place: ChunkPlace, guard: BlockGuard) -> Future[Received]:
         def order(number: int, guard_number: int | None) -> StageChunk:
-            return StageChunk(number, self._end, tuple(block_table), first, tokens, layers, guard_number)
+            return StageChunk(number, self._end, place, guard_number)
 
         self._staged = True
         work = self._rank.order_under(guard, lambda number: order(number, guard.number))

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from actors.parallel.kv_transfer import (
     BlockGuard,
+    ChunkPlace,
     KvGeometry,
     KvTransferConfig,
     Staging,
@@ -69,7 +70,7 @@ class Memory:
 
 
 def send(transport: Transport, cache: LineCache, staging: Staging, guard: BlockGuard) -> list[int]:
-    return send_chunk(transport, staging, cache, block_table=[9, 3, 7, 1], first=1, tokens=3, layers=ALL, guard=guard)
+    return send_chunk(transport, staging, cache, ChunkPlace([9, 3, 7, 1], 1, 3, ALL), guard)
 
 
 def test_gather_wire_scatter() -> None:
@@ -88,8 +89,7 @@ def test_gather_wire_scatter() -> None:
 def test_some_layers_alone() -> None:
     source, target, wire = LineCache(seed=1), LineCache(), Memory()
     outgoing, incoming, layers = Staging(GEOMETRY), Staging(GEOMETRY), range(1, 3)
-    table = [9, 3, 7, 1]
-    sent = send_chunk(wire, outgoing, source, block_table=table, first=1, tokens=3, layers=layers, guard=BlockGuard())
+    sent = send_chunk(wire, outgoing, source, ChunkPlace([9, 3, 7, 1], 1, 3, layers), BlockGuard())
     assert sum(message.numel() for message in wire.wire) == GEOMETRY.chunk_bytes(3, layers) == 2 * 3 * 2 * 2 * 4 * 4
     messages, received = receive_chunk(wire, incoming, 3, layers)
     assert sent == received

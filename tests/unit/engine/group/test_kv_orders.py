@@ -17,7 +17,7 @@ from actors.engine.group.kv_messages import KvAnswer, KvOrder
 from actors.engine.group.kv_orders import KvOrders
 from actors.engine.group.kv_remote import RemoteKvRank
 from actors.parallel.kv_threads import LocalKvRank
-from actors.parallel.kv_transfer import BlockGuard, KvGeometry, Transport, TransportError
+from actors.parallel.kv_transfer import BlockGuard, ChunkPlace, KvGeometry, Transport, TransportError
 
 PATIENCE_S = 30.0
 GEOMETRY = KvGeometry(num_layers=3, num_kv_heads=1, head_dim=4, dtype=torch.float64, device=torch.device("cpu"))
@@ -149,7 +149,7 @@ def test_a_chunk_goes_from_rank_to_rank(layers: range) -> None:
         out, into = BlockGuard(), BlockGuard()
         received = receives.receive("one", 4, layers)
         assert receives.staging_in_use
-        sent = sends.send("one", "here", block_table=[9, 8, 7, 6, 5], first=1, tokens=4, layers=layers, guard=out)
+        sent = sends.send("one", "here", ChunkPlace([9, 8, 7, 6, 5], 1, 4, layers), out)
         assert sent.future.result(PATIENCE_S).checksums == received.future.result(PATIENCE_S).checksums
         assert not sends.staging_in_use and receives.staging_in_use
         assert receives.scatter([1, 2, 3, 4], 0, into).result(PATIENCE_S) > 0
@@ -170,9 +170,7 @@ def test_what_was_received_can_be_forgotten_or_left() -> None:
         for leave in (False, True, False):
             received = receives.receive(f"{leave}", 1, ALL)
             guard = BlockGuard()
-            sends.send(f"{leave}", "here", block_table=[1], first=0, tokens=1, layers=ALL, guard=guard).future.result(
-                PATIENCE_S
-            )
+            sends.send(f"{leave}", "here", ChunkPlace([1], 0, 1, ALL), guard).future.result(PATIENCE_S)
             guard.shut()
             received.future.result(PATIENCE_S)
             if leave:
@@ -189,9 +187,7 @@ def test_nothing_that_follows_a_shut_guard_meets_a_write() -> None:
         sends, receives = source.remote.sending_end("peer"), target.remote.receiving_end("peer")
         out, into = BlockGuard(), BlockGuard()
         received = receives.receive("one", 2, ALL)
-        sends.send("one", "here", block_table=[1, 2], first=0, tokens=2, layers=ALL, guard=out).future.result(
-            PATIENCE_S
-        )
+        sends.send("one", "here", ChunkPlace([1, 2], 0, 2, ALL), out).future.result(PATIENCE_S)
         received.future.result(PATIENCE_S)
 
         def before_write() -> None:
@@ -221,9 +217,7 @@ def test_a_guard_that_is_shut_orders_no_copy() -> None:
         shut.shut()
         received = receives.receive("one", 2, ALL)
         # What was promised goes out; nothing of the blocks is in it.
-        sent = sends.send("one", "here", block_table=[1, 2], first=0, tokens=2, layers=ALL, guard=shut).future.result(
-            PATIENCE_S
-        )
+        sent = sends.send("one", "here", ChunkPlace([1, 2], 0, 2, ALL), shut).future.result(PATIENCE_S)
         assert received.future.result(PATIENCE_S).checksums == sent.checksums
         target.cache.before_write = pytest.fail
         assert receives.scatter([5, 6], 0, shut).result(PATIENCE_S) == 0
@@ -246,7 +240,7 @@ def test_a_defect_is_told_with_its_place_and_is_no_network_error() -> None:
         sends, receives = source.remote.sending_end("peer"), target.remote.receiving_end("peer")
         guard, out = BlockGuard(), BlockGuard()
         received = receives.receive("one", 1, ALL)
-        sends.send("one", "here", block_table=[1], first=0, tokens=1, layers=ALL, guard=out).future.result(PATIENCE_S)
+        sends.send("one", "here", ChunkPlace([1], 0, 1, ALL), out).future.result(PATIENCE_S)
         received.future.result(PATIENCE_S)
 
         def defect() -> None:
@@ -268,7 +262,7 @@ def test_a_lost_rank_holds_nobody_up() -> None:
         target.remote.lose("rank 1 is lost: the connection was closed")
         source.lost = True
         guard = BlockGuard()
-        unsent = sends.send("one", "here", block_table=[1], first=0, tokens=1, layers=ALL, guard=guard)
+        unsent = sends.send("one", "here", ChunkPlace([1], 0, 1, ALL), guard)
         for work in (waiting, unsent, receives.receive("more", 1, ALL)):
             with pytest.raises(TransportError, match="rank 1 is lost"):
                 work.future.result(PATIENCE_S)
