@@ -239,7 +239,8 @@ def test_prefill_cancelled_after_a_chunk_keeps_blocks_until_transferred() -> Non
     with Pair() as pair:
         pair.sender.hold_chunks = True
         name = pair.submit(0, request([5] * 30))
-        pair.sender.wait(lambda: len(pair.sender.chunks[name]) == 4)
+        # The tokens go in four chunks; token 0 may have followed before this thread looks.
+        pair.sender.wait(lambda: len(pair.sender.chunks[name]) >= 4)
         pair.prefill.engine.cancel(name)
         pair.sender.wait(lambda: ("transfer_cancelled", name) in pair.sender.calls)
         pair.prefill.engine.check_integrity()
