@@ -34,6 +34,8 @@ PREFILL, DECODE, COLOCATED = EngineRole.PREFILL, EngineRole.DECODE, EngineRole.C
 INTERVAL_S = 0.5
 PHASE_S = 1.5
 WORDS = TextPart(text="word " * 60)
+LONG = TextPart(text="word " * 2000)
+"""With nothing queued anywhere, its prefill engine hands such a prompt over."""
 NO_PICTURE = ImagePart(source=MediaSource(content=b"no picture"))
 NOT_HERE = {"pools / Scaling / {{pool}}: {{direction}} The pool was told to change its size."}
 """Pools scale where Serve starts and ends replicas."""
@@ -74,6 +76,7 @@ async def some_requests(cluster: InProcessCluster, number: int) -> None:
         one(WORDS, max_tokens=1000, timeout_s=0.2),
         left(),
     )
+    await one(TextPart(text=f"{number}"), LONG)
 
 
 async def requests_for(cluster: InProcessCluster, seconds: float, numbers: Iterator[int]) -> None:
