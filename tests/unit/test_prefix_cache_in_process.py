@@ -29,6 +29,7 @@ from cluster.generation import Delta, Finished, GenerateCall, Usage
 from tests.in_process import ALWAYS_PAIRS, InProcessCluster, in_process_cluster
 from tests.media import image_part, video_part
 from tests.tiny_model import tiny_checkpoint
+from tests.waiting import eventually
 
 COLOCATED = (EngineRole.COLOCATED,)
 SPLIT = (EngineRole.PREFILL, EngineRole.DECODE)
@@ -320,9 +321,7 @@ async def test_a_talk_goes_on_where_its_beginning_is_cached(
             assert [event async for event in router.generate(wanted)]
         monkeypatch.setattr(fleet, "engines", everyone)
         kept = {engine._incarnation: engine._links._blocks._present for engine in cluster.engines}
-        async with asyncio.timeout(5):
-            while any(view.cached_blocks != kept[view.info.incarnation] for view in everyone()):
-                await asyncio.sleep(0.01)
+        await eventually(lambda: all(view.cached_blocks == kept[view.info.incarnation] for view in everyone()))
         for home, wanted in zip(homes[::-1], (second, first), strict=True):
             before = [engine.load().prefix_hit_tokens for engine in home]
             events = [event async for event in router.generate(replace(wanted, messages=(*wanted.messages, *more)))]

@@ -30,7 +30,8 @@ from actors.types import (
 from actors.wire.media import units_of
 from actors.wire.media_client import MediaClient
 from tests.tiny_model import tiny_checkpoint
-from tests.unit.wire.media_places import HOST, wait_until
+from tests.unit.wire.media_places import HOST
+from tests.waiting import eventually
 
 
 def picture(seed: int, width: int = 112, height: int = 84) -> ImagePart:
@@ -168,7 +169,7 @@ async def test_what_does_not_fit_waits_before_it_is_decoded(monkeypatch: pytest.
         await p.preprocess(request("one", picture(1)))
         assert gate.count == 1
         waiting = asyncio.create_task(p.preprocess(request("two", picture(2))))
-        await wait_until(lambda: p._store.stats().waiting == 1)
+        await eventually(lambda: p._store.stats().waiting == 1)
         assert p.queue_age_s > 0
         await p.preprocess(request("text"))
         assert gate.count == 2 and not waiting.done()
@@ -183,7 +184,7 @@ async def test_cancelled_while_waiting_for_bytes(monkeypatch: pytest.MonkeyPatch
     async with preprocessor(patch_bytes=40_000) as p:
         await p.preprocess(request("one", picture(1)))
         waiting = asyncio.create_task(p.preprocess(request("two", picture(2))))
-        await wait_until(lambda: p._store.stats().waiting == 1)
+        await eventually(lambda: p._store.stats().waiting == 1)
         waiting.cancel()
         with pytest.raises(asyncio.CancelledError):
             await waiting
@@ -196,13 +197,13 @@ async def test_cancelled_in_a_thread_its_patches_are_dropped_when_it_is_through(
     gate = Gate(monkeypatch)
     async with preprocessor() as p:
         running = asyncio.create_task(p.preprocess(request("one", picture(1))))
-        await wait_until(lambda: gate.count == 1)
+        await eventually(lambda: gate.count == 1)
         running.cancel()
         with pytest.raises(asyncio.CancelledError):
             await running
         assert p._store.stats().reserved_bytes > 0 and p._store.stats().leases == 0
         gate.go.set()
-        await wait_until(lambda: p._store.stats().byte_count == 0)
+        await eventually(lambda: p._store.stats().byte_count == 0)
         assert p._store.stats().units == 0
 
 
@@ -210,12 +211,12 @@ async def test_cancelled_in_the_queue_of_the_pool_it_never_runs(monkeypatch: pyt
     gate = Gate(monkeypatch)
     async with preprocessor(workers=1) as p:
         running = asyncio.create_task(p.preprocess(request("one", picture(1))))
-        await wait_until(lambda: gate.count == 1)
+        await eventually(lambda: gate.count == 1)
         reserved = p._store.stats().reserved_bytes
         queued = asyncio.create_task(p.preprocess(request("two", picture(2))))
-        await wait_until(lambda: p._store.stats().reserved_bytes > reserved)
+        await eventually(lambda: p._store.stats().reserved_bytes > reserved)
         queued.cancel()
-        await wait_until(lambda: p._store.stats().reserved_bytes == reserved)
+        await eventually(lambda: p._store.stats().reserved_bytes == reserved)
         gate.go.set()
         await running
         assert gate.count == 1
@@ -238,12 +239,12 @@ async def test_cancelled_work_stops_at_its_next_step(monkeypatch: pytest.MonkeyP
     async with preprocessor() as p:
         monkeypatch.setattr(Processor, "process", long)
         running = asyncio.create_task(p.preprocess(request("one", picture(1))))
-        await wait_until(reached.is_set)
+        await eventually(reached.is_set)
         running.cancel()
         with pytest.raises(asyncio.CancelledError):
             await running
         go.set()
-        await wait_until(lambda: p._store.stats().byte_count == 0)
+        await eventually(lambda: p._store.stats().byte_count == 0)
         assert stopped == [RequestCancelled]
 
 
@@ -251,7 +252,7 @@ async def test_patches_released_while_they_are_made_are_not_kept(monkeypatch: py
     gate = Gate(monkeypatch)
     async with preprocessor() as p:
         running = asyncio.create_task(p.preprocess(request("one", picture(1))))
-        await wait_until(lambda: gate.count == 1)
+        await eventually(lambda: gate.count == 1)
         p._store.release(["one"])
         gate.go.set()
         with pytest.raises(RequestCancelled):
@@ -263,7 +264,7 @@ async def test_no_more_than_the_configured_number_is_processed_at_once(monkeypat
     gate = Gate(monkeypatch)
     async with preprocessor(workers=2) as p:
         calls = [asyncio.create_task(p.preprocess(request(f"lease {i}", picture(i)))) for i in range(4)]
-        await wait_until(lambda: gate.count == 2 and p._pool._work_queue.qsize() == 2)
+        await eventually(lambda: gate.count == 2 and p._pool._work_queue.qsize() == 2)
         assert p.queue_age_s > 0 and p.busy > 0
         gate.go.set()
         await asyncio.gather(*calls)
@@ -274,9 +275,9 @@ async def test_closing_ends_waiting_work_as_unavailable(monkeypatch: pytest.Monk
     gate = Gate(monkeypatch)
     async with preprocessor(workers=1) as p:
         running = asyncio.create_task(p.preprocess(request("one", picture(1))))
-        await wait_until(lambda: gate.count == 1)
+        await eventually(lambda: gate.count == 1)
         queued = asyncio.create_task(p.preprocess(request("two", picture(2))))
-        await wait_until(lambda: p._pool._work_queue.qsize() == 1)
+        await eventually(lambda: p._pool._work_queue.qsize() == 1)
         closing = asyncio.create_task(p.close())
         with pytest.raises(Unavailable) as caught:
             await queued
@@ -309,7 +310,7 @@ async def test_a_bound_that_was_too_low_is_corrected(monkeypatch: pytest.MonkeyP
     async with preprocessor(patch_bytes=50_000) as p:
         await p.preprocess(request("one", picture(1)))
         waiting = asyncio.create_task(p.preprocess(request("two", picture(2))))
-        await wait_until(lambda: p._store.stats().waiting == 1)
+        await eventually(lambda: p._store.stats().waiting == 1)
         p._store.check_integrity()
         p._store.release(["one"])
         await waiting

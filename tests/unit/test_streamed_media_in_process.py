@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from dataclasses import replace
 from math import nan
 
@@ -18,6 +17,7 @@ from cluster.generation import Delta, Event, Finished, GenerateCall
 from tests.in_process import InProcessCluster, in_process_cluster
 from tests.media import image_part
 from tests.tiny_model import tiny_checkpoint
+from tests.waiting import eventually
 
 COLOCATED = (EngineRole.COLOCATED,)
 SPLIT = (EngineRole.PREFILL, EngineRole.DECODE)
@@ -50,12 +50,6 @@ class Held:
 
     def let(self, unit: int) -> None:
         self._gates[unit].set()
-
-
-async def eventually(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(30):
-        while not condition():
-            await asyncio.sleep(0.002)
 
 
 def computed(cluster: InProcessCluster) -> int:

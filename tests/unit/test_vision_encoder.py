@@ -20,7 +20,8 @@ from actors.vision_encoder import VisionEncoder
 from actors.wire.media import EncodedUnit, MediaUnit, embedding_key
 from actors.wire.media_client import MediaClient
 from tests.tiny_model import tiny_checkpoint
-from tests.unit.wire.media_places import HOST, PatchPlace, patch_place, wait_until
+from tests.unit.wire.media_places import HOST, PatchPlace, patch_place
+from tests.waiting import eventually
 
 SMALL, WIDE, PAIR = Grid(1, 4, 4), Grid(1, 2, 6), Grid(2, 4, 4)
 
@@ -122,9 +123,9 @@ async def test_two_requests_share_a_batch_and_get_what_they_get_alone(monkeypatc
         first, *others = await r.place.keep("one", SMALL, *grids, seed=7)
         entered, go = hold_forward(r.encoder, monkeypatch)
         calls = [asyncio.create_task(r.encode("zero", first))]
-        await wait_until(entered.is_set)
+        await eventually(entered.is_set)
         calls += [asyncio.create_task(r.encode("one", *others[:2])), asyncio.create_task(r.encode("two", *others[2:]))]
-        await wait_until(lambda: len(r.encoder._queue._ready) == 4)
+        await eventually(lambda: len(r.encoder._queue._ready) == 4)
         go.set()
         answers = {answer.content_key: answer for call in calls for answer in await call}
         assert sizes == [1, 4]
@@ -241,13 +242,13 @@ async def test_cancelled_in_a_batch_the_embedding_is_cached(monkeypatch: pytest.
         entered, go = hold_forward(r.encoder, monkeypatch)
         running, waiting = await r.place.keep("one", SMALL, PAIR)
         call = asyncio.create_task(r.encode("one", running))
-        await wait_until(entered.is_set)
+        await eventually(entered.is_set)
         await cancel_at(r, lambda: len(r.encoder._queue._ready) == 1, r.encode("two", waiting), idle=False)
-        await wait_until(lambda: r.encoder._queue.queued_patches == running.grid.patches)
+        await eventually(lambda: r.encoder._queue.queued_patches == running.grid.patches)
         call.cancel()
-        await wait_until(lambda: r.encoder._store.stats().leases == 0)
+        await eventually(lambda: r.encoder._store.stats().leases == 0)
         go.set()
-        await wait_until(lambda: r.encoder._queue.queued_patches == 0)
+        await eventually(lambda: r.encoder._queue.queued_patches == 0)
         assert r.encoder._store.stats().cached_units == 1
 
 
@@ -257,7 +258,7 @@ async def test_cancelled_while_waiting_for_bytes() -> None:
         a, b = await r.place.keep("one", SMALL, SMALL)
         await r.encode("one", a)
         await cancel_at(r, lambda: r.encoder._store.stats().waiting == 1, r.encode("two", b), idle=False)
-        await wait_until(lambda: r.encoder._store.stats().waiting == 0)
+        await eventually(lambda: r.encoder._store.stats().waiting == 0)
         assert r.encoder._store.renew(["one", "two"]) == ["two"]
 
 
@@ -266,7 +267,7 @@ async def test_a_unit_someone_else_wants_survives_a_cancellation(monkeypatch: py
         entered, go = hold_forward(r.encoder, monkeypatch)
         first, shared = await r.place.keep("one", SMALL, PAIR)
         calls = [asyncio.create_task(r.encode("zero", first))]
-        await wait_until(entered.is_set)
+        await eventually(entered.is_set)
         calls.append(asyncio.create_task(r.encode("one", shared)))
         await cancel_at(
             r,
@@ -284,12 +285,12 @@ async def cancel_at(
     r: Rig, reached: Callable[[], bool], call: Awaitable[list[EncodedUnit]], *, idle: bool = True
 ) -> None:
     task = asyncio.ensure_future(call)
-    await wait_until(reached)
+    await eventually(reached)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
     if idle:
-        await wait_until(lambda: r.encoder._queue.queued_patches == 0 and r.encoder._store.stats().leases == 0)
+        await eventually(lambda: r.encoder._queue.queued_patches == 0 and r.encoder._store.stats().leases == 0)
 
 
 async def test_an_embedding_that_is_not_finite_is_an_error_of_its_caller_only(monkeypatch: pytest.MonkeyPatch) -> None:

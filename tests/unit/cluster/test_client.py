@@ -28,6 +28,7 @@ from cluster.client import (
 from cluster.generation import ModelCard
 from ernie_serving.v1 import content_pb2, inference_pb2
 from tests.doubles import SCRIPT, Pause, ScriptedService, grpc_serving
+from tests.waiting import LIMIT_S
 
 ASK = inference_pb2.GenerateRequest(messages=[user_message("hello")])
 
@@ -67,7 +68,7 @@ async def test_a_missed_deadline_cancels_the_request() -> None:
         with pytest.raises(DeadlineError) as caught:
             await client.generate(ASK, timeout_s=0.2)
         assert caught.value.code is grpc.StatusCode.DEADLINE_EXCEEDED
-        assert await asyncio.wait_for(service.ended.get(), 10) == "closed"
+        assert await asyncio.wait_for(service.ended.get(), LIMIT_S) == "closed"
 
 
 async def test_errors_are_typed() -> None:
@@ -99,7 +100,7 @@ async def test_closing_a_stream_cancels_the_request() -> None:
     async with grpc_serving(service) as address, AsyncClient(address) as client:
         async with aclosing(client.stream_generate(ASK)) as responses:
             assert (await anext(responses)).started.request_id == "r-1"
-        assert await asyncio.wait_for(service.ended.get(), 10) == "closed"
+        assert await asyncio.wait_for(service.ended.get(), LIMIT_S) == "closed"
 
 
 async def test_responses_without_content_are_skipped() -> None:

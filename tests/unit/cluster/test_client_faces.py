@@ -39,6 +39,7 @@ from cluster.client.attempts import Attempts
 from cluster.generation import GenerateCall
 from tests.doubles import SCORED, SCRIPT, Pause, ScriptedService
 from tests.doubles import grpc_serving_in_a_thread as running
+from tests.waiting import wait_until
 
 BUSY = Overloaded("queue full", retry_after_s=0.05)
 Ask = Callable[..., tuple[list[Event], Reply | None]]
@@ -223,20 +224,12 @@ def test_a_closed_stream_cancels_its_request(elsewhere: bool) -> None:
         else:
             stream.close()
         assert len(seen) == 2 and stream.reply is None and list(stream) == []
-        wait(lambda: not service.ended.empty())
+        wait_until(lambda: not service.ended.empty())
         assert service.ended.get_nowait() == "closed"
         responses = client.stream_generate(generate_request("hi"))
         next(responses)
         responses.close()
-        wait(lambda: not service.ended.empty())
-
-
-def wait(until: Callable[[], bool]) -> None:
-    for _ in range(1000):
-        if until():
-            return
-        threading.Event().wait(0.01)
-    raise AssertionError("it did not come to be")
+        wait_until(lambda: not service.ended.empty())
 
 
 def test_a_stream_closed_while_it_waits_to_try_again_ends_at_once() -> None:

@@ -18,6 +18,7 @@ from cluster.openai_completions_response import LegacyLogprobs
 from cluster.openai_request import parse_body
 from tests.doubles import ENDED, FINISHED, SCRIPT, STARTED, ByteVocabulary, Pause, ScriptedService
 from tests.unit.cluster.test_http_api import plain, sdk
+from tests.waiting import LIMIT_S
 
 COMPLETIONS = "/v1/completions"
 
@@ -159,7 +160,7 @@ async def test_leaving_cancels_every_prompt() -> None:
         asked = {"prompt": ["a", "b", "c"], "stream": True, "echo": True}
         async with client.stream("POST", COMPLETIONS, json=asked) as response:
             await anext(response.aiter_text())
-        ended = [await asyncio.wait_for(service.ended.get(), 10) for _ in range(3)]
+        ended = [await asyncio.wait_for(service.ended.get(), LIMIT_S) for _ in range(3)]
     assert ended == ["closed"] * 3
 
 

@@ -22,6 +22,7 @@ from cluster.grpc_service import InferenceServicer
 from ernie_serving.v1 import content_pb2, inference_pb2, inference_pb2_grpc
 from ernie_serving.v1.content_pb2 import ROLE_USER, ChatMessage, ContentPart
 from tests.doubles import SCRIPT, Pause, ScriptedService, grpc_serving
+from tests.waiting import LIMIT_S
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -145,9 +146,9 @@ async def test_leaving_cancels_the_request(method: str) -> None:
         else:
             call = stub.StreamGenerate(STREAM)
             await call.read()
-        await asyncio.wait_for(service.paused.wait(), 10)
+        await asyncio.wait_for(service.paused.wait(), LIMIT_S)
         call.cancel()
-        assert await asyncio.wait_for(service.ended.get(), 10) == "closed"
+        assert await asyncio.wait_for(service.ended.get(), LIMIT_S) == "closed"
 
 
 async def test_silence_is_bridged(monkeypatch: pytest.MonkeyPatch) -> None:

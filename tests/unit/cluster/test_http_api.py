@@ -34,6 +34,7 @@ from actors.types import FinishReason, StructureKind, ThinkingMode
 from cluster import http_api, http_exchange
 from cluster.generation import ChoiceFinished, Delta, Finished, Started
 from tests.doubles import FINISHED, SCORED, SCRIPT, STARTED, USAGE, Pause, ScriptedService
+from tests.waiting import LIMIT_S
 
 ASK: list[Any] = [{"role": "user", "content": "What is this?"}]
 CHAT = "/v1/chat/completions"
@@ -499,8 +500,8 @@ async def leave_a_whole_reply(client: httpx.AsyncClient, service: ScriptedServic
 async def test_leaving_cancels_the_request(leave: Leave, script: Any) -> None:
     service = ScriptedService(script=script)
     async with plain(service) as client:
-        await asyncio.wait_for(leave(client, service), 10)
-        assert await asyncio.wait_for(service.ended.get(), 10) == "closed"
+        await asyncio.wait_for(leave(client, service), LIMIT_S)
+        assert await asyncio.wait_for(service.ended.get(), LIMIT_S) == "closed"
 
 
 async def test_cancelled_elsewhere_ends_with_abort() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
 import uuid
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
@@ -32,6 +31,7 @@ from tests.unit.engine.engine_requests import Wanted
 from tests.unit.engine.group.rank_group import HOST, PATIENT, RankGroup, RankLoader, small_model
 from tests.unit.engine.harness import Recorder, Rig, ernie_config
 from tests.unit.wire.kv_engines import CONFIG, PATIENCE_S, WrappedMeeting
+from tests.waiting import wait_until
 
 _T = TypeVar("_T")
 
@@ -63,13 +63,6 @@ def changed(
     if wrap is not None:
         meeting = WrappedMeeting(meeting, lambda transport, _name: wrap(transport))
     return LocalKvRank(rank._cache if cache is None else cache(rank._cache), rank.geometry, meeting)
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    until = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < until, "it lasts too long"
-        time.sleep(0.02)
 
 
 def is_idle(check_integrity: Callable[[], None]) -> bool:

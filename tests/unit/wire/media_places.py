@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
@@ -72,10 +71,3 @@ async def patch_place(
 
 def embedding_store() -> UnitStore[torch.Tensor]:
     return UnitStore(limit_bytes=1_000_000, limit_name="embedding_bytes", cache_bytes=500_000, clock=Clock())
-
-
-async def wait_until(condition: Callable[[], bool]) -> None:
-    """Lets the loop run until ``condition`` holds; fails after 10 s."""
-    async with asyncio.timeout(10):
-        while not condition():  # conditions of other people's state have no event
-            await asyncio.sleep(0.001)

@@ -11,6 +11,7 @@ from actors.errors import InternalError, ServingError, Unavailable
 from actors.types import Grid, MediaKind, MediaSpan, SequenceKey
 from actors.wire.embedding_puller import PULL_TRIES, EmbeddingPuller
 from actors.wire.media import MediaMiss
+from tests.waiting import LIMIT_S
 
 GRID = Grid(1, 4, 4)
 UNIT_BYTES = GRID.tokens_per_unit * 8
@@ -123,7 +124,7 @@ async def test_a_miss_asks_for_the_media_again_and_goes_on_elsewhere() -> None:
     place.gone.add(("encoder:1", b"2"))
     media = (span(b"1"), span(b"2", offset=9))
     place.puller.start(A, media)
-    assert await asyncio.wait_for(place.needs.get(), 5) == (A, (b"2",))
+    assert await asyncio.wait_for(place.needs.get(), LIMIT_S) == (A, (b"2",))
     place.puller.resupply(A, tuple(replace(item, encoder_address="encoder:2") for item in media))
     await settle()
     assert place.supplied == [(A, 0, 0, b"1"), (A, 1, 0, b"2")]
@@ -160,7 +161,7 @@ async def test_media_that_are_gone_again_and_again_end_the_sequence() -> None:
     place.gone.add(("encoder:1", b"1"))
     place.puller.start(A, (span(b"1"),))
     for _ in range(PULL_TRIES - 1):
-        assert await asyncio.wait_for(place.needs.get(), 5) == (A, (b"1",))
+        assert await asyncio.wait_for(place.needs.get(), LIMIT_S) == (A, (b"1",))
         place.puller.resupply(A, (span(b"1"),))
     await settle()
     assert [(key, error.reason) for key, error in place.failed] == [(A, "STAGE_LOST")]

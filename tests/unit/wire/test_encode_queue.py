@@ -15,7 +15,8 @@ from actors.wire.encode_queue import EncodeQueue, Ticket
 from actors.wire.media import MediaMiss, MediaUnit
 from actors.wire.tensors import Patches
 from actors.wire.unit_store import Lease
-from tests.unit.wire.media_places import embedding_store, make_unit, wait_until
+from tests.unit.wire.media_places import embedding_store, make_unit
+from tests.waiting import LIMIT_S, eventually
 
 GRID = Grid(1, 4, 4)
 UNIT_BYTES = GRID.patches * PATCH_BYTES
@@ -112,26 +113,26 @@ async def test_a_unit_is_pulled_encoded_and_kept_under_its_lease(bench: Bench) -
 async def test_who_waits_for_a_unit_goes_on_when_it_is_made_or_given_up(bench: Bench) -> None:
     made, given_up = bench.unit(1, gated=True), bench.unit(2, gated=True)
     lease = bench.lease("one")
-    await asyncio.wait_for(bench.queue.wait_for(b"unknown"), 5)
+    await asyncio.wait_for(bench.queue.wait_for(b"unknown"), LIMIT_S)
     bench.join(made, lease)
     ticket = bench.join(given_up, lease)
     waits = [asyncio.create_task(bench.queue.wait_for(b"e" + unit.content_key)) for unit in (made, given_up)]
     await asyncio.sleep(0.01)
     assert not any(wait.done() for wait in waits)
     bench.gates[made.content_key].set()
-    await asyncio.wait_for(waits[0], 5)
+    await asyncio.wait_for(waits[0], LIMIT_S)
     assert bench.store.get(b"e" + made.content_key) is not None
     bench.queue.leave(ticket)
-    await asyncio.wait_for(waits[1], 5)
+    await asyncio.wait_for(waits[1], LIMIT_S)
     assert bench.store.get(b"e" + given_up.content_key) is None
 
 
 async def test_units_of_several_calls_share_a_batch_up_to_its_bound(bench: Bench) -> None:
     bench.go.clear()
     first = bench.join(bench.unit(0), bench.lease("zero"))
-    await wait_until(bench.encoding.is_set)
+    await eventually(bench.encoding.is_set)
     tickets = [bench.join(bench.unit(i), bench.lease(f"lease {i}")) for i in range(1, 8)]
-    await wait_until(lambda: len(bench.pulls) == 8)
+    await eventually(lambda: len(bench.pulls) == 8)
     bench.go.set()
     await asyncio.gather(first.future, *(ticket.future for ticket in tickets))
     assert [len(batch) for batch in bench.batches] == [1, 4, 3]
@@ -141,9 +142,9 @@ async def test_a_unit_over_the_bound_goes_alone(bench: Bench) -> None:
     bench.go.clear()
     lease = bench.lease("one")
     first = bench.join(bench.unit(0), lease)
-    await wait_until(bench.encoding.is_set)
+    await eventually(bench.encoding.is_set)
     tickets = [bench.join(bench.unit(1, Grid(1, 10, 10)), lease), bench.join(bench.unit(2), lease)]
-    await wait_until(lambda: len(bench.pulls) == 3)
+    await eventually(lambda: len(bench.pulls) == 3)
     bench.go.set()
     await asyncio.gather(first.future, *(ticket.future for ticket in tickets))
     assert [[grid.patches for grid in batch] for batch in bench.batches] == [[16], [100], [16]]
@@ -153,7 +154,7 @@ async def test_the_same_unit_is_made_once_for_all_who_want_it(bench: Bench) -> N
     unit = bench.unit(1, gated=True)
     one, two = bench.lease("one"), bench.lease("two")
     tickets = [bench.join(unit, one), bench.join(unit, two, "pre:2")]
-    await wait_until(lambda: len(bench.pulls) == 1)
+    await eventually(lambda: len(bench.pulls) == 1)
     bench.gates[unit.content_key].set()
     answers = await asyncio.gather(*(ticket.future for ticket in tickets))
     assert answers[0] == answers[1] and len(bench.batches) == 1 and len(bench.pulls) == 1
@@ -163,7 +164,7 @@ async def test_the_same_unit_is_made_once_for_all_who_want_it(bench: Bench) -> N
 async def test_a_unit_without_wishers_is_dropped_before_its_batch(bench: Bench) -> None:
     unit = bench.unit(1, gated=True)
     tickets = [bench.join(unit, bench.lease("one")), bench.join(unit, bench.lease("two"))]
-    await wait_until(lambda: len(bench.pulls) == 1)
+    await eventually(lambda: len(bench.pulls) == 1)
     bench.queue.leave(tickets[0])
     assert bench.queue.queued_patches == 16
     bench.queue.leave(tickets[1])
@@ -176,9 +177,9 @@ async def test_a_unit_without_wishers_is_dropped_before_its_batch(bench: Bench) 
 async def test_a_unit_that_waits_for_its_batch_is_dropped_too(bench: Bench) -> None:
     bench.go.clear()
     first = bench.join(bench.unit(0), bench.lease("one"))
-    await wait_until(bench.encoding.is_set)
+    await eventually(bench.encoding.is_set)
     waiting = bench.join(bench.unit(1), bench.lease("two"))
-    await wait_until(lambda: len(bench.pulls) == 2)
+    await eventually(lambda: len(bench.pulls) == 2)
     await asyncio.sleep(0)
     bench.queue.leave(waiting)
     bench.go.set()
@@ -192,10 +193,10 @@ async def test_a_unit_in_a_running_batch_ends_in_the_cache(bench: Bench) -> None
     unit = bench.unit(0)
     with bench.store.open("one") as lease:
         ticket = bench.join(unit, lease)
-        await wait_until(bench.encoding.is_set)
+        await eventually(bench.encoding.is_set)
         bench.queue.leave(ticket)
     bench.go.set()
-    await wait_until(lambda: bench.queue.queued_patches == 0)
+    await eventually(lambda: bench.queue.queued_patches == 0)
     assert bench.store.stats().cached_units == 1 and bench.store.stats().leases == 0
 
 
@@ -203,7 +204,7 @@ async def test_a_miss_asks_the_next_source_and_answers_only_who_named_it(bench: 
     unit = bench.unit(1, gated=True)
     bench.gone.add(("pre:1", unit.content_key))
     tickets = [bench.join(unit, bench.lease(name), address) for name, address in (("a", "pre:1"), ("b", "pre:2"))]
-    await wait_until(lambda: len(bench.pulls) == 1)
+    await eventually(lambda: len(bench.pulls) == 1)
     bench.gates[unit.content_key].set()
     missing, found = [await ticket.future for ticket in tickets]
     assert missing.embedding_key is None and found.embedding_key is not None
@@ -244,7 +245,7 @@ async def test_the_window_bounds_patches_ahead_of_their_batch() -> None:
     lease = bench.lease("one")
     tickets = [bench.join(bench.unit(i), lease) for i in range(6)]
     tickets.append(bench.join(bench.unit(9, Grid(1, 8, 8)), lease))
-    await wait_until(bench.encoding.is_set)
+    await eventually(bench.encoding.is_set)
     assert len(bench.pulls) == 2 and bench.queue.window_bytes_used == 2 * UNIT_BYTES
     bench.queue.leave(tickets.pop(3))
     bench.go.set()
@@ -259,11 +260,11 @@ async def test_values_that_are_no_numbers_are_not_served(bench: Bench) -> None:
     bench.go.clear()
     lease = bench.lease("one")
     first = bench.join(bench.unit(0), lease)
-    await wait_until(bench.encoding.is_set)
+    await eventually(bench.encoding.is_set)
     bad, good = bench.unit(1), bench.unit(2)
     bench.spoil.add(bench.patches[bad.content_key].tobytes()[:8])
     tickets = [bench.join(bad, lease), bench.join(good, lease)]
-    await wait_until(lambda: len(bench.pulls) == 3)
+    await eventually(lambda: len(bench.pulls) == 3)
     bench.go.set()
     with pytest.raises(InternalError, match="not finite"):
         await tickets[0].future

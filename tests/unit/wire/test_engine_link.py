@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 
@@ -34,6 +34,7 @@ from actors.wire.channels import make_server, open_channel
 from actors.wire.engine_link import EngineLinkServicer
 from cluster.router.link import AttemptError, AttemptEvent, EngineLink, EngineLost, MediaNeed, Milestone
 from ernie_serving.internal.v1 import engine_link_pb2, engine_link_pb2_grpc
+from tests.waiting import LIMIT_S, eventually
 
 LOAD = LoadReport(
     step=7, running=1, waiting=2, free_blocks=3, total_blocks=9, block_size=16, queued_tokens=40, reserved=1
@@ -98,17 +99,11 @@ class Pair:
             on_lost=lambda _: self.lost.set(),
         )
 
-    async def until(self, condition: Callable[[], bool]) -> bool:
-        async with asyncio.timeout(5):
-            while not condition():
-                await asyncio.sleep(0.01)
-        return True
-
     async def event(self) -> AttemptEvent:
-        return await asyncio.wait_for(self.events.get(), 5)
+        return await asyncio.wait_for(self.events.get(), LIMIT_S)
 
     async def call(self) -> tuple[object, ...]:
-        return await asyncio.wait_for(self.host.calls.get(), 5)
+        return await asyncio.wait_for(self.host.calls.get(), LIMIT_S)
 
 
 @asynccontextmanager
@@ -134,7 +129,7 @@ async def engine() -> AsyncIterator[Pair]:
     pair = Pair(info, host, servicer, server)
     pair.link.start()
     try:
-        await asyncio.wait_for(pair.loaded.wait(), 5)
+        await asyncio.wait_for(pair.loaded.wait(), LIMIT_S)
         yield pair
     finally:
         await pair.link.close()
@@ -220,7 +215,7 @@ async def test_a_lost_engine_fails_its_attempts() -> None:
         event = await pair.event()
         assert isinstance(event, AttemptError) and event.error.reason == "ENGINE_LOST"
         assert f"met protocol {convert.PROTOCOL_VERSION} of first" in event.error.message
-        await asyncio.wait_for(pair.lost.wait(), 5)
+        await asyncio.wait_for(pair.lost.wait(), LIMIT_S)
         assert not dead.usable
         await dead.close()
 
@@ -232,7 +227,7 @@ async def test_an_engine_that_leaves_is_known_at_once(monkeypatch: pytest.Monkey
         assert pair.link.takes_new
         pair.host.draining = True
         pair.servicer.tell_load()
-        assert await pair.until(lambda: not pair.link.takes_new)
+        await eventually(lambda: not pair.link.takes_new)
         assert pair.link.usable
 
 
@@ -295,7 +290,7 @@ async def test_a_router_that_stood_still_itself_hears_the_engine_out(monkeypatch
         pair.loaded.clear()
         pair.lost.clear()
         link.start()
-        await asyncio.wait_for(pair.loaded.wait(), 5)
+        await asyncio.wait_for(pair.loaded.wait(), LIMIT_S)
         time.sleep(0.9)  # noqa: ASYNC251
         await asyncio.sleep(0.2)
         assert link.usable and not pair.lost.is_set()
@@ -309,10 +304,10 @@ async def test_a_second_submit_of_a_running_attempt_is_refused_and_the_first_goe
         other = pair.connect(pair.info)
         pair.loaded.clear()
         other.start()
-        await asyncio.wait_for(pair.loaded.wait(), 5)
+        await asyncio.wait_for(pair.loaded.wait(), LIMIT_S)
         refused: asyncio.Queue[AttemptEvent] = asyncio.Queue()
         other.submit(KEY, REQUEST, AttemptMode.COLOCATED, None, refused)
-        event = await asyncio.wait_for(refused.get(), 5)
+        event = await asyncio.wait_for(refused.get(), LIMIT_S)
         assert isinstance(event, AttemptError) and isinstance(event.error, AlreadyExists)
         token = TokenEvent(key=KEY, index=1, token_id=11)
         pair.servicer.deliver_tokens([token])
@@ -351,7 +346,7 @@ async def test_a_link_that_does_not_begin_with_a_hello_is_refused(monkeypatch: p
             wrong = engine_link_pb2.RouterHello(protocol_version=convert.PROTOCOL_VERSION + 1)
             await call.write(engine_link_pb2.LinkRequest(hello=wrong))
         with pytest.raises(grpc.aio.AioRpcError) as refusal:
-            await asyncio.wait_for(call.read(), 5)
+            await asyncio.wait_for(call.read(), LIMIT_S)
         assert refusal.value.code() is grpc.StatusCode.FAILED_PRECONDITION
 
 
@@ -362,13 +357,13 @@ def block(number: int) -> bytes:
 async def test_every_router_knows_the_blocks_an_engine_holds() -> None:
     async with engine() as pair:
         pair.servicer.deliver_blocks_changed([block(1), block(2)], [])
-        assert await pair.until(lambda: pair.link.cached_blocks == {block(1), block(2)})
+        await eventually(lambda: pair.link.cached_blocks == {block(1), block(2)})
         pair.servicer.deliver_blocks_changed([block(3)], [block(1)])
         late = pair.connect(pair.info)
         late.start()
-        assert await pair.until(lambda: pair.link.cached_blocks == late.cached_blocks == {block(2), block(3)})
+        await eventually(lambda: pair.link.cached_blocks == late.cached_blocks == {block(2), block(3)})
         pair.servicer.deliver_blocks_changed([], [block(2)])
-        assert await pair.until(lambda: pair.link.cached_blocks == late.cached_blocks == {block(3)})
+        await eventually(lambda: pair.link.cached_blocks == late.cached_blocks == {block(3)})
         await late.close()
 
 
@@ -376,20 +371,20 @@ async def test_many_blocks_travel_in_several_messages() -> None:
     async with engine() as pair:
         blocks = {block(number) for number in range(140_000)}
         pair.servicer.deliver_blocks_changed(blocks, [])
-        assert await pair.until(lambda: pair.link.cached_blocks == blocks)
+        await eventually(lambda: pair.link.cached_blocks == blocks)
         late = pair.connect(pair.info)
         late.start()
-        assert await pair.until(lambda: late.cached_blocks == blocks)
+        await eventually(lambda: late.cached_blocks == blocks)
         await late.close()
 
 
 async def test_a_lost_link_knows_nothing() -> None:
     async with engine() as pair:
         pair.servicer.deliver_blocks_changed([block(1)], [])
-        assert await pair.until(lambda: pair.link.cached_blocks == {block(1)})
+        await eventually(lambda: pair.link.cached_blocks == {block(1)})
         await pair.link.close()
         assert pair.link.cached_blocks == set()
-        assert await pair.until(lambda: not pair.servicer._open)
+        await eventually(lambda: not pair.servicer._open)
 
 
 async def test_what_was_cached_and_prompt_logprobs_reach_their_attempt() -> None:

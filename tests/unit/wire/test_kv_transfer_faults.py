@@ -41,7 +41,7 @@ from tests.unit.wire.kv_engines import (
     prefill_side,
     same_bytes,
 )
-from tests.unit.wire.media_places import wait_until
+from tests.waiting import LIMIT_S, eventually
 
 KEY = key_of(1)
 TABLE = [4, 5]
@@ -394,11 +394,11 @@ async def test_a_thread_that_hangs_on_a_lost_peer_holds_nothing_and_lets_its_eng
             await prefill.engine.hears("fail", KEY)
             await prefill.engine.hears("transferred", KEY)
             prefill.sender.check_integrity()
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(LIMIT_S):
                 await prefill.sender.close()
         finally:
             gate.open()
-        await wait_until(lambda: not prefill.sender._ending)
+        await eventually(lambda: not prefill.sender._ending)
 
 
 async def test_prefill_process_dies_between_chunks() -> None:

@@ -32,8 +32,8 @@ from tests.unit.wire.kv_groups import (
     decode_group,
     is_idle,
     prefill_group,
-    wait_until,
 )
+from tests.waiting import wait_until
 
 SOON = GroupConfig(tick_s=0.2, serving_silence_s=4.0)
 LOSSES = [(signal.SIGKILL, PATIENT), (signal.SIGSTOP, SOON)]

@@ -23,7 +23,7 @@ from tests.unit.wire.kv_engines import (
     prefill_side,
     same_bytes,
 )
-from tests.unit.wire.media_places import wait_until
+from tests.waiting import eventually
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3])
@@ -212,7 +212,7 @@ async def test_threads_end_with_their_sides() -> None:
     async with decode_side() as decode, prefill_side() as prefill:
         await prefill.send(key_of(1), decode, [1], [0, 4])
         await prefill.engine.hears("transferred", key_of(1))
-    await wait_until(lambda: not [thread for thread in threading.enumerate() if thread.name.startswith("kv-")])
+    await eventually(lambda: not [thread for thread in threading.enumerate() if thread.name.startswith("kv-")])
     assert threading.active_count() <= before + 1
 
 

@@ -19,7 +19,8 @@ from actors.wire.media import AnswerUnit, EncodeCall, EncodedUnit, MediaMiss, Me
 from actors.wire.media_client import MediaClient
 from actors.wire.media_server import MediaServer
 from ernie_serving.internal.v1 import media_pb2, media_pb2_grpc
-from tests.unit.wire.media_places import HOST, embedding_store, patch_place, wait_until
+from tests.unit.wire.media_places import HOST, embedding_store, patch_place
+from tests.waiting import eventually
 
 
 @pytest.fixture
@@ -129,7 +130,7 @@ async def test_a_unit_that_is_being_made_is_waited_for(
     encoder = Busy()
     async with patch_place(encoder=encoder) as place:
         pull = asyncio.create_task(client.pull(place.address, b"key", "reader"))
-        await wait_until(lambda: encoder.pulls >= 3 or pull.done())
+        await eventually(lambda: encoder.pulls >= 3 or pull.done())
         if made:
             await place.put("one", (b"key", np.arange(6, dtype=np.uint8)))
         encoder.over.set()
@@ -344,16 +345,16 @@ async def test_a_closed_iterator_cancels_the_call(client: MediaClient) -> None:
         answers = client.encode(place.address, lease="one", units=UNITS, patch_address="pre:1", timeout_s=60)
         async with aclosing(answers):
             assert (await anext(answers)).content_key == UNITS[0].content_key
-        await wait_until(lambda: encoder.cancelled == 1)
+        await eventually(lambda: encoder.cancelled == 1)
 
 
 async def test_a_cancelled_reader_cancels_the_call(client: MediaClient) -> None:
     encoder = Encoder(hang=True)
     async with patch_place(encoder=encoder) as place:
         reader = asyncio.create_task(collect(client, place.address, timeout_s=60))
-        await wait_until(lambda: len(encoder.calls) == 1)
+        await eventually(lambda: len(encoder.calls) == 1)
         reader.cancel()
-        await wait_until(lambda: encoder.cancelled == 1)
+        await eventually(lambda: encoder.cancelled == 1)
         with pytest.raises(asyncio.CancelledError):
             await reader
 
@@ -362,7 +363,7 @@ async def test_an_encoder_that_dies_is_a_lost_stage(client: MediaClient) -> None
     encoder = Encoder(hang=True)
     async with patch_place(encoder=encoder) as place:
         reader = asyncio.create_task(collect(client, place.address, timeout_s=60))
-        await wait_until(lambda: len(encoder.calls) == 1)
+        await eventually(lambda: len(encoder.calls) == 1)
         await place.server.close()
         with pytest.raises(Unavailable) as caught:
             await reader

@@ -16,7 +16,8 @@ from actors.wire.channels import open_channel
 from actors.wire.media import AnswerUnit, EncodeCall, EncodedUnit
 from actors.wire.media_server import MediaServer
 from ernie_serving.internal.v1 import media_pb2, media_pb2_grpc
-from tests.unit.wire.media_places import HOST, Clock, embedding_store, patch_place, wait_until
+from tests.unit.wire.media_places import HOST, Clock, embedding_store, patch_place
+from tests.waiting import eventually
 
 MEGABYTE = 1_000_000
 
@@ -111,7 +112,7 @@ async def test_leases_expire_without_any_call() -> None:
     async with patch_place(clock) as place:
         await place.keep("one", Grid(1, 2, 2))
         clock.now += 5.1
-        await wait_until(lambda: place.store.stats().units == 0)
+        await eventually(lambda: place.store.stats().units == 0)
         place.server.check()
 
 
@@ -162,7 +163,7 @@ async def test_a_cancelled_encode_reaches_the_encoder() -> None:
         response = await call.read()
         assert isinstance(response, media_pb2.EncodeResponse) and response.embedding_key == b"ec"
         call.cancel()
-        await wait_until(lambda: encoder.cancelled == 1)
+        await eventually(lambda: encoder.cancelled == 1)
 
 
 async def test_it_publishes_address_and_incarnation_and_stops_watching_when_closed() -> None:

@@ -11,6 +11,7 @@ import pytest
 from actors.errors import MediaTooLarge
 from actors.wire.tensors import Patches
 from actors.wire.unit_store import Lease, Reservation, UnitStore
+from tests.waiting import LIMIT_S
 
 
 class Clock:
@@ -170,7 +171,7 @@ async def test_leases_that_both_hold_and_want_more_do_not_block_each_other(store
         await put(store, name, **{key: 40})
         store.release([name])
 
-    await asyncio.wait_for(asyncio.gather(more("one", "c"), more("two", "d")), 5)
+    await asyncio.wait_for(asyncio.gather(more("one", "c"), more("two", "d")), LIMIT_S)
     assert store.stats().units == 0
 
 
@@ -182,7 +183,7 @@ async def test_two_calls_under_one_lease_do_not_block_each_other(store: UnitStor
         second = asyncio.create_task(put(store, "one", c=70))
         await settle()
         store.put(b"b", unit(60), reservation, [lease])
-    await asyncio.wait_for(second, 5)
+    await asyncio.wait_for(second, LIMIT_S)
     assert store.get(b"b") is None and store.get(b"c") is not None
 
 

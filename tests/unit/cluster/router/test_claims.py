@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from actors.types import EngineRole, FinishReason
-from tests.unit.cluster.router.world import CALL, eventually, world
+from tests.unit.cluster.router.world import CALL, world
+from tests.waiting import eventually
 
 COLOCATED, PREFILL, DECODE = EngineRole.COLOCATED, EngineRole.PREFILL, EngineRole.DECODE
 

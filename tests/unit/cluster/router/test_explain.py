@@ -16,7 +16,8 @@ from cluster.router import story as module
 from cluster.router.stages import StageLost
 from cluster.router.story import FIRST_NOTES, LAST_NOTES, Stories, Story, What
 from cluster.router.timeline import Timeline
-from tests.unit.cluster.router.world import CALL, IMAGE, World, eventually, world
+from tests.unit.cluster.router.world import CALL, IMAGE, World, world
+from tests.waiting import eventually
 
 PREFILL, DECODE, COLOCATED = EngineRole.PREFILL, EngineRole.DECODE, EngineRole.COLOCATED
 

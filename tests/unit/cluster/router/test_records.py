@@ -9,7 +9,8 @@ import pytest
 from actors.errors import Overloaded, RequestCancelled, Unavailable
 from actors.types import EngineRole, FinishReason, Stage
 from cluster.router.records import Outcome, Recorder, Recorders
-from tests.unit.cluster.router.world import CALL, IMAGE, Recorded, eventually, world
+from tests.unit.cluster.router.world import CALL, IMAGE, Recorded, world
+from tests.waiting import eventually
 
 
 async def test_a_request_that_finishes_is_recorded_once() -> None:

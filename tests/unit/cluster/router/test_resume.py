@@ -11,7 +11,8 @@ import pytest
 from actors.errors import DeadlineExceeded, Overloaded, Unavailable
 from actors.types import AttemptMode, EngineRole, FinishReason, MilestoneKind, SequenceKey, Stage
 from cluster.generation import Delta, Finished, Started
-from tests.unit.cluster.router.world import CALL, IMAGE, ScriptedEngine, World, endings, eventually, text_of, world
+from tests.unit.cluster.router.world import CALL, IMAGE, ScriptedEngine, World, endings, text_of, world
+from tests.waiting import LIMIT_S, eventually
 
 SPLIT = (EngineRole.PREFILL, EngineRole.DECODE)
 PREEMPTED = Unavailable("out of blocks", reason="PREEMPTED", retry_after_s=1.0)
@@ -242,7 +243,7 @@ async def test_embeddings_are_leased_again_only_when_they_are_needed_again() -> 
         again, request, _ = await prefill.taken()
         assert request.media == first.media and not w.stages.leases
         prefill.links.deliver_need(again, request.media[0].embedding_keys)
-        assert await asyncio.wait_for(prefill.supplies.get(), 5) == request.media
+        assert await asyncio.wait_for(prefill.supplies.get(), LIMIT_S) == request.media
         assert (w.stages.preprocessed, w.stages.encoded) == (2, 2)
         assert {place for place, _ in w.stages.leases} == {"enc:1"}
         prefill.say(again, 1, 1)
@@ -266,7 +267,7 @@ async def test_embeddings_stay_until_the_last_choice_has_a_token_and_are_made_ag
         assert w.stages.leases
         for key in (second, third):
             engine.links.deliver_need(key, request.media[0].embedding_keys)
-        supplied = [await asyncio.wait_for(engine.supplies.get(), 5) for _ in range(2)]
+        supplied = [await asyncio.wait_for(engine.supplies.get(), LIMIT_S) for _ in range(2)]
         assert supplied == [request.media, request.media]
         assert (w.stages.preprocessed, w.stages.encoded) == (2, 2)
         engine.say(second, 1, 3, finish=FinishReason.LENGTH)
@@ -292,7 +293,7 @@ async def test_embeddings_made_again_for_one_choice_outlive_the_end_of_another()
         engine.end(first, PREEMPTED)
         again, *_ = await engine.taken()
         engine.links.deliver_need(again, request.media[0].embedding_keys)
-        await asyncio.wait_for(engine.supplies.get(), 5)
+        await asyncio.wait_for(engine.supplies.get(), LIMIT_S)
         engine.say(second, 1, 1, finish=FinishReason.LENGTH)
         engine.links.deliver_milestone(again, MilestoneKind.PREFILL_STARTED, 0.0)
         await eventually(lambda: next(iter(w.router._active.values())).timeline.stage is Stage.PREFILL)
@@ -317,7 +318,7 @@ async def test_embeddings_an_engine_pulls_again_outlive_the_end_of_another_choic
         engine.say(second, 0, 0)
         await eventually(lambda: not w.stages.leases)
         engine.links.deliver_need(first, request.media[0].embedding_keys)
-        await asyncio.wait_for(engine.supplies.get(), 5)
+        await asyncio.wait_for(engine.supplies.get(), LIMIT_S)
         engine.say(second, 1, 1, finish=FinishReason.LENGTH)
         (run,) = w.router._active.values()
         await eventually(lambda: run._choices[1].finish_reason is not None)

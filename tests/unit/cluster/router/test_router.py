@@ -26,7 +26,8 @@ from actors.types import AttemptMode, EngineRole, FinishReason, MilestoneKind, S
 from cluster.generation import Delta, Finished, GenerateCall, PromptTokens, Started
 from cluster.registry import Snapshot
 from cluster.router.prompt import STAGE_DEATHS, preprocess_request
-from tests.unit.cluster.router.world import CALL, END, IMAGE, endings, eventually, text_of, world
+from tests.unit.cluster.router.world import CALL, END, IMAGE, endings, text_of, world
+from tests.waiting import LIMIT_S, eventually
 
 
 async def test_a_reply_through_prefill_and_decode() -> None:
@@ -139,7 +140,7 @@ async def test_cancel_before_the_first_step_is_seen_by_the_client() -> None:
         reply = asyncio.ensure_future(anext(w.router.generate(CALL)))
         cancel = asyncio.create_task(w.router.cancel("r-1"))  # runs after admission and before the request's own task
         with pytest.raises(RequestCancelled):
-            await asyncio.wait_for(reply, 5)
+            await asyncio.wait_for(reply, LIMIT_S)
         await cancel
         assert w.stages.preprocessed == 0
 
@@ -207,7 +208,7 @@ async def test_embeddings_that_are_gone_are_made_again_unless_the_media_changed(
             with pytest.raises(MediaChanged):
                 await task
             return
-        assert await asyncio.wait_for(w.engines[0].supplies.get(), 5) == request.media
+        assert await asyncio.wait_for(w.engines[0].supplies.get(), LIMIT_S) == request.media
         w.engines[0].say(key, 0, END, finish=FinishReason.STOP)
         await task
 
@@ -334,7 +335,7 @@ async def test_counting_has_a_deadline_too() -> None:
     async with world(EngineRole.COLOCATED, default_timeout_s=0.05) as w:
         w.stages.gate.clear()
         with pytest.raises(DeadlineExceeded, match=r"0\.05 s"):
-            await asyncio.wait_for(w.router.tokenize(CALL), 5)
+            await asyncio.wait_for(w.router.tokenize(CALL), LIMIT_S)
 
 
 async def test_token_ids_are_told_only_on_request() -> None:

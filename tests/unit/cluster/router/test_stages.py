@@ -21,6 +21,7 @@ from cluster.router.leases import LeaseKeeper
 from cluster.router.retry_budget import RetryBudget
 from cluster.router.stages import EncodeStage, MissingPatches, PreprocessStage, StageLost
 from tests.in_process import Handle
+from tests.waiting import eventually
 
 IMAGE = PromptMedia(kind=MediaKind.IMAGE, offset=0, grid=Grid(1, 2, 2), content_keys=(b"c" * 32,))
 REPLY = PreprocessReply(
@@ -119,12 +120,6 @@ async def test_patches_of_a_late_answer_are_released() -> None:
 
 
 ELSEWHERE = replace(REPLY, media_address="pre:2", incarnation="q")
-
-
-async def eventually(condition: Any) -> None:
-    async with asyncio.timeout(5):
-        while not condition():
-            await asyncio.sleep(0.005)
 
 
 async def test_patches_go_back_wherever_the_answer_was_lost() -> None:

@@ -16,7 +16,8 @@ from actors.types import EngineRole, FinishReason, Grid, MediaKind, MediaSpan, M
 from actors.wire.media import embedding_key
 from cluster.generation import Event, Finished
 from cluster.router.stages import MissingPatches, StageLost
-from tests.unit.cluster.router.world import CALL, ScriptedEngine, World, eventually, text_of, world
+from tests.unit.cluster.router.world import CALL, ScriptedEngine, World, text_of, world
+from tests.waiting import LIMIT_S, eventually
 
 KEYS = tuple(bytes([number]) * 32 for number in range(3))
 MEDIA = tuple(
@@ -41,7 +42,7 @@ def stage(w: World) -> Stage:
 
 
 async def supplied(engine: ScriptedEngine) -> tuple[MediaSpan, ...]:
-    return await asyncio.wait_for(engine.supplies.get(), 5)
+    return await asyncio.wait_for(engine.supplies.get(), LIMIT_S)
 
 
 async def finish(w: World, key, task: asyncio.Task[list[Event]]) -> Finished:  # type: ignore[no-untyped-def]

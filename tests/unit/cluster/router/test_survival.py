@@ -12,9 +12,11 @@ from actors.errors import InternalError, Unavailable
 from actors.types import EngineRole, FinishReason, MilestoneKind, SequenceKey
 from cluster.generation import Delta
 from cluster.router.suspects import ChoiceKey
-from tests.unit.cluster.router.world import CALL, ScriptedEngine, World, eventually, text_of, world
+from tests.unit.cluster.router.world import CALL, ScriptedEngine, World, text_of, world
+from tests.waiting import LIMIT_S, eventually
 
 COLOCATED, PREFILL, DECODE = EngineRole.COLOCATED, EngineRole.PREFILL, EngineRole.DECODE
+NEVER_S = 600.0
 MOVED = Unavailable("the engine leaves", reason="MOVED")
 
 
@@ -25,7 +27,7 @@ def frequent_load(monkeypatch: pytest.MonkeyPatch) -> None:
 
 async def taker(*engines: ScriptedEngine) -> tuple[ScriptedEngine, SequenceKey, tuple[int, ...]]:
     """The engine that gets the next attempt, its key, and the outputs it goes on behind."""
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(LIMIT_S):
         while True:
             for engine in engines:
                 if not engine.submits.empty():
@@ -47,7 +49,7 @@ def other(w: World, engine: ScriptedEngine) -> ScriptedEngine:
 
 @pytest.mark.parametrize("victim", [PREFILL, DECODE])
 async def test_a_reply_goes_on_elsewhere_when_an_engine_dies(victim: EngineRole) -> None:
-    async with world(PREFILL, PREFILL, DECODE, DECODE) as w:
+    async with world(PREFILL, PREFILL, DECODE, DECODE, lost_after_s=NEVER_S) as w:
         task = w.ask(replace(CALL, return_token_ids=True))
         prefill, key, _ = await taker(*w.engines[:2])
         decode, same, _ = await taker(*w.engines[2:])
@@ -57,13 +59,11 @@ async def test_a_reply_goes_on_elsewhere_when_an_engine_dies(victim: EngineRole)
             decode.links.deliver_milestone(key, MilestoneKind.TRANSFERRED, 0.0)
             decode.say(key, 1, 1, 2)
         await eventually(lambda: told(w) == (3 if victim is DECODE else 1))
-        killed = time.monotonic()
         dead, alive = (prefill, decode) if victim is PREFILL else (decode, prefill)
         await dead.server.stop(None)
         assert await alive.cancelled() == key
         prefill, again, known = await taker(*w.engines[:2])
         decode, *_ = await taker(*w.engines[2:])
-        assert time.monotonic() - killed < 3.0
         assert dead not in (prefill, decode) and again == key._replace(attempt=1)
         assert known == ((0, 1, 2) if victim is DECODE else (0,))
         prefill.say(again, len(known), 3)
@@ -104,7 +104,7 @@ async def test_a_silent_engine_gets_nothing_new_and_is_lost_at_last(monkeypatch:
         spare.say(late_key, 0, 1, finish=FinishReason.LENGTH)
         assert text_of(await late) == "b"
         _, again, known = await taker(spare)
-        assert 1.4 < time.monotonic() - since < 4.0
+        assert time.monotonic() - since > 1.4
         assert (again, known) == (key._replace(attempt=1), (0,))
         assert w.router._services.suspects.count == 0  # silence is no death
         frozen.thaw()

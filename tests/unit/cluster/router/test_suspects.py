@@ -7,6 +7,7 @@ import asyncio
 import pytest
 
 from cluster.router.suspects import TOKENS_BEYOND, ChoiceKey, Suspects
+from tests.waiting import LIMIT_S
 
 A, B, C = (ChoiceKey(name, 0) for name in "abc")
 P, D, E = "prefill", "decode", "other decode"
@@ -89,5 +90,5 @@ async def test_whoever_waits_hears_that_an_engine_is_free(how: str) -> None:
     await asyncio.sleep(0)
     assert not waiting.done()
     {"rest": suspects.rest, "drop": suspects.drop, "advance": lambda choice: suspects.advance(choice, 7)}[how](A)
-    await asyncio.wait_for(waiting, 1)
+    await asyncio.wait_for(waiting, LIMIT_S)
     assert suspects.may_try(B, E)

@@ -52,6 +52,7 @@ from cluster.router.stages import MissingPatches, Preprocessed, StageLost
 from cluster.router.suspects import Suspects
 from ernie_serving.internal.v1 import engine_link_pb2, engine_link_pb2_grpc
 from tests.doubles import ByteVocabulary
+from tests.waiting import LIMIT_S, eventually
 
 PICTURE = ImagePart(source=MediaSource(content=b""))
 """Its patches are there where a test gives the stages media."""
@@ -189,10 +190,10 @@ class ScriptedEngine:
             outbox.let_go.set()
 
     async def taken(self) -> tuple[SequenceKey, EngineRequest, AttemptMode]:
-        return await asyncio.wait_for(self.submits.get(), 5)
+        return await asyncio.wait_for(self.submits.get(), LIMIT_S)
 
     async def cancelled(self) -> SequenceKey:
-        return await asyncio.wait_for(self.cancels.get(), 5)
+        return await asyncio.wait_for(self.cancels.get(), LIMIT_S)
 
     def end(self, key: SequenceKey, error: ServingError) -> None:
         self.links.deliver_end(key, error)
@@ -371,12 +372,6 @@ def endings(events: Sequence[Event]) -> dict[int, ChoiceFinished]:
         if isinstance(event, ChoiceFinished):
             found[event.choice] = event
     return found
-
-
-async def eventually(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(5):
-        while not condition():
-            await asyncio.sleep(0.005)
 
 
 @asynccontextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
@@ -14,6 +13,7 @@ import pytest
 from actors.engine.group.followers import RankLost
 from tests.unit.engine.group.rank_group import CONTEXT, RankGroup
 from tests.unit.engine.harness import Rig
+from tests.waiting import wait_until
 
 
 def lost_in(group: RankGroup, rig: Rig) -> RankLost:
@@ -45,7 +45,4 @@ def assert_ranks_end_with_their_leader(lead: Callable[[Connection[Any, Any]], No
     finally:
         leader.kill()
         leader.join()
-    until = time.monotonic() + 60
-    while not all(map(is_gone, ranks)):
-        assert time.monotonic() < until, "a rank lives on"
-        time.sleep(0.05)
+    wait_until(lambda: all(map(is_gone, ranks)))
