@@ -127,11 +127,6 @@ class Checkpoint:
         }
         return fingerprint(self._stored[name] for name in names)
 
-    def stored_bytes(self, group: Group) -> int:
-        """Bytes of tensor data of a group in the files."""
-        names = [name for name, spec in self.specs.items() if spec.group == group]
-        return sum(read.bytes for name in names for read in self._reads(name, None))
-
     def bytes_to_read(self, names: Iterable[str], rows: ExpertRows = NO_ROWS) -> dict[Group, int]:
         """What ``load_into`` reads for destinations of these canonical names, told from the headers alone."""
         found: dict[Group, int] = dict.fromkeys(GROUPS, 0)

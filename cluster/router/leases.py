@@ -130,7 +130,8 @@ class LeaseKeeper:
         try:
             unknown = await self._places.renew(address, leases)
         except Exception as error:
-            log.warning("renewal of %d leases at %s failed: %s", len(leases), address, error)
+            if not self.doubts(address):
+                log.warning("renewal of %d leases at %s failed: %s", len(leases), address, error)
             return False
         if address in self._heard_at:
             self._heard_at[address] = time.monotonic()

@@ -40,7 +40,7 @@ CONFIG = EngineReplicaConfig(
 def test_only_engines_that_prefill_read_the_vision_experts(role: EngineRole, naming: str) -> None:
     directory = tiny_checkpoint(naming=naming)
     with Checkpoint(directory) as checkpoint:
-        stored = {group: checkpoint.stored_bytes(group) for group in ("language", "vision_experts", "vision")}
+        stored = checkpoint.bytes_to_read(checkpoint.specs)
         fingerprint = checkpoint.fingerprint("language")
     rank = load_rank(replace(CONFIG, model_dir=str(directory)), role)
     assert rank.loaded.bytes_read == stored | {"vision": 0} | ({} if role.prefills else {"vision_experts": 0})

@@ -76,16 +76,16 @@ def test_each_place_reads_only_its_own_bytes(naming: str) -> None:
     config = ErnieConfig.from_dir(directory)
     with Checkpoint(directory) as decode:
         load_language(decode, config, dtype=torch.float32)
-        language = decode.stored_bytes("language")
+        language = decode.bytes_to_read(decode.specs)["language"]
         assert decode.report.bytes_read == {"language": language, "vision_experts": 0, "vision": 0}
         bank = VisionBank(config.text, torch.float32, empty_bank_buffer(config.text, torch.float32))
         report = load_vision_bank(decode, bank)
-        experts = decode.stored_bytes("vision_experts")
+        experts = decode.bytes_to_read(decode.specs)["vision_experts"]
         assert report.bytes_read == {"language": 0, "vision_experts": experts, "vision": 0}
         assert decode.report.bytes_read == {"language": language, "vision_experts": experts, "vision": 0}
     with Checkpoint(directory) as encoder:
         load_vision(encoder, config, dtype=torch.float32)
-        vision = encoder.stored_bytes("vision")
+        vision = encoder.bytes_to_read(encoder.specs)["vision"]
         assert encoder.report.bytes_read == {"language": 0, "vision_experts": 0, "vision": vision}
         assert encoder.report.total_bytes == vision > 0
     data = sum(tensor.nbytes for tensor in stored_tensors(directory).values())
@@ -100,7 +100,7 @@ def test_small_pieces_give_the_same_and_progress_counts_all_bytes(monkeypatch: p
         vision = load_vision(checkpoint, checkpoint.config, dtype=torch.float32, progress=lambda *c: seen.append(c))
         for name, view in vision.parameters_by_name().items():
             assert torch.equal(view, checkpoint.load(name)), name
-        total = checkpoint.stored_bytes("vision")
+        total = checkpoint.bytes_to_read(checkpoint.specs)["vision"]
     assert seen[-1] == (total, total)
     assert [done for done, _ in seen] == sorted(done for done, _ in seen) and len(seen) > 100
 
@@ -315,7 +315,7 @@ class TestShares:
         read = {}
         for naming in NAMINGS:
             with Checkpoint(tiny_checkpoint(naming=naming)) as checkpoint:
-                text, whole = checkpoint.config.text, checkpoint.stored_bytes("language")
+                text, whole = checkpoint.config.text, checkpoint.bytes_to_read(checkpoint.specs)["language"]
                 dense = load_language(checkpoint, checkpoint.config, dtype=torch.float32).parameters_by_name()
                 shared = sum(view.nbytes for name, view in dense.items() if ".experts." not in name)
                 sizes = []
