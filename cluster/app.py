@@ -18,8 +18,6 @@ from actors.config import EngineReplicaConfig, PreprocessorConfig, VisionEncoder
 from actors.engine_replica import SUCCESSOR_S
 from cluster.builtin import locate
 from cluster.config import (
-    BATCHED_TOKENS,
-    BLOCK_SIZE,
     PLANNERS,
     PREPROCESSORS,
     ROUTERS,
@@ -29,6 +27,7 @@ from cluster.config import (
     parse,
     resolve,
 )
+from cluster.config_base import settled
 from cluster.config_scaling import Autoscaling
 from cluster.hub import locate_checkpoint, repository_name
 from cluster.ingress import Ingress
@@ -181,9 +180,9 @@ def engine_config(config: ClusterConfig, pool: EnginePool) -> EngineReplicaConfi
         ranks=pool.expert_parallel,
         rebalance_steps=pool.rebalance_steps,
         max_model_len=config.max_model_len,
-        block_size=pool.block_size or BLOCK_SIZE,
+        block_size=settled(pool.block_size),
         max_num_seqs=pool.max_num_seqs,
-        max_batched_tokens=pool.max_batched_tokens or BATCHED_TOKENS,
+        max_batched_tokens=settled(pool.max_batched_tokens),
         max_waiting=pool.max_waiting,
         media_window_bytes=pool.media_window_bytes,
         media_cache_bytes=pool.media_cache_bytes,

@@ -17,7 +17,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from actors.processing.config import ProcessingLimits
 from actors.processing.parser_names import ReasoningParserName, ToolCallParserName
 from actors.types import EngineRole, MediaOptions
-from cluster.config_base import Amount, Count, Gpus, Port, Seconds, Section
+from cluster.config_base import Amount, Count, Gpus, Port, Seconds, Section, settled
 from cluster.config_scaling import (
     Autoscaling,
     EngineAutoscaling,
@@ -372,9 +372,7 @@ class ClusterConfig(Section):
         Raises:
             ValueError: ``resolve`` was not called.
         """
-        if self.engines is None:
-            raise ValueError("engines are not settled: call resolve() first")
-        return self.engines
+        return settled(self.engines)
 
 
 def parse(values: Mapping[str, Any], source: str) -> ClusterConfig:

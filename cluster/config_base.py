@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
@@ -18,6 +18,20 @@ Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Gpus = Annotated[Amount, AfterValidator(_shareable)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Port = Annotated[int, Field(ge=1, le=65535)]
+
+
+_T = TypeVar("_T")
+
+
+def settled(value: _T | None) -> _T:
+    """A field of a description that its reader need not give.
+
+    Raises:
+        ValueError: it is still open: ``resolve`` was not called.
+    """
+    if value is None:
+        raise ValueError("the description is not settled: call resolve() first")
+    return value
 
 
 class Section(BaseModel):

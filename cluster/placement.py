@@ -17,6 +17,7 @@ from cluster.config import (
     PreprocessorPool,
     VisionEncoderPool,
 )
+from cluster.config_base import settled
 from cluster.config_scaling import Autoscaling
 
 PLANNER_CPUS = 0.1
@@ -53,7 +54,7 @@ class Claim:
 def engine_claim(pool: EnginePool) -> Claim:
     return Claim(
         num_cpus=pool.num_cpus,
-        num_gpus=pool.num_gpus or 0.0,
+        num_gpus=settled(pool.num_gpus),
         labels=pool.node_labels,
         ranks=pool.expert_parallel,
         strategy=pool.placement,
@@ -62,7 +63,7 @@ def engine_claim(pool: EnginePool) -> Claim:
 
 def encoder_claim(config: ClusterConfig) -> Claim:
     pool = config.vision_encoder
-    return Claim(num_cpus=pool.num_cpus, num_gpus=pool.num_gpus or 0.0, labels=pool.node_labels)
+    return Claim(num_cpus=pool.num_cpus, num_gpus=settled(pool.num_gpus), labels=pool.node_labels)
 
 
 def preprocessor_claim(config: ClusterConfig) -> Claim:
