@@ -186,9 +186,9 @@ async def busy_one(cluster: InProcessCluster, role: EngineRole) -> Any:
     async with asyncio.timeout(60):
         while True:
             for engine in cluster.engines:
-                if engine._info.role is role and engine._attempts and engine._engine.load().step > 20 * role.decodes:
+                if engine._info.role is role and engine._attempts and engine._engine.load().step >= 20 * role.decodes:
                     return engine
-            await asyncio.sleep(0)
+            await asyncio.sleep(0.001)  # not 0: engines need the interpreter, too
 
 
 async def test_the_last_engine_that_leaves_finishes_what_it_has() -> None:
