@@ -68,10 +68,11 @@ class Report:
 
 
 class NoPlanner:
-    """A handle of a planner that gives a role and orders nothing."""
+    """A handle of a planner that gives a role, orders nothing and keeps nobody."""
 
     def __init__(self, role: EngineRole) -> None:
         self.assign_role = _Answer(role)
+        self.may_leave = _Answer(True)
 
     def __getattr__(self, name: str) -> _Answer:
         return _Answer(None)
