@@ -46,13 +46,12 @@ from actors.types import (
     TokenEvent,
 )
 from actors.wire.audit import Audit, AuditServicer, take_audit
-from actors.wire.channels import bind, make_server
+from actors.wire.channels import bind, make_server, node_address
 from actors.wire.embedding_puller import EmbeddingPuller
 from actors.wire.engine_link import EngineLinkServicer
 from actors.wire.kv_receiver import KvReceiver
 from actors.wire.kv_sender import KvSender
 from actors.wire.media_client import MediaClient
-from actors.wire.media_server import node_address
 from actors.wire.renewal import Registration, renew_for_ever
 from actors.wire.unit_store import UnitStore
 from ernie_serving.internal.v1 import audit_pb2_grpc, engine_link_pb2_grpc, kv_control_pb2_grpc

@@ -23,7 +23,8 @@ from actors.processing.processor import Processed, Processor
 from actors.tallies import WORK_SECONDS, Tally
 from actors.types import SPATIAL_MERGE, TEMPORAL_MERGE, ImagePart, PreprocessReply, PreprocessRequest, VideoPart
 from actors.wire.audit import Audit
-from actors.wire.media_server import MediaServer, node_address
+from actors.wire.channels import node_address
+from actors.wire.media_server import MediaServer
 from actors.wire.tensors import Patches
 from actors.wire.unit_store import Lease, Reservation, UnitStore
 

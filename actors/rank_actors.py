@@ -19,7 +19,7 @@ from actors.engine_group import EngineGroup, balance_config
 from actors.engine_rank import rank_main
 from actors.parallel.world import Seat
 from actors.types import EngineRole
-from actors.wire.media_server import node_address
+from actors.wire.channels import node_address
 
 
 class EngineRank:

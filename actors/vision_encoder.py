@@ -21,10 +21,11 @@ from actors.errors import InvalidRequest, Unavailable
 from actors.reports import EncoderInfo
 from actors.types import SPATIAL_MERGE, TEMPORAL_MERGE, Grid
 from actors.wire.audit import Audit
+from actors.wire.channels import node_address
 from actors.wire.encode_queue import EncodeQueue, Ticket
 from actors.wire.media import AnswerUnit, EncodeCall, EncodedUnit, MediaUnit, embedding_key
 from actors.wire.media_client import MediaClient
-from actors.wire.media_server import MediaServer, node_address
+from actors.wire.media_server import MediaServer
 from actors.wire.tensors import Patches
 from actors.wire.unit_store import Lease, Reservation, UnitStore
 

@@ -43,7 +43,9 @@ from cluster.placement import (
 from cluster.planner import Planner
 from cluster.router.traces import load_exporter
 from cluster.scaling_policy import follow_planner
-from cluster.workers import EngineGroupReplica, PreprocessorReplica, VisionEncoderReplica
+from cluster.workers.engine import EngineGroupReplica
+from cluster.workers.preprocessor import PreprocessorReplica
+from cluster.workers.vision_encoder import VisionEncoderReplica
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from ray import serve
 
 from actors.errors import Unavailable
 from actors.types import EngineRole
-from actors.wire.media_server import node_address
+from actors.wire.channels import node_address
 from cluster.admin_api import role_route
 from cluster.config import ClusterConfig
 from cluster.explain_api import explain_route

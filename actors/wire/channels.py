@@ -26,6 +26,13 @@ def open_channel(address: str) -> grpc.aio.Channel:
     return grpc.aio.insecure_channel(address, options=_OPTIONS)
 
 
+def node_address() -> str:
+    """This node's address as Ray knows it."""
+    import ray.util  # here: only a replica needs it, and it is slow to import
+
+    return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
+
+
 def make_server() -> grpc.aio.Server:
     """Makes a server without ports; see ``bind``."""
     return grpc.aio.server(

@@ -6,11 +6,11 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
 
 import grpc
 import grpc.aio
 import numpy as np
-import torch
 
 from actors.errors import InternalError, ServingError, Unavailable
 from actors.processing.patches import PATCH_BYTES, content_key
@@ -21,6 +21,9 @@ from actors.wire.media import EncodedUnit, MediaMiss, MediaUnit
 from actors.wire.status import LOST, error_of
 from actors.wire.tensors import Patches, TensorAssembler, TensorMismatch
 from ernie_serving.internal.v1 import media_pb2, media_pb2_grpc
+
+if TYPE_CHECKING:
+    import torch
 
 log = logging.getLogger(__name__)
 
@@ -121,7 +124,7 @@ class MediaClient:
         """
         max_bytes = shape[0] * shape[1] * dtype.itemsize
         embedding = await self.pull(address, key, lease, max_bytes=max_bytes)
-        if not isinstance(embedding, torch.Tensor) or tuple(embedding.shape) != shape or embedding.dtype != dtype:
+        if isinstance(embedding, np.ndarray) or tuple(embedding.shape) != shape or embedding.dtype != dtype:
             log.error("embedding %s from %s is not %s of shape %s", key.hex(), address, dtype, shape)
             raise MediaMiss(f"no {dtype} embedding of shape {shape} at {address}")
         return embedding

@@ -7,10 +7,10 @@ import contextlib
 import logging
 import uuid
 from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, TypeAlias
 
 import grpc
 import grpc.aio
-import torch
 
 from actors.errors import InternalError, ServingError
 from actors.log_context import about
@@ -23,21 +23,17 @@ from actors.wire.tensors import Patches, chunks_of, header_of
 from actors.wire.unit_store import UnitStore
 from ernie_serving.internal.v1 import audit_pb2_grpc, media_pb2, media_pb2_grpc
 
+if TYPE_CHECKING:
+    import torch
+
 log = logging.getLogger(__name__)
 
-Store = UnitStore[Patches] | UnitStore[torch.Tensor]
+Store: TypeAlias = "UnitStore[Patches] | UnitStore[torch.Tensor]"
 PENDING_S = 1.0
 """A pull waits for a unit that is being made as long as this, and is then asked again: so a place that says nothing is
 told from one that has much to do."""
 
 Context = grpc.aio.ServicerContext[object, object]
-
-
-def node_address() -> str:
-    """This node's address as Ray knows it."""
-    import ray.util  # here: only a replica needs it, and it is slow to import
-
-    return str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
 
 
 class MediaServer:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from actors.wire.kv_control import TransferCounters
 from actors.wire.unit_store import UnitStore
 from cluster.config import PREPROCESSORS, VISION_ENCODERS
 from cluster.metrics.sheet import Sheet, node_of
@@ -14,6 +13,7 @@ if TYPE_CHECKING:
     from actors.preprocessor import Preprocessor
     from actors.reports import GroupReport, LoadReport
     from actors.vision_encoder import VisionEncoder
+    from actors.wire.kv_control import TransferCounters
 
 
 def preprocessor_sheet(part: Preprocessor) -> Sheet:

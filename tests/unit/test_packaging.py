@@ -73,3 +73,9 @@ def test_help_is_quick_to_import() -> None:
         "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+
+
+@pytest.mark.parametrize("module", ["cluster.ingress", "cluster.planner", "cluster.workers.preprocessor"])
+def test_who_holds_no_weights_loads_no_torch(module: str) -> None:
+    program = f"import sys; sys.modules['torch'] = None; import {module}"
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)

@@ -11,7 +11,7 @@ from cluster.app import _deployed, _deployment, engine_config
 from cluster.config import ClusterConfig, EnginePool
 from cluster.config_scaling import PreprocessorAutoscaling
 from cluster.placement import Claim
-from cluster.workers import PreprocessorReplica
+from cluster.workers.preprocessor import PreprocessorReplica
 
 
 def test_an_engine_is_told_all_that_its_pool_says() -> None:

@@ -16,7 +16,7 @@ from cluster.app import _deployed
 from cluster.cli import _config, app
 from cluster.config import ClusterConfig
 from cluster.hub import download, local_directory, locate_checkpoint, repository_name
-from cluster.workers import _with_files
+from cluster.workers.common import with_files
 from tests.hub_server import Hub, Repository, hub_server, use_hub
 from tests.tiny_model import tiny_checkpoint
 
@@ -137,7 +137,7 @@ def test_every_node_fetches_the_commit_that_was_checked(
     use_hub(hub.url, tmp_path / "other node", monkeypatch)
     assert local_directory(config.model).endswith("1" * 40)
     assert local_directory("/models/x") == "/models/x"
-    settings = asyncio.run(_with_files(PreprocessorConfig(model_dir=config.model)))
+    settings = asyncio.run(with_files(PreprocessorConfig(model_dir=config.model)))
     assert settings.model_dir == local_directory(config.model)
 
 

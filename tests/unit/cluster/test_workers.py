@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from actors.wire.audit import Audit
-from cluster import workers
 from cluster.scaling_policy import Echo
-from cluster.workers import ScaleEcho
+from cluster.workers import common
+from cluster.workers.common import ScaleEcho
 from tests.in_process import Handle
 
 HEARD = {"planner_term": 1, "planner_decision": 2, "planner_target": 3}
@@ -34,7 +34,7 @@ class Planner:
 
 
 async def test_a_replica_echoes_what_it_heard_last_while_no_planner_answers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workers, "ECHO_TIMEOUT_S", 0.02)
+    monkeypatch.setattr(common, "ECHO_TIMEOUT_S", 0.02)
     planner = Planner()
     echo = ScaleEcho(Handle(planner), "pool")
     planner.answer = RuntimeError("away")
@@ -59,9 +59,9 @@ class Part:
 
 
 async def test_a_worker_that_ends_waits_for_what_it_keeps_but_not_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workers, "LET_GO_POLL_S", 0.001)
+    monkeypatch.setattr(common, "LET_GO_POLL_S", 0.001)
     part = Part(5)
-    await workers._let_go(part)  # type: ignore[arg-type]
+    await common.let_go(part)  # type: ignore[arg-type]
     assert part.looks == 0
-    monkeypatch.setattr(workers, "LET_GO_S", 0.02)
-    await workers._let_go(Part(10**9))  # type: ignore[arg-type]
+    monkeypatch.setattr(common, "LET_GO_S", 0.02)
+    await common.let_go(Part(10**9))  # type: ignore[arg-type]
