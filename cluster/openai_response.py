@@ -296,9 +296,14 @@ def ending(event: ChoiceFinished) -> dict[str, Any]:
     return {"finish_reason": _FINISH[event.reason], "stop_reason": event.stop_reason}
 
 
-def sse(body: dict[str, Any]) -> bytes:
-    """One server-sent event."""
-    return b"data: " + json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+_LINE_ENDS = str.maketrans({end: f"\\u{ord(end):04x}" for end in "\x85\u2028\u2029"})
+"""Characters that JSON may hold as they are, but at which ``str.splitlines`` and so httpx end a line."""
+
+
+def sse(body: dict[str, Any], event: str = "") -> bytes:
+    """One server-sent event, its data on a line by itself for every client."""
+    data = json.dumps(body, ensure_ascii=False, separators=(",", ":")).translate(_LINE_ENDS)
+    return f"event: {event}\ndata: {data}\n\n".encode() if event else f"data: {data}\n\n".encode()
 
 
 SSE_DONE = b"data: [DONE]\n\n"

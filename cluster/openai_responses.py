@@ -21,7 +21,7 @@ from typing import Any
 from actors.errors import InternalError, ServingError, Status
 from actors.types import FinishReason, ToolCallDelta
 from cluster.generation import ChoiceFinished, Delta, Event, Finished, GenerationService, Started, Usage, is_last
-from cluster.openai_response import error_body, timings_body, usage_body
+from cluster.openai_response import error_body, sse, timings_body, usage_body
 from cluster.openai_responses_request import ResponsesCall, ResponsesRequest
 from cluster.request_checks import RESPONSE_PREFIX
 
@@ -290,5 +290,4 @@ def _dumped(choice: Any) -> Any:
 
 
 def _sse(told: Told) -> bytes:
-    data = json.dumps(told, ensure_ascii=False, separators=(",", ":"))
-    return f"event: {told['type']}\ndata: {data}\n\n".encode()
+    return sse(told, event=told["type"])
