@@ -7,12 +7,12 @@ import logging
 from dataclasses import dataclass, field
 
 from actors.errors import POISON, InternalError, MediaChanged, Unavailable
-from actors.reports import EncoderInfo
-from actors.types import MediaKind, MediaSpan, PreprocessReply, PreprocessRequest, Stage
+from actors.reports import EncoderInfo, EngineInfo
+from actors.types import MediaKind, MediaSpan, PreprocessReply, PreprocessRequest, Stage, vision_end
 from actors.wire.media import EncodedUnit
 from cluster.generation import GenerateCall
 from cluster.policy.choose import choose
-from cluster.policy.views import Demand
+from cluster.policy.views import Demand, cached_tokens, no_hashes
 from cluster.router.encoders import patches_of
 from cluster.router.prefix import PromptHashes
 from cluster.router.services import Services
@@ -88,7 +88,9 @@ class PromptKeeper:
     """Makes the prompt, makes its media again when they were lost, and gives every lease back.
 
     A prompt is there once its first unit is encoded: engines begin with that one while the others follow. What goes
-    wrong with those is mended in the background, or told to a choice whose engine misses one (``make_again``).
+    wrong with those is mended in the background, or told to a choice whose engine misses one (``make_again``). Where
+    the engine that is to compute it has the keys and values of all its media, as in the later turns of a conversation,
+    nothing is encoded; should it have lost them by then, it asks for what it needs.
 
     Embeddings are leased until no choice waits for its prompt to be computed. Attempts that begin after that usually
     find them in the encoder's cache; where they do not, ``make_again`` answers.
@@ -315,6 +317,12 @@ class PromptKeeper:
         self._enter(Stage.ENCODE)
         first = reply.media[0].content_keys[0]
         encoder = await self._find_encoder(reply)
+        prompt = Prompt(reply=reply, spans=spans_at(encoder, reply.media))
+        if self._prompt is None and (holder := self._holder(prompt)) is not None:
+            self._story.note(What.MEDIA_HELD, engine=holder.engine_id)
+            self._release(self._leases.patches)
+            self._take(prompt)
+            return
         lease = self._new_lease()
         self._leases.embeddings.add((encoder.address, lease))
         units: list[EncodedUnit] = []
@@ -324,7 +332,7 @@ class PromptKeeper:
             self._timeline.add_busy(Stage.ENCODE, unit.busy_s)
             self._encoded.add(unit.content_key)
             if unit.content_key == first:
-                self._take(Prompt(reply=reply, spans=spans_at(encoder, reply.media)))
+                self._take(prompt)
             for choice in [choice for choice, key in self._waiting.items() if key == unit.content_key]:
                 del self._waiting[choice]
                 self._progress.enter(choice, Stage.PREFILL)
@@ -375,6 +383,26 @@ class PromptKeeper:
             if not fleet.had_encoder:
                 raise Unavailable("no vision encoder is ready", reason="NO_ENCODER", retry_after_s=1.0)
             await asyncio.sleep(RECHECK_S)
+
+    def _holder(self, prompt: Prompt) -> EngineInfo | None:
+        """The engine that would compute the prompt now, if it has everything up to the last of its media."""
+        services, token_ids = self._services, prompt.reply.prompt_ids
+        scored = self._call.prompt_logprobs is not None  # Then every token is computed.
+        demand = Demand(
+            token_count=len(token_ids),
+            prefix_hashes=no_hashes if scored else PromptHashes(token_ids, prompt.spans, self._call.salt),
+            alone_tokens=services.alone_tokens,
+            vision_end=vision_end(token_ids, services.im_patch_id),
+            media_tokens=prompt.media_tokens,
+            encoder_address=prompt.spans[0].encoder_address,
+        )
+        engines = services.fleet.engines()
+        route = choose(demand, engines).route
+        if route is None:
+            return None
+        (view,) = (view for view in engines if view.info is route.prefill)
+        held = cached_tokens(view, demand.token_count, demand.prefix_hashes)
+        return route.prefill if held >= prompt.spans[-1].end else None
 
     def _demand(self, reply: PreprocessReply, encoder: EncoderInfo | None) -> Demand:
         """Of a prompt that is to be encoded, as it will be named by engines where there is a choice of encoders."""

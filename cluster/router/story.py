@@ -31,6 +31,8 @@ class What(enum.StrEnum):
     ENCODER = "encoder"
     """Was picked."""
     ENCODED = "encoded"
+    MEDIA_HELD = "media_held"
+    """By the engine that is to compute the prompt: nothing is encoded."""
     STAGE_LOST = "stage_lost"
     """A preprocessor or an encoder, or patches: done again."""
     MEDIA_AGAIN = "media_again"

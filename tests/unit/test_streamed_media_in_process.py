@@ -14,6 +14,7 @@ from actors.vision_encoder import VisionEncoder
 from actors.wire.media import MediaUnit
 from actors.wire.tensors import Patches
 from cluster.generation import Delta, Event, Finished, GenerateCall
+from cluster.router.prompt import PromptKeeper
 from tests.in_process import InProcessCluster, in_process_cluster
 from tests.media import image_part
 from tests.tiny_model import tiny_checkpoint
@@ -152,15 +153,31 @@ async def test_leaving_while_pictures_are_encoded_frees_everything(monkeypatch: 
         await cluster.wait_clean()
 
 
-async def test_pictures_in_the_prefix_cache_need_no_encoding(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The encoder has forgotten them and is asked again; the engine does not wait for it."""
+@pytest.mark.parametrize("roles", [COLOCATED, SPLIT])
+async def test_pictures_in_the_prefix_cache_are_not_encoded(
+    roles: tuple[EngineRole, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The encoder has forgotten them, and is not asked."""
     expected = await alone()
-    async with in_process_cluster(tiny_checkpoint(), *COLOCATED, embedding_cache_bytes=0) as cluster:
+    async with in_process_cluster(tiny_checkpoint(), *roles, embedding_cache_bytes=0) as cluster:
         assert tokens(await ask(cluster)) == expected
+        fleet = cluster.parts.fleet
+        await eventually(lambda: all(view.cached_blocks for view in fleet.engines()))
         encoder = Held(cluster.encoder, monkeypatch)
-        task = ask(cluster)
-        encoder.let(0)
-        assert tokens(await task) == expected
+        assert tokens(await ask(cluster)) == expected
+        assert encoder.begun == 0
+        await cluster.wait_clean()
+
+
+async def test_an_engine_that_lost_the_pictures_it_was_said_to_hold_asks_for_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    expected = await alone()
+    async with in_process_cluster(tiny_checkpoint(), *SPLIT) as cluster:
+        prefill = cluster.engines[0]._info
+        monkeypatch.setattr(PromptKeeper, "_holder", lambda *_: prefill)
+        assert tokens(await ask(cluster)) == expected
+        assert cluster.engines[0]._puller.misses
         await cluster.wait_clean()
 
 

@@ -11,8 +11,19 @@ from dataclasses import replace
 
 import pytest
 
+from actors.engine.scheduling.block_hash import hash_blocks
 from actors.errors import InternalError
-from actors.types import EngineRole, FinishReason, Grid, MediaKind, MediaSpan, MilestoneKind, PromptMedia, Stage
+from actors.types import (
+    EngineRequest,
+    EngineRole,
+    FinishReason,
+    Grid,
+    MediaKind,
+    MediaSpan,
+    MilestoneKind,
+    PromptMedia,
+    Stage,
+)
 from actors.wire.media import embedding_key
 from cluster.generation import Event, Finished
 from cluster.router.stages import MissingPatches, StageLost
@@ -134,6 +145,45 @@ async def test_what_an_engine_finds_in_its_cache_is_encoded_no_further() -> None
         await eventually(lambda: not run._keeper._ending)
         w.engines[0].say(key, 1, 1, finish=FinishReason.LENGTH)
         assert text_of(await task) == "ab"
+
+
+@asynccontextmanager
+async def world_that_holds_its_media() -> AsyncIterator[tuple[World, EngineRequest]]:
+    """Whose engine has computed this request and has all whole blocks of its prompt."""
+    async with held_world() as w:
+        (engine,) = w.engines
+        w.stages.prompt_ids = (1, 90, 2, 90, 3, 90, *range(30))
+        task = w.ask()
+        key, request, _ = await engine.taken()
+        await finish(w, key, task)
+        held = hash_blocks(engine.info.kv_identity, request.prompt_ids, request.media, request.salt)
+        engine.links.deliver_blocks_changed(held, [])
+        await eventually(lambda: w.fleet.engines()[0].cached_blocks == set(held))
+        yield w, request
+
+
+@pytest.mark.parametrize("lost", [False, True])
+async def test_media_that_an_engine_holds_are_encoded_only_if_it_asks(lost: bool) -> None:
+    async with world_that_holds_its_media() as (w, before):
+        (engine,) = w.engines
+        task = w.ask()
+        key, request, _ = await engine.taken()
+        assert (request.media, w.stages.preprocessed, w.stages.encoded) == (before.media, 2, 1)
+        await eventually(lambda: not w.stages.leases)
+        if lost:
+            engine.links.deliver_need(key, request.media[1].embedding_keys)
+            assert await supplied(engine) == before.media
+        assert (w.stages.preprocessed, w.stages.encoded) == ((3, 2) if lost else (2, 1))
+        await finish(w, key, task)
+
+
+async def test_a_prompt_that_is_scored_is_encoded_whoever_holds_it() -> None:
+    async with world_that_holds_its_media() as (w, _):
+        task = w.ask(replace(CALL, prompt_logprobs=0))
+        await w.engines[0].taken()
+        assert w.stages.encoded == 2
+        task.cancel()
+        await asyncio.wait([task])
 
 
 async def test_an_attempt_that_follows_finds_the_encoding_still_going_on() -> None:
