@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from tests.in_process import InProcessCluster, in_process_cluster
 from tests.media import image_part
 from tests.tiny_model import tiny_checkpoint
 from tests.unit.test_resume_in_process import ask, reply
+from tests.waiting import eventually
 
 
 def series(families: dict[str, Family], name: str, **labels: str) -> float:
@@ -39,8 +41,10 @@ async def test_the_page_has_every_metric_and_they_count_what_was_done() -> None:
     roles = (EngineRole.PREFILL, EngineRole.DECODE)
     async with in_process_cluster(tiny_checkpoint(), *roles, described=slo) as cluster:
         call = ask(image_part(150, 100, 1), TextPart(text="What is this?"), max_tokens=6)
-        for _ in range(2):
-            await reply(cluster, call)
+        await reply(cluster, call)
+        await eventually(lambda: all(view.cached_blocks for view in cluster.parts.fleet.engines()))
+        await reply(cluster, call)
+        await reply(cluster, replace(call, cache_salt="other"))
         with pytest.raises(InvalidRequest):
             await reply(cluster, ask(TextPart(text="x"), max_tokens=6, stop_token_ids=(10**9,)))
         families = await scrape(cluster)
@@ -51,15 +55,16 @@ async def test_the_page_has_every_metric_and_they_count_what_was_done() -> None:
             for sample in family.samples:
                 assert sample.labels.keys() - {"le"} == set(metric.all_labels), sample
 
-        assert series(families, "ernie_requests_total", outcome="finished", reason="length") == 2
+        assert series(families, "ernie_requests_total", outcome="finished", reason="length") == 3
         assert series(families, "ernie_requests_refused_total", reason="INVALID_FIELD") == 1
         for name in ("time_to_first_token", "time_per_output_token", "request"):
-            assert series(families, f"ernie_{name}_seconds") == 2
-        assert series(families, "ernie_output_tokens_total") == series(families, "ernie_sampled_tokens_total") == 12
-        assert series(families, "ernie_stage_exposed_seconds", stage="encode") == 2
+            assert series(families, f"ernie_{name}_seconds") == 3
+        assert series(families, "ernie_output_tokens_total") == series(families, "ernie_sampled_tokens_total") == 18
+        assert series(families, "ernie_stage_exposed_seconds", stage="encode") == 3
+        # Nobody encoded what the prefix cache had.
         assert series(families, "ernie_encoder_units_total", source="computed") == 1
         assert series(families, "ernie_encoder_units_total", source="cached") == 1
-        assert series(families, "ernie_preprocess_seconds") == 2
+        assert series(families, "ernie_preprocess_seconds") == 3
         assert series(families, "ernie_cached_tokens_total") > 0
         sent = series(families, "ernie_kv_transfer_bytes_total", direction="sent", role="prefill")
         assert sent == series(families, "ernie_kv_transfer_bytes_total", direction="received", role="decode") > 0
@@ -70,8 +75,8 @@ async def test_the_page_has_every_metric_and_they_count_what_was_done() -> None:
         assert series(families, "ernie_kv_blocks") == sum(blocks)
         assert series(families, "ernie_part_up") == 5
         assert series(families, "ernie_workers", state="ready") == 5
-        assert series(families, "ernie_slo_requests_total", slo="ttft", met="true") == 2
-        assert series(families, "ernie_slo_requests_total", slo="tpot", met="false") == 2
+        assert series(families, "ernie_slo_requests_total", slo="ttft", met="true") == 3
+        assert series(families, "ernie_slo_requests_total", slo="tpot", met="false") == 3
         assert series(families, "ernie_fleet_changes_total", pool="engine", change="joined") == 2
 
 
