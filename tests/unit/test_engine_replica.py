@@ -66,7 +66,7 @@ async def test_a_pull_that_fails_ends_the_request(monkeypatch: pytest.MonkeyPatc
         async with asyncio.timeout(10):
             with pytest.raises(InternalError):
                 await _last(cluster.parts.router.generate(CALL))
-        await cluster.wait_clean(1.0)
+        await cluster.wait_clean()
         monkeypatch.undo()
         assert isinstance(await _last(cluster.parts.router.generate(CALL)), Finished)
 
@@ -84,7 +84,7 @@ async def test_media_that_are_gone_when_pulled_are_made_again(monkeypatch: pytes
         monkeypatch.setattr(store, "get", gone_once)
         assert isinstance(await _last(cluster.parts.router.generate(CALL)), Finished)
         assert len(asked) > 1
-        await cluster.wait_clean(1.0)
+        await cluster.wait_clean()
 
 
 async def test_a_second_submit_leaves_the_first_attempt_alone() -> None:

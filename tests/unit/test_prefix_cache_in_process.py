@@ -288,8 +288,8 @@ async def test_leaving_at_any_moment_keeps_the_cache_sound() -> None:
             asking.cancel()
             await asyncio.wait([asking])
             if trial % 5 == 4:
-                await watch.cluster.wait_clean(2.0)
-        await watch.cluster.wait_clean(2.0)
+                await watch.cluster.wait_clean()
+        await watch.cluster.wait_clean()
         for name, wanted in CALLS.items():
             assert (await watch.ask(wanted))[0] == expected[name], name
 
