@@ -25,8 +25,13 @@ class PromptHashes:
         return self._known[identity]
 
 
-def request_hashes(request: EngineRequest) -> PrefixHashes:
+def reusable(
+    token_ids: Sequence[int], media: Sequence[MediaSpan], salt: bytes, prompt_logprobs: int | None
+) -> PrefixHashes:
     """Every token of a prompt that is to be scored is computed, whatever is cached."""
-    if request.sampling.prompt_logprobs is not None:
-        return no_hashes
-    return PromptHashes((*request.prompt_ids, *request.output_ids), request.media, request.salt)
+    return no_hashes if prompt_logprobs is not None else PromptHashes(token_ids, media, salt)
+
+
+def request_hashes(request: EngineRequest) -> PrefixHashes:
+    token_ids = (*request.prompt_ids, *request.output_ids)
+    return reusable(token_ids, request.media, request.salt, request.sampling.prompt_logprobs)

@@ -12,9 +12,9 @@ from actors.types import MediaKind, MediaSpan, PreprocessReply, PreprocessReques
 from actors.wire.media import EncodedUnit
 from cluster.generation import GenerateCall
 from cluster.policy.choose import choose
-from cluster.policy.views import Demand, cached_tokens, no_hashes
+from cluster.policy.views import Demand, cached_tokens
 from cluster.router.encoders import patches_of
-from cluster.router.prefix import PromptHashes
+from cluster.router.prefix import PromptHashes, reusable
 from cluster.router.services import Services
 from cluster.router.stages import MissingPatches, Preprocessed, StageLost, spans_at
 from cluster.router.story import Story, What
@@ -387,10 +387,9 @@ class PromptKeeper:
     def _holder(self, prompt: Prompt) -> EngineInfo | None:
         """The engine that would compute the prompt now, if it has everything up to the last of its media."""
         services, token_ids = self._services, prompt.reply.prompt_ids
-        scored = self._call.prompt_logprobs is not None  # Then every token is computed.
         demand = Demand(
             token_count=len(token_ids),
-            prefix_hashes=no_hashes if scored else PromptHashes(token_ids, prompt.spans, self._call.salt),
+            prefix_hashes=reusable(token_ids, prompt.spans, self._call.salt, self._call.prompt_logprobs),
             alone_tokens=services.alone_tokens,
             vision_end=vision_end(token_ids, services.im_patch_id),
             media_tokens=prompt.media_tokens,
