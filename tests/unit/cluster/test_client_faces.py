@@ -39,7 +39,7 @@ from cluster.client.attempts import Attempts
 from cluster.generation import GenerateCall
 from tests.doubles import SCORED, SCRIPT, Pause, ScriptedService
 from tests.doubles import grpc_serving_in_a_thread as running
-from tests.waiting import wait_until
+from tests.waiting import eventually, wait_until
 
 BUSY = Overloaded("queue full", retry_after_s=0.05)
 Ask = Callable[..., tuple[list[Event], Reply | None]]
@@ -199,13 +199,11 @@ async def test_a_cancelled_task_cancels_its_request() -> None:
         async with AsyncClient(address) as client:
             for waiting in (client.chat("hi"), client.stream("hi").rest()):
                 task = asyncio.ensure_future(waiting)
-                while not service.calls:
-                    await asyncio.sleep(0.01)
+                await eventually(lambda: bool(service.calls))
                 task.cancel()
                 with pytest.raises(asyncio.CancelledError):
                     await task
-                while service.ended.empty():
-                    await asyncio.sleep(0.01)
+                await eventually(lambda: not service.ended.empty())
                 assert service.ended.get_nowait() == "closed"
                 service.calls.clear()
 
